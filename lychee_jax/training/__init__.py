@@ -1,0 +1,1 @@
+"""Learning: data, losses and loops. The only room that knows optax."""
