@@ -1,0 +1,123 @@
+"""Writes tiny random Hugging Face checkpoints, with NumPy and safetensors alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+TINY = {
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": None,
+        "bos_token_id": None,
+    },
+    "qwen2": {
+        "model_type": "qwen2",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+    },
+}
+"""One small `config.json` for each family, to start from: `TINY["llama"] | {"num_hidden_layers": 3}`."""
+
+
+def shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor that a Hugging Face checkpoint of this `config.json` holds."""
+    family = raw["model_type"]
+    width, mlp, vocab = raw["hidden_size"], raw["intermediate_size"], raw["vocab_size"]
+    heads = raw["num_attention_heads"]
+    kv_heads = raw.get("num_key_value_heads") or heads
+    head_dim = raw.get("head_dim") or (128 if family == "qwen3" else width // heads)
+    o_bias = family != "qwen2" and raw.get("attention_bias", False)
+    qkv_bias = family == "qwen2" or o_bias
+    mlp_bias = family == "llama" and raw.get("mlp_bias", False)
+
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
+    if not raw.get("tie_word_embeddings", False):
+        found["lm_head.weight"] = (vocab, width)
+    for layer in range(raw["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        found[f"{prefix}.input_layernorm.weight"] = (width,)
+        found[f"{prefix}.post_attention_layernorm.weight"] = (width,)
+        for name, rows, columns, bias in (
+            ("self_attn.q_proj", heads * head_dim, width, qkv_bias),
+            ("self_attn.k_proj", kv_heads * head_dim, width, qkv_bias),
+            ("self_attn.v_proj", kv_heads * head_dim, width, qkv_bias),
+            ("self_attn.o_proj", width, heads * head_dim, o_bias),
+            ("mlp.gate_proj", mlp, width, mlp_bias),
+            ("mlp.up_proj", mlp, width, mlp_bias),
+            ("mlp.down_proj", width, mlp, mlp_bias),
+        ):
+            found[f"{prefix}.{name}.weight"] = (rows, columns)
+            if bias:
+                found[f"{prefix}.{name}.bias"] = (rows,)
+        if family == "qwen3":
+            found[f"{prefix}.self_attn.q_norm.weight"] = (head_dim,)
+            found[f"{prefix}.self_attn.k_norm.weight"] = (head_dim,)
+    return found
+
+
+def random_tensors(raw: dict[str, Any], *, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Weights large enough for attention to be peaked and for logits to differ: norms about 1, all else about 0.3."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in shapes(raw).items():
+        values = 0.3 * rng.standard_normal(shape)
+        tensors[name] = (values + 1 if "norm" in name else values).astype(NUMPY_DTYPES[dtype])
+    return tensors
+
+
+def write_shards(folder: Path, tensors: dict[str, np.ndarray], *, shards: int = 1) -> None:
+    """`model.safetensors`, or for more shards numbered files and their index."""
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_checkpoint(
+    folder: Path, raw: dict[str, Any], *, seed: int = 0, dtype: str = "float32", shards: int = 1
+) -> dict[str, np.ndarray]:
+    """Writes `config.json` and random weights into `folder` (made if missing); returns the tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"torch_dtype": dtype} | raw))
+    tensors = random_tensors(raw, seed=seed, dtype=dtype)
+    write_shards(folder, tensors, shards=shards)
+    return tensors
