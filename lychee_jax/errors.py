@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input, told in one line: what was wrong and what would be right. The command line prints it and exits with 2."""
+    """Bad input, told in one line: what was wrong, what would be right. The command line prints it and exits with 2."""

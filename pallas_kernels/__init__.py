@@ -1,1 +1,7 @@
-"""Array ops of hybrid-head decoding; they know no model, no config, no head map."""
+"""Array ops of hybrid-head decoding (LycheeDecode, arXiv 2602.04541); they know no model, no config, no head map."""
+
+from pallas_kernels.dispatch import dense_decode, hybrid_decode, recorded, select_pages, sparse_decode
+from pallas_kernels.reference import MASKED
+from pallas_kernels.types import Selection
+
+__all__ = ["MASKED", "Selection", "dense_decode", "hybrid_decode", "recorded", "select_pages", "sparse_decode"]

@@ -8,4 +8,3 @@ jaxtyping.install_import_hook(["lychee_jax", "pallas_kernels", "checkpoints_conv
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")

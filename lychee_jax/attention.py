@@ -1,0 +1,256 @@
+"""The attention layer, and the ways it can attend: chosen by data, never by another copy of the model.
+
+A `Way` gets the rotated queries, keys and values of one layer and a state that it carries from layer to layer:
+whole sequences (`Full`), a chunk over a cache (`Extend`), one token over a cache with all heads dense or with roles
+(`Decode`), and whole sequences with learnable roles (`Gated`).
+"""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+import pallas_kernels
+from lychee_jax.cache import append_pages, append_token, append_tokens
+from lychee_jax.config import ModelConfig
+from lychee_jax.heads import HeadMap
+from lychee_jax.layers import Projection, RMSNorm, attention_scale
+from lychee_jax.prefill import causal_attention, extend_attention
+from lychee_jax.rope import apply_rotary
+from lychee_jax.selection import Selection, SelectionPolicy
+
+
+@runtime_checkable
+class Way(Protocol):
+    """How the queries of layer `index` attend: q `[B, T, K, G, H]`, k and v `[B, T, K, H]` → `[B, T, K, G, H]`."""
+
+    def __call__(self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any, /) -> tuple[jax.Array, Any]:
+        """Attend, and pass the state on."""
+        ...
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: project, normalise (Qwen3), rotate, attend in the given way, project back."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        embed, head_dim = config.hidden_size, config.head_dim
+
+        def heads(count: int) -> Projection:
+            return Projection((embed,), (count, head_dim), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+
+        self.q_proj = heads(config.num_heads)
+        self.k_proj = heads(config.num_kv_heads)
+        self.v_proj = heads(config.num_kv_heads)
+        self.o_proj = Projection((config.num_heads, head_dim), (embed,), bias=config.o_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.kv_heads = config.num_kv_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        cos: Float[Array, "#B T half"],
+        sin: Float[Array, "#B T half"],
+        way: Way,
+        index: int,
+        state: Any,
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """Attend as layer `index`; query head n belongs to KV head n // G."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        batch, length, heads, head_dim = q.shape
+        grouped = q.reshape(batch, length, self.kv_heads, heads // self.kv_heads, head_dim)
+        out, state = way(index, grouped, k, v, state)
+        return self.o_proj(out.reshape(batch, length, heads, head_dim)), state
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Dense causal attention of whole sequences, no cache; carries nothing."""
+
+    def __call__(self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: None) -> tuple[jax.Array, None]:
+        """Attend to every earlier position."""
+        del index, state
+        return causal_attention(q, k, v, scale=attention_scale(q.shape[-1])), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Extend:
+    """Dense attention of a chunk of new tokens at `starts[b] …` over the cache and itself; carries the pools.
+
+    The first `counts[b]` tokens of a row are real. `aligned` promises that starts and the chunk are whole pages.
+    """
+
+    page_table: Int[Array, "B P"]
+    starts: Int[Array, "B"]
+    counts: Int[Array, "B"]
+    aligned: bool
+
+    def __call__(
+        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Attend, then write the chunk's keys and values into the layer's pool."""
+        pool = state[index]
+        k, v = k.astype(pool.dtype), v.astype(pool.dtype)
+        out = extend_attention(q, k, v, pool, self.page_table, self.starts, scale=attention_scale(q.shape[-1]))
+        append = append_pages if self.aligned else append_tokens
+        pool = append(pool, self.page_table, self.starts, self.counts, jnp.concatenate([k, v], axis=-1))
+        return out, (*state[:index], pool, *state[index + 1 :])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What a decode step carries through its layers: the pools, the selection, and how many pages were read."""
+
+    pools: tuple[jax.Array, ...]
+    selection: Selection
+    pages_read: Int[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """One new token a row, at position `positions[b]`; dense without a head map, else by roles (arXiv 2602.04541).
+
+    Inactive rows neither write to their pages nor read anything, and their output is zero.
+    """
+
+    page_table: Int[Array, "B P"]
+    positions: Int[Array, "B"]
+    active: Bool[Array, "B"]
+    head_map: HeadMap | None
+    policy: SelectionPolicy
+    implementation: str | None = None
+
+    def start(self, pools: tuple[jax.Array, ...]) -> DecodeState:
+        """The state below layer 0: nothing selected yet."""
+        batch, kv_heads, page_size = self.positions.shape[0], pools[0].shape[1], pools[0].shape[2]
+        budget = self.policy.pages(page_size)["budget_pages"]
+        selection = Selection(
+            jnp.full((batch, kv_heads, budget), -1, jnp.int32), jnp.zeros((batch, kv_heads), jnp.int32)
+        )
+        return DecodeState(pools, selection, jnp.zeros((batch,), jnp.int32))
+
+    def __call__(
+        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: DecodeState
+    ) -> tuple[jax.Array, DecodeState]:
+        """Append the token, then read: all pages for retrieval heads, the inherited ones for sparse heads."""
+        kv = jnp.concatenate([k, v], axis=-1)[:, 0]
+        pool = append_token(state.pools[index], self.page_table, self.positions, self.active, kv)
+        pools = (*state.pools[:index], pool, *state.pools[index + 1 :])
+        lengths = jnp.where(self.active, self.positions + 1, 0)
+        kv_heads, page_size = pool.shape[1], pool.shape[2]
+        scale = attention_scale(q.shape[-1])
+        used = (lengths + page_size - 1) // page_size
+        retrieval = tuple(range(kv_heads)) if self.head_map is None else self.head_map.retrieval[index]
+        heads = jnp.asarray(retrieval, jnp.int32)
+        selection = state.selection
+        if self.head_map is None:
+            out, _ = pallas_kernels.dense_decode(
+                q[:, 0], pool, self.page_table, lengths, heads, scale=scale, implementation=self.implementation
+            )
+        else:
+            out, selection = pallas_kernels.hybrid_decode(
+                q[:, 0], pool, self.page_table, lengths, selection, heads, scale=scale, rule=self.policy.rule,
+                amount=self.policy.amount, page_scores=self.policy.score, implementation=self.implementation,
+                **self.policy.pages(page_size),
+            )  # fmt: skip
+        sparse = [head for head in range(kv_heads) if head not in retrieval]
+        read = state.pages_read + len(retrieval) * used
+        if sparse:
+            read = read + jnp.sum(selection.counts[:, jnp.asarray(sparse, jnp.int32)], axis=1, dtype=jnp.int32)
+        return out[:, None], DecodeState(pools, selection, read)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """Whole sequences with roles between 0 and 1: `z · full + (1 − z) · sparse` for every KV head (training).
+
+    `z [L, K]`. Every query position is treated as the decode step at that position: its sparse branch reads the pages
+    handed up from below. A head hands up its own pick iff z > 0.5, else what it inherited; layer 0 is all retrieval.
+    Carries the selected pages as a mask `[B, K, T, P]`.
+    """
+
+    z: Float[Array, "L K"]
+    policy: SelectionPolicy
+    page_size: int
+    query_block: int = 128
+
+    def __call__(
+        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Bool[Array, "B K T P"] | None
+    ) -> tuple[jax.Array, Bool[Array, "B K T P"]]:
+        """Attend in both ways, a block of queries at a time."""
+        batch, length, kv_heads, groups, head_dim = q.shape
+        block = min(self.query_block, length)
+        blocks = -(-length // block)
+        pages = -(-length // self.page_size)
+        z = jnp.ones((kv_heads,), jnp.float32) if index == 0 else self.z[index]
+        inherited = jnp.zeros((batch, kv_heads, length, pages), bool) if state is None else state
+
+        def split(x: jax.Array, axis: int) -> jax.Array:
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (0, blocks * block - length)
+            x = jnp.pad(x, widths)
+            return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1 :]), axis, 0)
+
+        @jax.checkpoint
+        def rows(queries: jax.Array, below: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _gated_block(queries, k, v, below, first, z, self.policy, self.page_size, first_layer=index == 0)
+
+        firsts = block * jnp.arange(blocks, dtype=jnp.int32)
+        out, mask = jax.lax.map(lambda xs: rows(*xs), (split(q, 1), split(inherited, 2), firsts))
+        out = jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, kv_heads, groups, head_dim)
+        mask = jnp.moveaxis(mask, 0, 2).reshape(batch, kv_heads, blocks * block, pages)
+        return out[:, :length], mask[:, :, :length]
+
+
+def _gated_block(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    below: jax.Array,
+    first: jax.Array,
+    z: jax.Array,
+    policy: SelectionPolicy,
+    page_size: int,
+    *,
+    first_layer: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Both branches for the queries at `first …`: their output `[B, t, K, G, H]` and what they hand up."""
+    batch, count, kv_heads, _, head_dim = q.shape
+    length, pages = k.shape[1], below.shape[-1]
+    masked = pallas_kernels.MASKED
+    scores = attention_scale(head_dim) * jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    # Padded queries of the last block look like the last real one; the caller cuts them off.
+    position = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), length - 1)
+    causal = position[:, None] >= jnp.arange(length, dtype=jnp.int32)[None, :]
+
+    def attend(mask: jax.Array) -> jax.Array:
+        weights = jax.nn.softmax(jnp.where(mask, scores, masked), axis=-1)
+        return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+
+    mean = jnp.where(causal[None, None], jax.lax.stop_gradient(jnp.mean(scores, axis=2)), masked)
+    mean = jnp.pad(mean, ((0, 0), (0, 0), (0, 0), (0, pages * page_size - length)), constant_values=masked)
+    mean = mean.reshape(batch, kv_heads, count, pages, page_size)
+    page_scores = jnp.max(mean, axis=-1) if policy.score == "max" else jax.nn.logsumexp(mean, axis=-1)
+    picked, _ = pallas_kernels.select_pages(
+        page_scores.transpose(0, 2, 1, 3).reshape(batch * count, kv_heads, pages),
+        jnp.tile(position + 1, batch), page_size=page_size, rule=policy.rule, amount=policy.amount,
+        **policy.pages(page_size),
+    )  # fmt: skip
+    own = jnp.any(picked[..., None] == jnp.arange(pages, dtype=jnp.int32), axis=-2)
+    own = own.reshape(batch, count, kv_heads, pages).transpose(0, 2, 1, 3)
+    if first_layer:
+        return attend(causal[None, None, None]).astype(q.dtype), own
+    tokens = jnp.repeat(below, page_size, axis=-1)[..., :length]
+    weight = z[None, None, :, None, None]
+    out = weight * attend(causal[None, None, None]) + (1.0 - weight) * attend(
+        tokens[:, :, None] & causal[None, None, None]
+    )
+    return out.astype(q.dtype), jnp.where((z > 0.5)[None, :, None, None], own, below)

@@ -1,0 +1,94 @@
+"""The decoder: tokens → hidden states → logits. How attention reads its keys is the caller's choice (a `Way`)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from lychee_jax.attention import Attention, Full, Way
+from lychee_jax.config import ModelConfig
+from lychee_jax.layers import MLP, Embedding, Projection, RMSNorm, logits_from
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        cos: Float[Array, "#B T half"],
+        sin: Float[Array, "#B T half"],
+        way: Way,
+        index: int,
+        state: Any,
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """One block; `state` is what the way to attend carries from layer to layer."""
+        out, state = self.attention(self.input_norm(x), cos, sin, way, index, state)
+        x = x + out
+        return x + self.mlp(self.post_attention_norm(x)), state
+
+
+class Decoder(nnx.Module):
+    """A Llama, Qwen2 or Qwen3 decoder. The layers are a plain list, unrolled: scanning stacked weights is slower."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Projection((config.hidden_size,), (config.vocab_size,), bias=False, dtype=dtype, rngs=rngs)
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cos: Float[Array, "#B T half"],
+        sin: Float[Array, "#B T half"],
+        way: Way,
+        state: Any,
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """Final-normed hidden states, and the state that the way to attend has carried through all layers.
+
+        `cos` and `sin` come from `rope.rotary_tables`, one row for all sequences or one each.
+        """
+        x = self.embed(tokens)
+        for index, layer in enumerate(self.layers):
+            x, state = layer(x, cos, sin, way, index, state)
+        return self.norm(x), state
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        cos: Float[Array, "#B T half"],
+        sin: Float[Array, "#B T half"],
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B T E"]:
+        """Final-normed hidden states of whole sequences under dense causal attention, without a cache."""
+        x = self.embed(tokens)
+        way = Full()
+        for index, layer in enumerate(self.layers):
+
+            def block(x: jax.Array, layer: DecoderLayer = layer, index: int = index) -> jax.Array:
+                return layer(x, cos, sin, way, index, None)[0]
+
+            x = jax.checkpoint(block)(x) if remat else block(x)
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*lead E"]) -> Float32[Array, "*lead V"]:
+        """Float32 logits of hidden states."""
+        if self.lm_head is None:
+            return self.embed.attend(hidden)
+        return logits_from(hidden, self.lm_head.kernel[...], vocab_axis=1)

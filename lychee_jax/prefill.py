@@ -1,0 +1,121 @@
+"""Dense attention of many new tokens at once: over a whole sequence, or over a chunk and its cached past.
+
+Neither form holds a T × S score matrix: keys come in blocks, and the blocks' softmaxes are merged by log-sum-exp.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.reference import MASKED
+
+_QUERY_BLOCK = 512
+_KEY_BLOCK = 1024
+
+
+class _Partial:
+    """A running softmax over blocks of keys: maximum, normaliser and unnormalised output, all float32."""
+
+    @staticmethod
+    def start(lead: tuple[int, ...], head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return (
+            jnp.full(lead, MASKED, jnp.float32),
+            jnp.zeros(lead, jnp.float32),
+            jnp.zeros((*lead, head_dim), jnp.float32),
+        )
+
+    @staticmethod
+    def add(carry, scores: jax.Array, values: jax.Array):
+        """Fold in `scores [B K G T S]` (masked ones at `MASKED`) with `values [B S K H]`."""
+        top, total, out = carry
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        # Where nothing has been seen yet, score and maximum are both MASKED and exp would give 1.
+        weights = jnp.where(scores > MASKED / 2, jnp.exp(scores - new_top[..., None]), 0.0)
+        shrink = jnp.exp(top - new_top)
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        product = jnp.einsum(
+            "bkgts,bskh->bkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+        return new_top, total, out * shrink[..., None] + product
+
+    @staticmethod
+    def finish(carry, dtype) -> jax.Array:
+        """`[B T K G H]`; a query that saw no key gives zeros."""
+        _, total, out = carry
+        out = out / jnp.maximum(total, 1e-30)[..., None]
+        return out.transpose(0, 3, 1, 2, 4).astype(dtype)
+
+
+def _scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
+    return scale * jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+
+
+def extend_attention(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    kv_pages: Float[Array, "num_pages K page_size 2H"],
+    page_table: Int[Array, "B P"],
+    starts: Int[Array, "B"],
+    *,
+    scale: float,
+) -> Float[Array, "B T K G H"]:
+    """Causal attention of a chunk of new tokens at positions `starts[b] + t` over the cached positions < `starts[b]`
+    and over the chunk itself. The work on the past follows the longest row's `starts`, not the cache's capacity.
+    """
+    batch, length, kv_heads, groups, head_dim = q.shape
+    page_size = kv_pages.shape[2]
+    pages_per_block = max(1, min(_KEY_BLOCK // page_size, page_table.shape[1]))
+    block = pages_per_block * page_size
+
+    def past(i, carry):
+        # Whole blocks of logical pages; entries that lie past the row's length may hold anything and are not followed.
+        logical = i * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
+        inside = logical[None, :] * page_size < starts[:, None]
+        ids = jnp.take(page_table, jnp.minimum(logical, page_table.shape[1] - 1), axis=1)
+        tiles = kv_pages[jnp.where(inside, ids, 0)].transpose(0, 1, 3, 2, 4)
+        tiles = tiles.reshape(batch, block, kv_heads, 2 * head_dim)
+        position = i * block + jnp.arange(block, dtype=jnp.int32)
+        seen = position[None, :] < starts[:, None]
+        tiles = jnp.where(seen[:, :, None, None], tiles, jnp.zeros((), tiles.dtype))
+        scores = _scores(q, tiles[..., :head_dim], scale)
+        scores = jnp.where(seen[:, None, None, None, :], scores, MASKED)
+        return _Partial.add(carry, scores, tiles[..., head_dim:])
+
+    carry = _Partial.start((batch, kv_heads, groups, length), head_dim)
+    carry = jax.lax.fori_loop(0, (jnp.max(starts) + block - 1) // block, past, carry)
+    causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
+    scores = jnp.where(causal[None, None, None], _scores(q, k, scale), MASKED)
+    return _Partial.finish(_Partial.add(carry, scores, v), q.dtype)
+
+
+def causal_attention(
+    q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], *, scale: float
+) -> Float[Array, "B T K G H"]:
+    """Causal attention within whole sequences; differentiable, with memory linear in T."""
+    batch, length, kv_heads, groups, head_dim = q.shape
+    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and length % 64 == 0:
+        out = jax.nn.dot_product_attention(
+            q.reshape(batch, length, kv_heads * groups, head_dim), k, v, scale=scale, is_causal=True,
+            implementation="cudnn",
+        )  # fmt: skip
+        return out.reshape(q.shape)
+
+    block = min(_QUERY_BLOCK, length)
+    padding = -length % block
+    blocks = (length + padding) // block
+    padded = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0)))
+    padded = padded.reshape(batch, blocks, block, kv_heads, groups, head_dim).transpose(1, 0, 2, 3, 4, 5)
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
+    def rows(queries: jax.Array, first: jax.Array) -> jax.Array:
+        scores = _scores(queries, k, scale)
+        causal = (first + jnp.arange(block))[:, None] >= jnp.arange(length)[None, :]
+        scores = jnp.where(causal[None, None, None], scores, MASKED)
+        carry = _Partial.add(_Partial.start((batch, kv_heads, groups, block), head_dim), scores, v)
+        return _Partial.finish(carry, q.dtype)
+
+    out = jax.lax.map(lambda xs: rows(*xs), (padded, block * jnp.arange(blocks)))
+    return out.transpose(1, 0, 2, 3, 4, 5).reshape(batch, blocks * block, kv_heads, groups, head_dim)[:, :length]

@@ -1,0 +1,187 @@
+"""The one place where an implementation is chosen, and the only one that may fall back to another.
+
+`implementation=None` tries what suits the platform, best first; a candidate refuses a case that it does not cover by
+raising NotImplementedError, and the next one is tried. A named implementation runs or raises. ValueError means bad
+input and is never swallowed.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
+
+import jax
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels import reference
+from pallas_kernels.types import PageScores, Rule, Selection
+
+Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
+
+_OPS: dict[Implementation, dict[str, Callable[..., Any]]] = {
+    "xla": {
+        "dense_decode": reference.dense_decode,
+        "sparse_decode": reference.sparse_decode,
+        "select_pages": reference.select_pages,
+        "hybrid_decode": reference.hybrid_decode,
+    },
+}
+_PREFERENCE: dict[str, tuple[Implementation, ...]] = {
+    "tpu": ("mosaic_tpu", "xla"),
+    "gpu": ("mosaic_gpu", "xla"),
+    "cpu": ("xla",),
+}
+
+_record: contextvars.ContextVar[list[tuple[str, Implementation]] | None] = contextvars.ContextVar(
+    "_record", default=None
+)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, Implementation]]]:
+    """Collect (op, implementation) for every op traced inside the block (a cached compilation traces nothing)."""
+    calls: list[tuple[str, Implementation]] = []
+    token = _record.set(calls)
+    try:
+        yield calls
+    finally:
+        _record.reset(token)
+
+
+def available(op: str) -> tuple[Implementation, ...]:
+    """The implementations of an op that this version has."""
+    return tuple(name for name, ops in _OPS.items() if op in ops)
+
+
+def _run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any:
+    if implementation is None:
+        platform = jax.default_backend()
+        candidates = [name for name in _PREFERENCE.get(platform, ("xla",)) if op in _OPS.get(name, {})]
+    elif implementation not in get_args(Implementation):
+        names = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation {implementation!r} is unknown; use one of {names}")
+    elif op not in _OPS.get(implementation, {}):
+        raise NotImplementedError(f"{op} has no {implementation!r} implementation; it has {', '.join(available(op))}")
+    else:
+        candidates = [implementation]
+    for index, name in enumerate(candidates):
+        try:
+            result = _OPS[name][op](*args, **options)
+        except NotImplementedError:
+            if index + 1 == len(candidates):
+                raise
+            continue
+        calls = _record.get()
+        if calls is not None:
+            calls.append((op, name))
+        return result
+    raise AssertionError("the XLA implementation is always a candidate")
+
+
+def _check_pool(q: Array, kv_pages: Array, page_table: Array, lengths: Array, heads: Array) -> None:
+    batch, kv_heads, _, head_dim = q.shape
+    if kv_pages.shape[1] != kv_heads or kv_pages.shape[3] != 2 * head_dim:
+        raise ValueError(
+            f"kv_pages {kv_pages.shape} does not fit q {q.shape}: "
+            f"expected [num_pages, {kv_heads}, page_size, {2 * head_dim}]"
+        )
+    if page_table.shape[0] != batch or lengths.shape[0] != batch:
+        raise ValueError(
+            f"q has {batch} rows, page_table {page_table.shape[0]} and lengths {lengths.shape[0]}: they must agree"
+        )
+    if heads.shape[0] > kv_heads:
+        raise ValueError(f"{heads.shape[0]} heads were named, but there are only {kv_heads} KV heads")
+
+
+def _check_budget(budget_pages: int, sink_pages: int, recent_pages: int) -> None:
+    if budget_pages < 1:
+        raise ValueError(f"budget_pages is {budget_pages}; it must be at least 1")
+    if sink_pages < 0 or recent_pages < 0:
+        raise ValueError(f"sink_pages {sink_pages} and recent_pages {recent_pages} must not be negative")
+    if sink_pages + recent_pages > budget_pages:
+        raise ValueError(
+            f"{sink_pages} sink and {recent_pages} recent pages are forced, more than the budget of {budget_pages}"
+        )
+
+
+def dense_decode(
+    q: Float[Array, "B K G H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    heads: Int[Array, "R"],
+    *,
+    scale: float,
+    page_scores: PageScores | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]:
+    """Attention over the whole cache with page scores from the same pass; see `reference.dense_decode`."""
+    _check_pool(q, kv_pages, page_table, lengths, heads)
+    return _run(
+        "dense_decode", implementation, q, kv_pages, page_table, lengths, heads, scale=scale, page_scores=page_scores
+    )
+
+
+def sparse_decode(
+    q: Float[Array, "B K G H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    selection: Selection,
+    heads: Int[Array, "R"],
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> Float[Array, "B R G H"]:
+    """Attention over the selected pages; see `reference.sparse_decode`."""
+    _check_pool(q, kv_pages, page_table, lengths, heads)
+    return _run("sparse_decode", implementation, q, kv_pages, page_table, lengths, selection, heads, scale=scale)
+
+
+def select_pages(
+    page_scores: Float32[Array, "B R P"],
+    lengths: Int[Array, "B"],
+    *,
+    page_size: int,
+    budget_pages: int,
+    sink_pages: int,
+    recent_pages: int,
+    rule: Rule = "budget",
+    amount: float = 0.0,
+    implementation: str | None = None,
+) -> tuple[Int32[Array, "B R M"], Int32[Array, "B R"]]:
+    """Exact top pages, forced ones included, ascending; see `reference.select_pages`."""
+    if page_size < 1:
+        raise ValueError(f"page_size is {page_size}; it must be at least 1")
+    _check_budget(budget_pages, sink_pages, recent_pages)
+    return _run(
+        "select_pages", implementation, page_scores, lengths, page_size=page_size, budget_pages=budget_pages,
+        sink_pages=sink_pages, recent_pages=recent_pages, rule=rule, amount=amount,
+    )  # fmt: skip
+
+
+def hybrid_decode(
+    q: Float[Array, "B K G H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    selection: Selection,
+    heads: Int[Array, "R"],
+    *,
+    scale: float,
+    budget_pages: int,
+    sink_pages: int,
+    recent_pages: int,
+    rule: Rule = "budget",
+    amount: float = 0.0,
+    page_scores: PageScores = "max",
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B K G H"], Selection]:
+    """All roles of one layer, and the selection it hands up; see `reference.hybrid_decode`."""
+    _check_pool(q, kv_pages, page_table, lengths, heads)
+    _check_budget(budget_pages, sink_pages, recent_pages)
+    return _run(
+        "hybrid_decode", implementation, q, kv_pages, page_table, lengths, selection, heads, scale=scale,
+        budget_pages=budget_pages, sink_pages=sink_pages, recent_pages=recent_pages, rule=rule, amount=amount,
+        page_scores=page_scores,
+    )  # fmt: skip
