@@ -1,0 +1,218 @@
+"""Sampling against an independent NumPy float64 implementation; the promises about ties, seeds and logprobs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lychee_jax.errors import UserError
+from lychee_jax.sampling import SamplingKind, SamplingParams, sample
+
+draw = jax.jit(sample, static_argnums=2)
+
+
+def survivors(logits, params, seen=None):
+    """The renormalised distribution that `params` ask for: one row, step by step, in float64."""
+    scores = np.asarray(logits, np.float64).copy()
+    if seen is not None:
+        for token in np.flatnonzero(seen):
+            scores[token] = (
+                scores[token] / params.repetition_penalty
+                if scores[token] > 0
+                else scores[token] * params.repetition_penalty
+            )
+    scores /= params.temperature
+    ranking = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
+    if params.top_k:
+        ranking = ranking[: params.top_k]
+    weights = np.exp(scores[ranking] - scores[ranking[0]])
+    kept, mass = [], 0.0
+    for token, weight in zip(ranking, weights / weights.sum(), strict=True):
+        if mass >= params.top_p and kept:
+            break
+        kept.append(token)
+        mass += weight
+    weights = np.exp(scores[kept] - scores[kept[0]])
+    kept = [token for token, weight in zip(kept, weights, strict=True) if weight >= params.min_p]
+    probabilities = np.zeros(len(scores))
+    probabilities[kept] = np.exp(scores[kept] - scores[kept[0]])
+    return probabilities / probabilities.sum()
+
+
+def draws(logits, params, count, seen=None):
+    """`count` draws from one row of logits: rows of one batch with different (row, step)."""
+    logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    seen = None if seen is None else jnp.broadcast_to(jnp.asarray(seen), logits.shape)
+    index = np.arange(count, dtype=np.int32)
+    tokens, _ = draw(logits, params.arrays(), params.kind, seen, jnp.asarray(index % 64), jnp.asarray(index // 64))
+    return np.asarray(tokens)
+
+
+CASES = [
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.5),
+    SamplingParams(temperature=2.0, top_k=5),
+    SamplingParams(temperature=1.0, top_p=0.7),
+    SamplingParams(temperature=1.0, min_p=0.2),
+    SamplingParams(temperature=1.3, top_k=7, top_p=0.8, min_p=0.1),
+    SamplingParams(temperature=1.0, repetition_penalty=1.7, top_p=0.9),
+    SamplingParams(temperature=0.7, repetition_penalty=0.6, top_k=4),
+    SamplingParams(temperature=1.0, top_p=1e-9),
+    SamplingParams(temperature=1.0, top_k=1),
+    SamplingParams(temperature=1.0, min_p=1.0),
+    SamplingParams(temperature=3.0, top_k=1000, top_p=0.999),
+]
+
+
+@pytest.mark.parametrize("params", CASES, ids=str)
+def test_draws_follow_the_distribution(params):
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 1.5, 16).astype(np.float32)
+    seen = rng.random(16) < 0.5
+    wanted = survivors(logits, params, seen if params.kind.penalised else None)
+    count = 20_000
+    seen_by_count = np.bincount(draws(logits, params, count, seen if params.kind.penalised else None), minlength=16)
+    assert (seen_by_count[wanted == 0] == 0).all(), "a filtered token was drawn"
+    expected = wanted * count
+    chi_square = ((seen_by_count - expected)[wanted > 0] ** 2 / expected[wanted > 0]).sum()
+    degrees = (wanted > 0).sum() - 1
+    assert chi_square < degrees + 5 * np.sqrt(2 * max(degrees, 1)) + 5  # five sigmas and a little: the seed is fixed
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    temperature=st.sampled_from([0.05, 0.7, 1.0, 5.0]),
+    top_k=st.sampled_from([0, 1, 2, 5, 12, 40]),
+    top_p=st.sampled_from([0.013, 0.31, 0.77, 0.951, 1.0]),
+    min_p=st.sampled_from([0.0, 0.017, 0.33, 1.0]),
+    penalty=st.sampled_from([1.0, 0.5, 1.9]),
+    coarse=st.booleans(),
+)
+def test_exactly_the_right_tokens_survive(seed, temperature, top_k, top_p, min_p, penalty, coarse):
+    """With the noise taken to its extremes every survivor is drawn at some step, and nothing else ever is."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1, 12).astype(np.float32)
+    if coarse:  # many ties
+        logits = np.round(logits)
+    params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
+    seen = rng.random(12) < 0.4
+    wanted = survivors(logits, params, seen if params.kind.penalised else None)
+    drawn = set(draws(logits, params, 4096, seen if params.kind.penalised else None).tolist())
+    assert drawn <= set(np.flatnonzero(wanted).tolist())
+    assert set(np.flatnonzero(wanted > 0.01).tolist()) <= drawn
+
+
+def test_ties_go_to_the_lowest_id():
+    logits = jnp.asarray([[1.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]], jnp.float32)
+    rows = jnp.arange(2)
+    greedy = SamplingParams()
+    tokens, _ = draw(logits, greedy.arrays(), greedy.kind, None, rows, rows)
+    assert tokens.tolist() == [1, 0]
+    two = SamplingParams(temperature=1.0, top_k=2)
+    assert set(draws(np.asarray(logits[0]), two, 500).tolist()) == {1, 2}
+    # 3 of 5 equal tokens hold 0.6 of the mass, two hold only 0.4
+    nucleus = SamplingParams(temperature=1.0, top_p=0.5)
+    assert set(draws(np.zeros(5), nucleus, 500).tolist()) == {0, 1, 2}
+
+
+def test_the_penalty_moves_greedy_choices_and_leaves_logprobs_raw():
+    logits = jnp.asarray([[2.0, 1.9, -1.0, -1.1], [-2.0, -1.0, -1.1, -9.0]], jnp.float32)
+    seen = jnp.asarray([[True, False, False, False], [False, True, False, False]])
+    params = SamplingParams(repetition_penalty=1.5)
+    tokens, logprobs = draw(logits, params.arrays(), params.kind, seen, jnp.arange(2), jnp.zeros(2, jnp.int32))
+    assert tokens.tolist() == [1, 2]
+    raw = np.asarray(logits, np.float64)
+    wanted = raw - np.log(np.exp(raw).sum(axis=1))[:, None]
+    np.testing.assert_allclose(np.asarray(logprobs), [wanted.item(0, 1), wanted.item(1, 2)], atol=1e-6)
+
+
+def test_a_draw_depends_on_seed_row_and_step_alone():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0, 0.1, (4, 500)), jnp.float32)
+
+    def run(batch, rows, steps, **numbers):
+        params = SamplingParams(**{"temperature": 1.0, "seed": 7, **numbers})
+        steps = jnp.full((len(rows),), steps, jnp.int32)
+        return draw(batch, params.arrays(), params.kind, None, jnp.asarray(rows), steps)[0].tolist()
+
+    whole = run(logits, [0, 1, 2, 3], 5)
+    assert whole == run(logits, [0, 1, 2, 3], 5)
+    assert [run(logits[row : row + 1], [row], 5)[0] for row in range(4)] == whole
+    assert run(logits[::-1], [3, 2, 1, 0], 5) == whole[::-1]
+    same_logits = jnp.broadcast_to(logits[:1], logits.shape)
+    assert len(set(run(same_logits, [0, 1, 2, 3], 5))) > 1
+    assert len({run(logits[:1], [0], step)[0] for step in range(8)}) > 1
+    assert len({run(logits[:1], [0], 5, seed=seed)[0] for seed in (0, 1, 2, 2**31, 2**32 - 1)}) > 1
+
+
+def test_a_filter_changes_only_what_it_removes():
+    logits = np.random.default_rng(1).normal(0, 1, 64)
+    free = draws(logits, SamplingParams(temperature=1.0), 1000)
+    kept = draws(logits, SamplingParams(temperature=1.0, top_k=20), 1000)
+    best = set(np.argsort(-logits)[:20].tolist())
+    pairs = [(before, after) for before, after in zip(free, kept, strict=True) if before in best]
+    assert 0 < len(pairs) < 1000
+    assert all(before == after for before, after in pairs)
+
+
+def test_new_numbers_compile_nothing():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def counted(*arguments):
+        traces.append(arguments[2])
+        return sample(*arguments)
+
+    logits = jnp.zeros((1, 8), jnp.float32)
+    index = jnp.zeros((1,), jnp.int32)
+    for temperature, top_p, seed in [(0.5, 0.5, 0), (0.9, 0.3, 1), (1.4, 1e-3, 99)]:
+        params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
+        counted(logits, params.arrays(), params.kind, None, index, index)
+    assert traces == [SamplingKind(greedy=False, filtered=True, penalised=False)]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-6, 1e30])
+def test_extreme_temperatures_stay_finite(temperature):
+    logits = np.asarray([-50.0, 60.0, 59.0, 0.0])
+    for params in (SamplingParams(temperature=temperature), SamplingParams(temperature=temperature, top_p=0.9)):
+        tokens = draws(logits, params, 200)
+        if temperature < 1:
+            assert (tokens == 1).all()
+        else:
+            assert set(tokens.tolist()) == {0, 1, 2, 3}
+
+
+def test_a_large_vocabulary_keeps_its_tail_at_top_p_one():
+    """float32 sums of 10⁵ probabilities are not exactly 1; that must not remove tokens."""
+    params = SamplingParams(temperature=1.0, top_k=99_999)
+    logits = jnp.zeros((8, 100_000), jnp.float32)
+    tokens, logprobs = draw(logits, params.arrays(), params.kind, None, jnp.arange(8), jnp.zeros(8, jnp.int32))
+    assert len(set(tokens.tolist())) == 8
+    np.testing.assert_allclose(logprobs, -np.log(100_000), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "culprit"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": -1}, "top-k"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"top_p": 1.5}, "top-p"),
+        ({"min_p": -0.5}, "min-p"),
+        ({"min_p": 2.0}, "min-p"),
+        ({"repetition_penalty": 0.0}, "repetition penalty"),
+        ({"repetition_penalty": -1.0}, "repetition penalty"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(numbers, culprit):
+    with pytest.raises(UserError, match=culprit):
+        SamplingParams(**numbers)

@@ -1,0 +1,84 @@
+"""Small tokenizers of the kinds that Llama and Qwen checkpoints bring, made without a download."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_WORDS = ("the", "dog", "is", "stop", "no")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ raise_exception('only user and assistant speak here') }}{% endif %}"
+    "{{ message.role }} {{ message.content }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def _bpe(vocabulary: list[str], words: list[str], **options: Any) -> models.BPE:
+    """A BPE model whose merges spell out `words` letter by letter."""
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(vocabulary))}
+    merges = []
+    for word in words:
+        for length in range(2, len(word) + 1):
+            merge = (word[: length - 1], word[length - 1])
+            if vocab.setdefault(word[:length], len(vocab)) is not None and merge not in merges:
+                merges.append(merge)
+    return models.BPE(vocab=vocab, merges=merges, **options)
+
+
+def byte_level() -> Tokenizer:
+    """As Qwen and Llama 3: every character of a token's name is a byte, so that a token may hold half a letter."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # half of an emoji, and a letter joined to the first byte of "é"
+    halves = ["ðŁ", "aÃ"]
+    tokenizer = Tokenizer(_bpe(["<s>", "</s>", *alphabet], [*_WORDS, *("Ġ" + word for word in _WORDS), *halves]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("→✓", normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def llama2() -> Tokenizer:
+    """As Llama 2: ▁ for a space, one put in front of the text, and a token for every byte of unknown letters."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *_LETTERS, ".", "é"]
+    tokenizer = Tokenizer(_bpe(tokens, ["▁" + word for word in _WORDS], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """Byte fallback with the Metaspace decoder, which drops the first token's space by itself."""
+    tokenizer = llama2()
+    tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return tokenizer
+
+
+def words() -> Tokenizer:
+    """Whole words without any decoder: they are joined by spaces."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None = None) -> Path:
+    """Save the files that a checkpoint's folder has of its tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 16}
+    for name, token in (("bos_token", "<s>"), ("eos_token", "</s>")):
+        if tokenizer.token_to_id(token) is not None:
+            config[name] = token
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
