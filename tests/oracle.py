@@ -24,15 +24,16 @@ Weights = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How a retrieval head picks pages; `budget` (the cap of every rule), `sink` and `recent` count pages."""
+    """How a retrieval head picks pages; `budget` (the cap of every rule), `sink` and `recent` count pages.
+
+    `amount` is the share of pages ("ratio"), the mass to hold ("top_p") or the mass that a page needs ("threshold").
+    """
 
     budget: int
     sink: int = 0
     recent: int = 0
     name: str = "budget"
-    ratio: float = 1.0
-    top_p: float = 1.0
-    threshold: float = 0.0
+    amount: float = 0.0
     page_score: str = "max"
 
 
@@ -86,7 +87,7 @@ def _wanted(scores: Array, forced: set[int], rest: list[int], rule: Rule) -> tup
     if rule.name == "budget":
         return rule.budget, math.inf
     if rule.name == "ratio":  # of the decimal that a person wrote, not of its binary neighbour: 0.07 of 100 pages are 7
-        return max(math.ceil(Fraction(str(rule.ratio)) * P), rule.sink + rule.recent), math.inf
+        return max(math.ceil(Fraction(str(rule.amount)) * P), rule.sink + rule.recent), math.inf
     if rule.name == "forced":
         return rule.sink + rule.recent, math.inf
     if P == 0:
@@ -95,11 +96,11 @@ def _wanted(scores: Array, forced: set[int], rest: list[int], rule: Rule) -> tup
     mass = weights / weights.sum()
     if rule.name == "top_p":
         held = [sum(mass[page] for page in [*forced, *rest[:n]]) for n in range(len(rest) + 1)]
-        n = next((n for n, total in enumerate(held) if total >= rule.top_p), len(rest))
-        return len(forced) + n, min(abs(total - rule.top_p) for total in held)
+        n = next((n for n, total in enumerate(held) if total >= rule.amount), len(rest))
+        return len(forced) + n, min(abs(total - rule.amount) for total in held)
     if rule.name == "threshold":
-        n = sum(bool(mass[page] >= rule.threshold) for page in rest)
-        return len(forced) + n, min((abs(mass[page] - rule.threshold) for page in rest), default=math.inf)
+        n = sum(bool(mass[page] >= rule.amount) for page in rest)
+        return len(forced) + n, min((abs(mass[page] - rule.amount) for page in rest), default=math.inf)
     raise ValueError(rule.name)
 
 

@@ -1,0 +1,280 @@
+"""The ops against the float64 oracle, over pools that hold NaN wherever nothing was ever written."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import pallas_kernels as ops
+from pallas_kernels import Selection, dispatch
+
+from . import oracle
+
+PAGES = 6
+KV_HEADS = 3
+BUDGET = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The shapes that a kernel may depend on."""
+
+    page_size: int
+    head_dim: int
+    group: int
+    dtype: str = "float32"
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def tolerance(self) -> float:
+        """Of an output: a convex mix of values of size 1, rounded to `dtype`; scores are float32 in either."""
+        return 2e-5 if self.dtype == "float32" else 2e-2
+
+
+SHAPES = [
+    Shape(1, 8, 1),
+    Shape(3, 16, 7),
+    Shape(16, 64, 4),
+    Shape(64, 128, 2),
+    Shape(3, 64, 8, "bfloat16"),
+    Shape(16, 128, 4, "bfloat16"),
+    Shape(64, 8, 1, "bfloat16"),
+]
+
+
+@dataclasses.dataclass
+class Cache:
+    """A ragged batch whose lengths sit at the borders of pages, and queries peaked enough that pages differ."""
+
+    q: Any
+    kv_pages: Any
+    page_table: Any
+    lengths: Any
+
+    @property
+    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        return jnp.asarray(self.q), jnp.asarray(self.kv_pages), jnp.asarray(self.page_table), jnp.asarray(self.lengths)
+
+
+def make_cache(shape: Shape, seed: int = 0, lengths: Sequence[int] | None = None) -> Cache:
+    """Permuted pages, a prefix page that rows share, a page table that ends in garbage."""
+    rng = np.random.default_rng(seed)
+    page, dtype = shape.page_size, jnp.dtype(shape.dtype)
+    if lengths is None:
+        lengths = [0, 1, page - 1, page, page + 1, 4 * page + page // 2 + 1, PAGES * page]
+    B, P = len(lengths), oracle.page_count(max(lengths), page)
+    # Page 0 and the last page belong to nobody: where a bad entry of the table gets clipped or wrapped to.
+    num_pages = B * P + 2
+    kv_pages = np.full((num_pages, KV_HEADS, page, 2 * shape.head_dim), np.nan, np.float32)
+    free = iter(1 + rng.permutation(num_pages - 2))
+    garbage = np.array([-1, -7, num_pages, num_pages - 1, 0, 2**31 - 1, -(2**31)])
+    page_table = rng.choice(garbage, (B, P)).astype(np.int32)
+    for b, length in enumerate(lengths):
+        for p in range(oracle.page_count(length, page)):
+            if p == 0 and b == B - 1:
+                page_table[b, p] = page_table[B - 2, p]  # a shared prefix
+                continue
+            page_table[b, p] = next(free)
+            used = min(page, length - p * page)
+            kv_pages[page_table[b, p], :, :used] = rng.standard_normal((KV_HEADS, used, 2 * shape.head_dim))
+    q = 3 * rng.standard_normal((B, KV_HEADS, shape.group, shape.head_dim), np.float32)
+    return Cache(q.astype(dtype), kv_pages.astype(dtype), page_table, np.array(lengths, np.int32))
+
+
+def run(op: Any, *args: Any, **static: Any) -> Any:
+    """One compiled call of the XLA implementation, and the proof that it was no other."""
+    with ops.recorded() as calls:
+        result = jax.jit(functools.partial(op, implementation="xla", **static))(*args)
+    assert calls == [(op.__name__, "xla")]
+    return result
+
+
+def some_pages(cache: Cache, page_size: int, most: int = BUDGET) -> list[list[list[int]]]:
+    """For every row and KV head a random set of its pages, at most `most` of them, for some heads none."""
+    rng = np.random.default_rng(1)
+    sizes = [oracle.page_count(int(length), page_size) for length in cache.lengths]
+    return [
+        [sorted(rng.permutation(P)[: (most - k - b) % (most + 1)].tolist()) for k in range(KV_HEADS)]
+        for b, P in enumerate(sizes)
+    ]
+
+
+def padded(pages: Sequence[Sequence[Sequence[int]]], width: int) -> Selection:
+    """Lists of pages as the arrays that ops hand to each other."""
+    array = [[[*head, *[-1] * (width - len(head))] for head in row] for row in pages]
+    counts = [[len(head) for head in row] for row in pages]
+    return Selection(jnp.array(array, jnp.int32), jnp.array(counts, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [(SHAPES[0], "max"), (SHAPES[2], "lse"), (SHAPES[4], "max"), (SHAPES[5], "lse")], ids=str
+)
+def test_dense_decode_and_its_page_scores(shape: Shape, kind: str) -> None:
+    heads = [2, 0] if kind == "max" else [1]
+    cache = make_cache(shape)
+    out, scores = run(ops.dense_decode, *cache.arrays, jnp.array(heads, jnp.int32), scale=shape.scale, page_scores=kind)
+    want, want_scores = oracle.dense_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads, scale=shape.scale, score=kind
+    )
+    assert out.dtype == cache.q.dtype
+    assert scores.dtype == jnp.float32
+    assert scores.shape == (len(cache.lengths), len(heads), PAGES)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    for b, row in enumerate(want_scores):
+        for r, head in enumerate(row):
+            np.testing.assert_allclose(scores[b, r, : len(head)], head, atol=5e-5, rtol=1e-5)
+
+
+def test_dense_decode_without_scores_and_sparse_decode_of_all_pages_are_the_same_attention() -> None:
+    shape = SHAPES[2]
+    cache = make_cache(shape)
+    heads = jnp.array([0, 2], jnp.int32)
+    scored, _ = run(ops.dense_decode, *cache.arrays, heads, scale=shape.scale, page_scores="max")
+    plain, nothing = run(ops.dense_decode, *cache.arrays, heads, scale=shape.scale)
+    assert nothing is None
+    np.testing.assert_allclose(plain, scored, atol=1e-6)
+    every = [[list(range(oracle.page_count(int(n), shape.page_size)))] * KV_HEADS for n in cache.lengths]
+    sparse = run(ops.sparse_decode, *cache.arrays, padded(every, PAGES), heads, scale=shape.scale)
+    np.testing.assert_allclose(sparse, scored, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5]], ids=str)
+def test_sparse_decode_reads_the_selected_pages_only(shape: Shape) -> None:
+    heads = [1, 2]
+    cache = make_cache(shape)
+    pages = some_pages(cache, shape.page_size)
+    got = run(ops.sparse_decode, *cache.arrays, padded(pages, BUDGET), jnp.array(heads, jnp.int32), scale=shape.scale)
+    want = oracle.sparse_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, scale=shape.scale
+    )
+    assert got.dtype == cache.q.dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=shape.tolerance)
+
+
+def check_hybrid(shape: Shape, cache: Cache, heads: list[int], rule: oracle.Rule) -> None:
+    pages = some_pages(cache, shape.page_size, rule.budget)
+    out, selection = run(
+        ops.hybrid_decode,
+        *cache.arrays,
+        padded(pages, rule.budget),
+        jnp.array(heads, jnp.int32),
+        scale=shape.scale,
+        budget_pages=rule.budget,
+        sink_pages=rule.sink,
+        recent_pages=rule.recent,
+        rule=rule.name,
+        amount=rule.amount,
+        page_scores=rule.page_score,
+    )
+    want, handed, margin = oracle.hybrid_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, rule, scale=shape.scale
+    )
+    assert margin > 1e-4, "another seed: this one decides by rounding"
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    expected = padded(handed, rule.budget)
+    np.testing.assert_array_equal(selection.pages, expected.pages)
+    np.testing.assert_array_equal(selection.counts, expected.counts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    list(zip(SHAPES, [[0], [2, 1], [1], [2], [0, 2], [1], [2, 0]], strict=True)),
+    ids=str,
+)
+def test_hybrid_decode_mixes_the_roles_of_a_layer(shape: Shape, heads: list[int]) -> None:
+    check_hybrid(shape, make_cache(shape, seed=1), heads, oracle.Rule(BUDGET, 1, 1))
+
+
+@pytest.mark.parametrize("heads", [[], [0, 1, 2]], ids=["none retrieves", "all retrieve"])
+def test_hybrid_decode_of_one_role_alone(heads: list[int]) -> None:
+    check_hybrid(SHAPES[1], make_cache(SHAPES[1]), heads, oracle.Rule(BUDGET, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        oracle.Rule(BUDGET, 0, 1, "ratio", 0.5),
+        oracle.Rule(BUDGET, 1, 1, "top_p", 0.9, "lse"),
+        oracle.Rule(BUDGET, 0, 1, "threshold", 0.15, "lse"),
+        oracle.Rule(BUDGET, 1, 1, "forced"),
+        oracle.Rule(BUDGET, 1, 1, page_score="lse"),
+    ],
+    ids=lambda rule: rule.name,
+)
+def test_hybrid_decode_under_every_rule(rule: oracle.Rule) -> None:
+    check_hybrid(SHAPES[1], make_cache(SHAPES[1]), [2, 0], rule)
+
+
+def test_hybrid_decode_over_more_pages_than_one_pass_holds() -> None:
+    """A long cache and a wide selection, so that an implementation that goes block by block needs several."""
+    shape = Shape(64, 8, 2)
+    cache = make_cache(shape, lengths=[18 * 64 + 5, 39 * 64, 64])
+    check_hybrid(shape, cache, [1], oracle.Rule(20, 1, 2))
+
+
+def test_a_named_implementation_runs_or_raises() -> None:
+    shape = SHAPES[1]
+    args = (*make_cache(shape).arrays, jnp.array([0], jnp.int32))
+    for name in ("mosaic_tpu", "mosaic_gpu"):
+        with pytest.raises(NotImplementedError, match=name):
+            ops.dense_decode(*args, scale=shape.scale, implementation=name)
+    with pytest.raises(ValueError, match="xla"):
+        ops.dense_decode(*args, scale=shape.scale, implementation="triton")
+
+
+def test_without_a_name_a_refusal_falls_back_and_an_error_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES[1]
+    args = (*make_cache(shape).arrays, jnp.array([0], jnp.int32))
+    error: Exception = NotImplementedError("mosaic_tpu: no such head_dim")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setitem(dispatch._OPS, "mosaic_tpu", {"dense_decode": refuse})
+    monkeypatch.setitem(dispatch._PREFERENCE, jax.default_backend(), ("mosaic_tpu", "xla"))
+    with ops.recorded() as calls:
+        ops.dense_decode(*args, scale=shape.scale)
+    assert calls == [("dense_decode", "xla")]
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        ops.dense_decode(*args, scale=shape.scale, implementation="mosaic_tpu")
+    error = ValueError("bad input")
+    with pytest.raises(ValueError, match="bad input"):
+        ops.dense_decode(*args, scale=shape.scale)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kv_pages": (9, 2, 4, 16)}, "kv_pages"),
+        ({"kv_pages": (9, 3, 4, 15)}, "kv_pages"),
+        ({"page_table": (3, 5)}, "rows"),
+        ({"lengths": (1,)}, "rows"),
+        ({"heads": (4,)}, "heads"),
+        ({"budget_pages": 0}, "budget"),
+        ({"sink_pages": -1}, "sink"),
+        ({"recent_pages": -1}, "recent"),
+        ({"sink_pages": 3, "recent_pages": 2}, "forced"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_a_value_error(wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a user has it: without the tests' import hook, only the ops' own checks stand.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    shapes = {"q": (2, 3, 1, 8), "kv_pages": (9, 3, 4, 16), "page_table": (2, 5), "lengths": (2,), "heads": (1,)}
+    shapes |= {name: shape for name, shape in wrong.items() if name in shapes}
+    floats: dict[str, Any] = {name: jnp.zeros(shapes[name]) for name in ("q", "kv_pages")}
+    ints: dict[str, Any] = {name: jnp.zeros(shapes[name], jnp.int32) for name in ("page_table", "lengths", "heads")}
+    selection = Selection(jnp.zeros((2, 3, 4), jnp.int32), jnp.zeros((2, 3), jnp.int32))
+    policy: dict[str, Any] = {"budget_pages": 4, "sink_pages": 1, "recent_pages": 1}
+    policy |= {name: value for name, value in wrong.items() if name in policy}
+    with pytest.raises(ValueError, match=message):
+        ops.hybrid_decode(**floats, **ints, selection=selection, scale=1.0, **policy)
