@@ -56,7 +56,7 @@ def extend_attention(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    kv_pages: Float[Array, "num_pages K page_size 2H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, "B"],
     *,

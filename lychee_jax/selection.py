@@ -1,12 +1,20 @@
 """The selection policy: how many pages a head may read, and by which rule they are picked."""
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 from lychee_jax.errors import UserError
 from pallas_kernels.types import PageScores, Rule, Selection
 
 __all__ = ["Selection", "SelectionPolicy"]
+
+
+class PageCounts(TypedDict):
+    """The policy's numbers in pages, named as the ops name them."""
+
+    budget_pages: int
+    sink_pages: int
+    recent_pages: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,7 @@ class SelectionPolicy:
                 f"more than the budget of {self.budget} holds ({numbers['budget_pages']})"
             )
 
-    def pages(self, page_size: int) -> dict[str, int]:
+    def pages(self, page_size: int) -> PageCounts:
         """The token counts as page counts."""
         return {
             "budget_pages": self.budget // page_size,

@@ -18,7 +18,7 @@ from pallas_kernels.types import PageScores, Rule, Selection
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 
-_OPS: dict[Implementation, dict[str, Callable[..., Any]]] = {
+_OPS: dict[str, dict[str, Callable[..., Any]]] = {
     "xla": {
         "dense_decode": reference.dense_decode,
         "sparse_decode": reference.sparse_decode,
@@ -26,21 +26,19 @@ _OPS: dict[Implementation, dict[str, Callable[..., Any]]] = {
         "hybrid_decode": reference.hybrid_decode,
     },
 }
-_PREFERENCE: dict[str, tuple[Implementation, ...]] = {
+_PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("mosaic_tpu", "xla"),
     "gpu": ("mosaic_gpu", "xla"),
     "cpu": ("xla",),
 }
 
-_record: contextvars.ContextVar[list[tuple[str, Implementation]] | None] = contextvars.ContextVar(
-    "_record", default=None
-)
+_record: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("_record", default=None)
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[tuple[str, Implementation]]]:
+def recorded() -> Iterator[list[tuple[str, str]]]:
     """Collect (op, implementation) for every op traced inside the block (a cached compilation traces nothing)."""
-    calls: list[tuple[str, Implementation]] = []
+    calls: list[tuple[str, str]] = []
     token = _record.set(calls)
     try:
         yield calls
@@ -48,7 +46,7 @@ def recorded() -> Iterator[list[tuple[str, Implementation]]]:
         _record.reset(token)
 
 
-def available(op: str) -> tuple[Implementation, ...]:
+def available(op: str) -> tuple[str, ...]:
     """The implementations of an op that this version has."""
     return tuple(name for name, ops in _OPS.items() if op in ops)
 

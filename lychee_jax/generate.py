@@ -1,0 +1,457 @@
+"""Generation: token ids in, token ids out. The host prepares, sends the next block of steps before it reads the last
+one, and never decides anything a step would have to wait for.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lychee_jax.cache import CacheLayout, make_pools, next_power_of_two, pages_for
+from lychee_jax.errors import UserError
+from lychee_jax.heads import HeadMap
+from lychee_jax.model import Decoder
+from lychee_jax.programs import (
+    Block,
+    DecodePlan,
+    ModelSpec,
+    Pools,
+    Rows,
+    correct_cache,
+    decode_block,
+    first_token,
+    prefill_chunk,
+)  # fmt: skip
+from lychee_jax.rope import rotary_tables
+from lychee_jax.sampling import SamplingParams
+from lychee_jax.selection import SelectionPolicy
+
+AttentionMode = Literal["auto", "hybrid", "dense"]
+
+# Tokens of all rows together that one prefill program takes: bounds its temporaries.
+_CHUNK_TOKENS = {"cpu": 512, "gpu": 4096, "tpu": 2048}
+# Decode steps that one program runs before the host hears of them.
+_BLOCK_STEPS = 8
+# Rows share the pages of a common beginning from this many tokens on; below, a pass of its own is not worth it.
+_SHARE_TOKENS = 256
+# `auto` is dense below this many tokens: where hybrid decoding was measured to stop winning (docs/results.md).
+_DENSE_BELOW = {"cpu": 4096, "gpu": 16384, "tpu": 16384}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Everything a caller may choose; `heads=None` lets every head retrieve, `eos_ids` end a row."""
+
+    attention: AttentionMode = "auto"
+    heads: HeadMap | None = None
+    policy: SelectionPolicy = SelectionPolicy()
+    page_size: int = 64
+    max_new_tokens: int = 128
+    sampling: SamplingParams = SamplingParams()
+    eos_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    correct_every: int = 0
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.attention not in get_args(AttentionMode):
+            raise UserError(f"attention is {self.attention!r}; use one of {', '.join(get_args(AttentionMode))}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if self.correct_every < 0:
+            raise UserError(f"correct_every is {self.correct_every}; it must be 0 (off) or a number of tokens")
+        self.policy.validate(self.page_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One token position of all rows: `tokens [B]` (−1: the row had ended) and `logprobs [B]`."""
+
+    index: int
+    tokens: np.ndarray
+    logprobs: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds. The first token of a row belongs to the prefill; `tokens_per_s` counts all others, of all rows.
+
+    `compile_s` is the time of calls that had to compile; it is in neither of the other two.
+    """
+
+    prefill_s: float
+    decode_s: float
+    tokens_per_s: float
+    compile_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What was generated: one entry a row, a stopping eos included."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    timing: Timing
+    attention: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Prefilled:
+    """Prompts in the cache, ready to be decoded. Decoding consumes it unless told to keep it."""
+
+    prompts: list[list[int]]
+    page_size: int
+    capacity: int
+    pools: Pools | None
+    page_table: jax.Array
+    last: jax.Array
+    prefill_s: float
+    compile_s: float
+
+
+class _Compiling:
+    """Adds up the seconds of calls that had to compile: dispatch alone takes well under a millisecond."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self, program: Any, *args: Any) -> Any:
+        known, started = program._cache_size(), time.perf_counter()
+        out = program(*args)
+        if program._cache_size() != known:
+            self.seconds += time.perf_counter() - started
+        return out
+
+
+class Engine:
+    """A model ready to generate."""
+
+    def __init__(self, model: Decoder):
+        self.config = model.config
+        self.spec, self.weights = ModelSpec.split(model)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of weights, activations and cache."""
+        return self.weights[0].dtype
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Raise UserError for prompts that this model cannot take."""
+        if not prompts:
+            raise UserError("there is no prompt; give at least one")
+        for row, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise UserError(f"prompt {row} is empty; every prompt needs at least one token")
+            for token in prompt:
+                if not 0 <= token < self.config.vocab_size:
+                    raise UserError(
+                        f"prompt {row} has token id {token}; the vocabulary has ids 0 to {self.config.vocab_size - 1}"
+                    )
+        longest = max(len(prompt) for prompt in prompts)
+        if longest + max_new_tokens > self.config.max_tokens:
+            raise UserError(
+                f"the longest prompt has {longest} tokens; with {max_new_tokens} new ones that exceeds "
+                f"the model's limit of {self.config.max_tokens}"
+            )
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        page_size: int = 64,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Prefilled:
+        """Read prompts into a fresh cache with room for `max_new_tokens` more; `on_prefill(done, total)` in tokens."""
+        self.check_prompts(prompts, max_new_tokens)
+        if page_size < 1:
+            raise UserError(f"page size is {page_size}; it must be at least 1")
+        started, call = time.perf_counter(), _Compiling()
+        rows = [list(prompt) for prompt in prompts]
+        shared = self._shared_pages(rows, page_size)
+        layout = CacheLayout.plan([len(row) + max_new_tokens for row in rows], page_size, shared=shared)
+        pools = make_pools(self.config, layout.num_pages, page_size, self.dtype)
+        table = jnp.asarray(layout.page_table)
+        first = shared * page_size
+        total = first + max(len(row) for row in rows) - first
+        last = jnp.zeros((len(rows), self.config.hidden_size), self.dtype)
+
+        def report(done: int) -> None:
+            if on_prefill is not None:
+                on_prefill(done, total)
+
+        report(0)
+        if shared:
+            one = jnp.zeros((1, self.config.hidden_size), self.dtype)
+            pools, _ = self._feed(call, pools, one, table[:1], [rows[0][:first]], 0, page_size, report)
+        pools, last = self._feed(call, pools, last, table, rows, first, page_size, report)
+        last.block_until_ready()
+        elapsed = time.perf_counter() - started - call.seconds
+        return Prefilled(rows, page_size, max_new_tokens, pools, table, last, elapsed, call.seconds)
+
+    def _shared_pages(self, rows: list[list[int]], page_size: int) -> int:
+        """Whole pages that all rows begin with; every row keeps at least one token of its own."""
+        longest = max(len(row) for row in rows)
+        stretched = self.config.rope.kind == "dynamic" and longest > self.config.max_position_embeddings
+        if len(rows) == 1 or stretched:  # a dynamic base makes keys depend on the whole prompt
+            return 0
+        shortest = min(len(row) for row in rows) - 1
+        matrix = np.asarray([row[:shortest] for row in rows])
+        differs = np.flatnonzero((matrix != matrix[:1]).any(axis=0))
+        common = int(differs[0]) if differs.size else shortest
+        return common // page_size if common >= max(_SHARE_TOKENS, page_size) else 0
+
+    def _feed(
+        self,
+        call: _Compiling,
+        pools: Pools,
+        last: jax.Array,
+        table: jax.Array,
+        rows: list[list[int]],
+        first: int,
+        page_size: int,
+        report: Callable[[int], None],
+    ) -> tuple[Pools, jax.Array]:
+        """Send the rows' tokens from position `first` on through the prefill program, chunk by chunk."""
+        lengths = np.asarray([len(row) for row in rows], np.int32)
+        end = int(lengths.max())
+        share = _CHUNK_TOKENS.get(jax.default_backend(), 512) // next_power_of_two(len(rows))
+        most = max(1, share // page_size)
+        chunk = page_size * min(most, next_power_of_two(pages_for(end - first, page_size)))
+        waiting: collections.deque[tuple[jax.Array, int]] = collections.deque()
+        for start in range(first, end, chunk):
+            tokens = np.zeros((len(rows), chunk), np.int32)
+            for index, row in enumerate(rows):
+                piece = row[start : start + chunk]
+                tokens[index, : len(piece)] = piece
+            counts = np.clip(lengths - start, 0, chunk)
+            positions = np.broadcast_to(start + np.arange(chunk), tokens.shape)
+            cos, sin = self._rotary(positions, lengths)
+            starts = np.full(len(rows), start, np.int32)
+            pools, last = call(
+                prefill_chunk, self.spec, self.weights, pools, last, table, tokens, cos, sin, starts,
+                counts.astype(np.int32),
+            )  # fmt: skip
+            # The next chunk takes `last` over; a copy lets the host learn how far the device has come.
+            waiting.append((last[:1, :1] + 0, min(start + chunk, end)))
+            if len(waiting) > 1:
+                marker, done = waiting.popleft()
+                marker.block_until_ready()
+                report(done)
+        for marker, done in waiting:
+            marker.block_until_ready()
+            report(done)
+        return pools, last
+
+    def _rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions, lengths)
+        return jnp.asarray(cos), jnp.asarray(sin)
+
+    def decode(self, prefilled: Prefilled, options: GenerateOptions, *, keep: bool = False) -> "Stream":
+        """Generate from a filled cache. With `keep`, the cache is copied first and can be decoded again."""
+        if options.page_size != prefilled.page_size:
+            raise UserError(f"the cache has pages of {prefilled.page_size} tokens, not {options.page_size}")
+        if options.max_new_tokens > prefilled.capacity:
+            raise UserError(
+                f"the cache has room for {prefilled.capacity} new tokens; {options.max_new_tokens} were asked for"
+            )
+        if options.heads is not None:
+            options.heads.check(self.config)
+        if prefilled.pools is None:
+            raise UserError("this cache was decoded already; prefill again, or decode it with keep=True")
+        pools = tuple(jnp.copy(pool) for pool in prefilled.pools) if keep else prefilled.pools
+        if not keep:
+            prefilled.pools = None
+        return Stream(self, prefilled, pools, options)
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerateOptions,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> "Stream":
+        """Prefill, then iterate over the new tokens as they come."""
+        prefilled = self.prefill(
+            prompts, max_new_tokens=options.max_new_tokens, page_size=options.page_size, on_prefill=on_prefill
+        )
+        return self.decode(prefilled, options)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerateOptions,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """Prefill and decode to the end."""
+        stream = self.stream(prompts, options, on_prefill)
+        for _ in stream:
+            pass
+        return stream.result()
+
+
+class Stream(Iterator[Step]):
+    """The tokens of one generation as they come: iterate, `finish(row)` to end a row early, then `result()`."""
+
+    def __init__(self, engine: Engine, prefilled: Prefilled, pools: Pools, options: GenerateOptions):
+        self._engine = engine
+        self._options = options
+        self._table = prefilled.page_table
+        self._pools = pools
+        self._prompt_lengths = np.asarray([len(prompt) for prompt in prefilled.prompts])
+        self._prefill_s = prefilled.prefill_s
+        batch = len(prefilled.prompts)
+        self._running = np.ones(batch, bool)
+        self._tokens: list[list[int]] = [[] for _ in range(batch)]
+        self._logprobs: list[list[float]] = [[] for _ in range(batch)]
+        self._pages_read = 0
+        self._pages_held = 0
+        self._call = _Compiling()
+        self._compiled_before = prefilled.compile_s
+        self._finished_at = self._decoding_since = time.perf_counter()
+        self._sampling = options.sampling.arrays()
+        eos = () if options.ignore_eos else options.eos_ids
+        # Padded with an id that no token has, so that --ignore-eos compiles nothing new.
+        width = max(4, next_power_of_two(len(eos)))
+        self._eos = jnp.asarray([*eos, *[-1] * (width - len(eos))], jnp.int32)
+        self._steps = self._generate(prefilled)
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Step:
+        return next(self._steps)
+
+    def finish(self, row: int) -> None:
+        """End a row after the tokens already handed out."""
+        self._running[row] = False
+
+    def result(self) -> Result:
+        """Everything handed out so far."""
+        decode_s = max(0.0, self._finished_at - self._decoding_since - self._call.seconds)
+        count = sum(len(row) for row in self._tokens) - len(self._tokens)
+        options, config = self._options, self._engine.config
+        heads = options.heads or HeadMap.all(config)
+        return Result(
+            [list(row) for row in self._tokens],
+            [list(row) for row in self._logprobs],
+            Timing(
+                self._prefill_s,
+                decode_s,
+                count / decode_s if count > 0 and decode_s > 0 else 0.0,
+                self._compiled_before + self._call.seconds,
+            ),
+            {
+                "mode": options.attention,
+                "heads": heads.model,
+                "retrieval_heads": heads.num_retrieval,
+                "kv_heads": heads.num_layers * heads.num_kv_heads,
+                "page_size": options.page_size,
+                "budget": options.policy.budget,
+                "sink": options.policy.sink,
+                "recent": options.policy.recent,
+                "rule": options.policy.rule,
+                "correct_every": options.correct_every,
+                "kv_read_share": self._pages_read / self._pages_held if self._pages_held else 1.0,
+            },
+        )
+
+    def _is_dense(self, lengths: np.ndarray) -> np.ndarray:
+        """Which rows take dense steps at these lengths; the choice for a row never depends on other rows."""
+        options = self._options
+        if options.attention == "dense" or options.heads is None or options.heads.is_dense:
+            return np.full(lengths.shape, options.attention != "hybrid" or options.heads is None)
+        if options.attention == "hybrid":
+            return np.zeros(lengths.shape, bool)
+        return lengths < _DENSE_BELOW.get(jax.default_backend(), 0)
+
+    def _generate(self, prefilled: Prefilled) -> Iterator[Step]:
+        engine, options = self._engine, self._options
+        kind = options.sampling.kind
+        batch = len(prefilled.prompts)
+        seen = None
+        if kind.penalised:
+            table = np.zeros((batch, engine.config.vocab_size), bool)
+            for row, prompt in enumerate(prefilled.prompts):
+                table[row, prompt] = True
+            seen = jnp.asarray(table)
+        rows = Rows(
+            token=jnp.zeros((batch,), jnp.int32),
+            positions=jnp.asarray(self._prompt_lengths, jnp.int32),
+            active=jnp.ones((batch,), bool),
+            step=jnp.zeros((batch,), jnp.int32),
+            seen=seen,
+        )
+        rows, block = self._call(
+            first_token, engine.spec, kind, engine.weights, prefilled.last, rows, self._sampling, self._eos
+        )
+        yield from self._receive(0, 1, (block,))
+        self._decoding_since, self._compiled_before = self._finished_at, self._compiled_before + self._call.seconds
+        self._call.seconds = 0.0
+        waiting: collections.deque[tuple[int, int, tuple[Block, ...]]] = collections.deque()
+        sent, size = 1, options.correct_every or _BLOCK_STEPS
+        while self._running.any() and (waiting or sent < options.max_new_tokens):
+            # Two blocks are on their way while the host reads: the device never waits for it.
+            while sent < options.max_new_tokens and len(waiting) < 2:
+                count = min(size, options.max_new_tokens - sent)
+                rows, blocks = self._send(rows, sent, count, size)
+                waiting.append((sent, count, blocks))
+                sent += count
+            yield from self._receive(*waiting.popleft())
+
+    def _send(self, rows: Rows, first: int, count: int, size: int) -> tuple[Rows, tuple[Block, ...]]:
+        """Start up to `count` steps, in one program, or in two where only some rows are dense."""
+        engine, options = self._engine, self._options
+        begin = self._prompt_lengths + first - 1
+        positions = begin[:, None] + np.arange(size)
+        cos, sin = engine._rotary(positions, positions + 1)
+        dense = self._is_dense(begin + 1)
+        fed = rows.token
+        blocks = []
+        for is_dense in (True, False):
+            chosen = self._running & (dense == is_dense)
+            if not chosen.any():
+                continue
+            heads = None if is_dense else (options.heads or HeadMap.all(engine.config))
+            plan = DecodePlan(heads, options.policy, options.sampling.kind, size, options.implementation)
+            self._pools, rows, block = self._call(
+                decode_block, engine.spec, plan, engine.weights, self._pools, rows, self._table, cos, sin,
+                jnp.asarray(chosen), self._sampling, self._eos, jnp.int32(count),
+            )  # fmt: skip
+            blocks.append(block)
+        if options.correct_every and count == size:
+            newest = blocks[0].tokens if len(blocks) == 1 else jnp.maximum(blocks[0].tokens, blocks[1].tokens)
+            tokens = jnp.concatenate([fed[None], newest[:-1]]).T
+            self._pools = self._call(
+                correct_cache, engine.spec, engine.weights, self._pools, self._table, jnp.maximum(tokens, 0), cos, sin,
+                jnp.asarray(begin, jnp.int32), rows.active & jnp.asarray(self._running),
+            )  # fmt: skip
+        return rows, tuple(blocks)
+
+    def _receive(self, first: int, count: int, blocks: tuple[Block, ...]) -> Iterator[Step]:
+        """Wait for a block and hand its steps out, leaving out rows that were finished meanwhile."""
+        tokens = np.max([np.asarray(block.tokens) for block in blocks], axis=0)
+        logprobs = np.sum([np.asarray(block.logprobs) for block in blocks], axis=0, dtype=np.float32)
+        read = np.sum([np.asarray(block.pages_read) for block in blocks], axis=0)
+        self._finished_at = time.perf_counter()
+        config, page_size = self._engine.config, self._options.page_size
+        heads = config.num_layers * config.num_kv_heads
+        for i in range(count):
+            alive = self._running & (tokens[i] >= 0)
+            if not alive.any():
+                self._running[:] = False
+                return
+            self._running &= alive
+            for row in np.flatnonzero(alive):
+                self._tokens[row].append(int(tokens[i, row]))
+                self._logprobs[row].append(float(logprobs[i, row]))
+                if first > 0:
+                    length = int(self._prompt_lengths[row]) + first + i
+                    self._pages_read += int(read[i, row])
+                    self._pages_held += heads * pages_for(length, page_size)
+            yield Step(first + i, np.where(alive, tokens[i], -1), np.where(alive, logprobs[i], np.float32(0)))

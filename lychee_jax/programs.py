@@ -1,0 +1,205 @@
+"""The compiled programs of inference, and the only jit boundaries: prefill a chunk, take the first token, decode a
+block of tokens, correct the cache. Everything static about them is hashable; arrays never decide a shape.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from lychee_jax.attention import Decode, Extend
+from lychee_jax.config import ModelConfig
+from lychee_jax.heads import HeadMap
+from lychee_jax.model import Decoder
+from lychee_jax.sampling import SamplingArrays, SamplingKind, sample
+from lychee_jax.selection import SelectionPolicy
+
+Pools = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """The structure of a model without its weights: the static half of every program.
+
+    Models of one configuration have one structure, so that equal configurations share compiled programs.
+    """
+
+    config: ModelConfig
+    graphdef: Any = dataclasses.field(compare=False)
+    treedef: Any = dataclasses.field(compare=False)
+
+    @classmethod
+    def split(cls, model: Decoder) -> tuple["ModelSpec", tuple[jax.Array, ...]]:
+        """Take a module apart once, so that no module is walked on the host in a decode loop."""
+        graphdef, state = nnx.split(model)
+        leaves, treedef = jax.tree.flatten(state)
+        return cls(model.config, graphdef, treedef), tuple(leaves)
+
+    def merge(self, weights: tuple[jax.Array, ...]) -> Decoder:
+        """The module again, around traced weights."""
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """What decides which decode program is compiled: the roles (None: dense), the policy, the kind of sampling."""
+
+    head_map: HeadMap | None
+    policy: SelectionPolicy
+    kind: SamplingKind
+    steps: int
+    implementation: str | None
+
+
+class Rows(NamedTuple):
+    """The rows of a batch between two steps.
+
+    `token [B]`: the newest token, not yet fed; `positions [B]`: where it goes; `active [B]`: no eos yet; `step [B]`:
+    the index of the token that comes next; `seen [B, V]`: what a repetition penalty falls on (None without one).
+    """
+
+    token: Int32[Array, "B"]
+    positions: Int32[Array, "B"]
+    active: Bool[Array, "B"]
+    step: Int32[Array, "B"]
+    seen: Bool[Array, "B V"] | None
+
+
+class Block(NamedTuple):
+    """What a block of steps tells the host: rows that took no part in a step have token −1."""
+
+    tokens: Int32[Array, "steps B"]
+    logprobs: Float32[Array, "steps B"]
+    pages_read: Int32[Array, "steps B"]
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("pools", "last"))
+def prefill_chunk(
+    spec: ModelSpec,
+    weights: tuple[jax.Array, ...],
+    pools: Pools,
+    last: Float[Array, "B E"],
+    page_table: Int[Array, "B P"],
+    tokens: Int[Array, "B T"],
+    cos: Float32[Array, "#B T half"],
+    sin: Float32[Array, "#B T half"],
+    starts: Int[Array, "B"],
+    counts: Int[Array, "B"],
+) -> tuple[Pools, Float[Array, "B E"]]:
+    """Feed `counts[b]` prompt tokens from position `starts[b]` (page aligned); `last` follows each row's last one."""
+    way = Extend(page_table, starts, counts, aligned=True)
+    hidden, pools = spec.merge(weights)(tokens, cos, sin, way, pools)
+    newest = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return pools, jnp.where((counts > 0)[:, None], newest, last)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("pools",))
+def correct_cache(
+    spec: ModelSpec,
+    weights: tuple[jax.Array, ...],
+    pools: Pools,
+    page_table: Int[Array, "B P"],
+    tokens: Int[Array, "B T"],
+    cos: Float32[Array, "#B T half"],
+    sin: Float32[Array, "#B T half"],
+    starts: Int[Array, "B"],
+    active: Bool[Array, "B"],
+) -> Pools:
+    """Rewrite the cache of the last T tokens of active rows by a dense pass (LycheeDecode's cache correction)."""
+    counts = jnp.where(active, tokens.shape[1], 0).astype(jnp.int32)
+    way = Extend(page_table, starts, counts, aligned=False)
+    return spec.merge(weights)(tokens, cos, sin, way, pools)[1]
+
+
+def _take(
+    logits: Float32[Array, "B V"],
+    rows: Rows,
+    kind: SamplingKind,
+    sampling: SamplingArrays,
+    eos_ids: Int[Array, "n"],
+    on: Bool[Array, "B"],
+) -> tuple[Rows, jax.Array, jax.Array]:
+    """Sample for the rows that are `on`: their new state, and (token, logprob) with −1 and 0 elsewhere."""
+    batch = logits.shape[0]
+    token, logprob = sample(logits, sampling, kind, rows.seen, jnp.arange(batch, dtype=jnp.int32), rows.step)
+    ended = jnp.any(token[:, None] == eos_ids[None, :], axis=1)
+    seen = rows.seen
+    if seen is not None:
+        index = jnp.arange(batch, dtype=jnp.int32)
+        seen = seen.at[index, token].set(seen[index, token] | on)
+    after = Rows(
+        token=jnp.where(on, token, rows.token),
+        positions=rows.positions,
+        active=rows.active & ~(on & ended),
+        step=rows.step + on.astype(jnp.int32),
+        seen=seen,
+    )
+    return after, jnp.where(on, token, -1), jnp.where(on, logprob, 0.0)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "kind"))
+def first_token(
+    spec: ModelSpec,
+    kind: SamplingKind,
+    weights: tuple[jax.Array, ...],
+    last: Float[Array, "B E"],
+    rows: Rows,
+    sampling: SamplingArrays,
+    eos_ids: Int[Array, "n"],
+) -> tuple[Rows, Block]:
+    """The first new token, from the dense prefill's last logits."""
+    logits = spec.merge(weights).logits(last)
+    rows, token, logprob = _take(logits, rows, kind, sampling, eos_ids, rows.active)
+    return rows, Block(token[None], logprob[None], jnp.zeros((1, token.shape[0]), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools",))
+def decode_block(
+    spec: ModelSpec,
+    plan: DecodePlan,
+    weights: tuple[jax.Array, ...],
+    pools: Pools,
+    rows: Rows,
+    page_table: Int[Array, "B P"],
+    cos: Float32[Array, "B steps half"],
+    sin: Float32[Array, "B steps half"],
+    chosen: Bool[Array, "B"],
+    sampling: SamplingArrays,
+    eos_ids: Int[Array, "n"],
+    num_steps: Int[Array, ""],
+) -> tuple[Pools, Rows, Block]:
+    """Up to `num_steps` ≤ `plan.steps` decode steps of the `chosen` rows, on the device; ends early with the last row.
+
+    The pools are donated and updated in place: the caller's are gone after the call.
+    """
+    model = spec.merge(weights)
+    batch = chosen.shape[0]
+
+    def more(carry: Any) -> jax.Array:
+        i, _, rows, _ = carry
+        return (i < num_steps) & jnp.any(rows.active & chosen)
+
+    def step(carry: Any) -> Any:
+        i, pools, rows, block = carry
+        on = rows.active & chosen
+        way = Decode(page_table, rows.positions, on, plan.head_map, plan.policy, plan.implementation)
+        cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
+        hidden, state = model(rows.token[:, None], cos_i, sin_i, way, way.start(pools))
+        logits = model.logits(hidden[:, 0])
+        rows, token, logprob = _take(logits, rows, plan.kind, sampling, eos_ids, on)
+        rows = rows._replace(positions=rows.positions + on.astype(jnp.int32))
+        block = Block(
+            block.tokens.at[i].set(token),
+            block.logprobs.at[i].set(logprob),
+            block.pages_read.at[i].set(state.pages_read),
+        )
+        return i + 1, state.pools, rows, block
+
+    shape = (plan.steps, batch)
+    empty = Block(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
+    _, pools, rows, block = jax.lax.while_loop(more, step, (jnp.int32(0), pools, rows, empty))
+    return pools, rows, block
