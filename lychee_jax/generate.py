@@ -49,10 +49,10 @@ class GenerateOptions:
 
     attention: AttentionMode = "auto"
     heads: HeadMap | None = None
-    policy: SelectionPolicy = SelectionPolicy()
+    policy: SelectionPolicy = dataclasses.field(default_factory=SelectionPolicy)
     page_size: int = 64
     max_new_tokens: int = 128
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     eos_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     correct_every: int = 0
