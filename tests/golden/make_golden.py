@@ -182,6 +182,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
         ROPE_LLAMA
         | V4
         | {
+            "max_position_embeddings": 4096,
             "rope_theta": 1000.0,
             "rope_scaling": {
                 "rope_type": "yarn",
@@ -190,7 +191,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
                 "mscale_all_dim": 0.5,
                 "beta_fast": 8,
                 "beta_slow": 2,
-                "original_max_position_embeddings": 64,
+                "original_max_position_embeddings": 512,
             },
         },
         (90,),
@@ -259,7 +260,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 
 def random_model(folder: Path, seed: int) -> Any:
-    """The model that transformers builds from the folder's config.json, with weights large enough for rope to matter."""
+    """The model that transformers makes of the folder's config.json, its weights large enough for rope to matter."""
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
@@ -322,7 +323,7 @@ def make(case: str, out: Path) -> None:
         name: tensor.contiguous() for name, tensor in model.state_dict().items() if not (tied and "lm_head" in name)
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    np.savez_compressed(folder / "golden.npz", **arrays)
+    np.savez_compressed(folder / "golden.npz", allow_pickle=False, **arrays)
     print(f"{case}: seed {seed}, logits up to {np.abs(arrays['logits_0']).max():.1f}")
 
 

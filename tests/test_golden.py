@@ -1,0 +1,164 @@
+"""The decoder against logits that Hugging Face transformers computed (`golden/make_golden.py`), for every case."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from lychee_jax import generate
+from lychee_jax.config import ModelConfig, RopeConfig
+from lychee_jax.generate import Engine, GenerateOptions
+from lychee_jax.heads import HeadMap
+from lychee_jax.model import Decoder
+from lychee_jax.rope import rotary_tables
+from lychee_jax.selection import SelectionPolicy
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = sorted(folder.parent.name for folder in GOLDEN.glob("*/golden.npz"))
+TOLERANCE = 2e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One golden prompt: [T] ids, [T, V] logits, [n] greedy ids and the [n, V] logits that they were chosen from."""
+
+    prompt: np.ndarray
+    logits: np.ndarray
+    tokens: np.ndarray
+    token_logits: np.ndarray
+
+
+def golden_prompts(case: str) -> list[Prompt]:
+    arrays = np.load(GOLDEN / case / "golden.npz")
+    count = sum(name.startswith("prompt_") for name in arrays)
+    return [
+        Prompt(*(arrays[f"{name}_{index}"] for name in ("prompt", "logits", "tokens", "token_logits")))
+        for index in range(count)
+    ]
+
+
+@functools.cache
+def golden_model(case: str) -> Decoder:
+    """The case's model in float32, its weights placed by hand: no code is shared with the conversion under test."""
+    config = ModelConfig.from_folder(GOLDEN / case)
+    weights = load_file(GOLDEN / case / "model.safetensors")
+    heads = {
+        "q_proj": config.num_heads,
+        "k_proj": config.num_kv_heads,
+        "v_proj": config.num_kv_heads,
+    }
+    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    state = nnx.state(model)
+    for path, leaf in nnx.to_flat_state(state):
+        *modules, kind = (str(part) for part in path)
+        name = ".".join(["model", *modules]) if modules != ["lm_head"] else "lm_head"
+        for ours, theirs in (
+            ("attention.", "self_attn."),
+            ("input_norm", "input_layernorm"),
+            ("post_attention_norm", "post_attention_layernorm"),
+            ("model.embed", "model.embed_tokens"),
+        ):
+            name = name.replace(ours, theirs)
+        value = weights.pop(f"{name}.{'bias' if kind == 'bias' else 'weight'}")
+        if kind == "kernel":
+            value = value.T
+        if modules[-1] in heads:
+            value = value.reshape(*value.shape[:-1], heads[modules[-1]], config.head_dim)
+        if modules[-1] == "o_proj" and kind == "kernel":
+            value = value.reshape(config.num_heads, config.head_dim, -1)
+        assert value.shape == leaf.shape, name
+        leaf.set_value(jnp.asarray(value))
+    assert not weights
+    nnx.update(model, state)
+    return model
+
+
+@functools.cache
+def forward(case: str):
+    """Compiled tokens, cos, sin → logits of the case's model; another rope needs no other program."""
+    graphdef, state = nnx.split(golden_model(case))
+
+    @jax.jit
+    def run(state, tokens, cos, sin):
+        model = nnx.merge(graphdef, state)
+        return model.logits(model.hidden(tokens, cos, sin))
+
+    return functools.partial(run, state)
+
+
+def whole_sequence_logits(case: str, golden: Prompt, rope: RopeConfig) -> np.ndarray:
+    """[T + n − 1, V] logits of prompt and new tokens in one forward, each position rotated as a cache would hold it."""
+    config = ModelConfig.from_folder(GOLDEN / case)
+    tokens = np.concatenate([golden.prompt, golden.tokens[:-1]])[None]
+    positions = np.arange(tokens.shape[1])[None]
+    # The whole prompt for its own positions, then a length that grows with every token.
+    lengths = np.maximum(positions + 1, len(golden.prompt))
+    cos, sin = rotary_tables(rope, config.head_dim, config.max_position_embeddings, positions, lengths)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(forward(case)(jnp.asarray(tokens), jnp.asarray(cos), jnp.asarray(sin)))[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_sequence_logits(case):
+    rope = ModelConfig.from_folder(GOLDEN / case).rope
+    for golden in golden_prompts(case):
+        logits = whole_sequence_logits(case, golden, rope)
+        expected = np.concatenate([golden.logits, golden.token_logits[1:]])
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def other_ropes(case: str) -> list[RopeConfig]:
+    """The case's rope with one field at a time put back to its default."""
+    rope = ModelConfig.from_folder(GOLDEN / case).rope
+    default = RopeConfig()
+    names = {field.name for field in dataclasses.fields(rope)}
+    if rope.kind in ("linear", "dynamic"):
+        names.remove("original_max_position_embeddings")  # it only sets the limit on tokens
+    if not rope.mscale_all_dim:
+        names.remove("mscale")  # it counts in a pair only
+    used = [name for name in sorted(names) if getattr(rope, name) != getattr(default, name)]
+    return [dataclasses.replace(rope, **{name: getattr(default, name)}) for name in used]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if other_ropes(case)])
+def test_golden_files_notice_every_rope_option(case):
+    """A golden file that does not notice a wrong option proves nothing about it."""
+    for golden in golden_prompts(case):
+        expected = np.concatenate([golden.logits, golden.token_logits[1:]])
+        for rope in other_ropes(case):
+            error = np.abs(whole_sequence_logits(case, golden, rope) - expected).max()
+            assert error > 50 * TOLERANCE, rope
+
+
+# Every family, group size and rope type once: programs are compiled for each case, which is what takes the time.
+DENSE = ("llama-all-biases", "qwen2-g7", "qwen3-g8", "linear-v5", "dynamic-v4", "yarn-attention-factor", "llama3-v4")
+HYBRID = ("llama2-mha", "llama3-g4", "qwen2.5-tied-g2", "qwen3-g1-attention-bias", "dynamic-v5")
+
+
+@pytest.mark.parametrize(
+    ("case", "attention"), [(case, "dense") for case in DENSE] + [(case, "hybrid") for case in HYBRID]
+)
+def test_paged_decoding(case, attention, monkeypatch):
+    """Greedy tokens and their log-probabilities, all prompts of the case as one batch; hybrid: every head retrieves."""
+    monkeypatch.setattr(generate, "_CHUNK_TOKENS", {"cpu": 32})  # two pages: every prompt takes several chunks
+    golden = golden_prompts(case)
+    options = GenerateOptions(
+        attention=attention,
+        heads=HeadMap.all(ModelConfig.from_folder(GOLDEN / case)) if attention == "hybrid" else None,
+        policy=SelectionPolicy(budget=32, sink=16, recent=16),
+        page_size=16,
+        max_new_tokens=len(golden[0].tokens),
+    )
+    with jax.default_matmul_precision("highest"):
+        result = Engine(golden_model(case)).generate([prompt.prompt.tolist() for prompt in golden], options)
+    for row, prompt in enumerate(golden):
+        assert result.tokens[row] == prompt.tokens.tolist()
+        logprobs = prompt.token_logits - np.logaddexp.reduce(prompt.token_logits, axis=-1, keepdims=True)
+        chosen = np.take_along_axis(logprobs, prompt.tokens[:, None], axis=-1)[:, 0]
+        np.testing.assert_allclose(result.logprobs[row], chosen, rtol=0, atol=TOLERANCE)
