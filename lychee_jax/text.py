@@ -203,12 +203,15 @@ class TextStream:
     """The text of one generated row: ids in, text out, ended by the first stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
         self._stops = StopStrings(stops)
+        self._ids: list[int] = []
         self._pieces: list[str] = []
 
     def push(self, index: int) -> str:
         """Take the next token; returns the text that is now final."""
+        self._ids.append(index)
         return self._keep(self._stops.push(self._decoder.push(index)))
 
     def flush(self) -> str:
@@ -222,8 +225,8 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """Everything returned so far."""
-        return "".join(self._pieces)
+        """The whole row: what the tokenizer makes of all its ids, or what comes before the stop string."""
+        return "".join(self._pieces) if self.stopped else self._tokenizer.decode(self._ids)
 
     def _keep(self, piece: str) -> str:
         self._pieces.append(piece)

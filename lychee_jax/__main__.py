@@ -1,0 +1,7 @@
+"""`python -m lychee_jax` is the `lychee` command."""
+
+import sys
+
+from lychee_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,125 @@
+"""The command line: it parses and prints, and decides nothing. Commands import JAX themselves, so --help is quick."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from lychee_jax.cli_generate import generate
+from lychee_jax.errors import UserError
+
+app = typer.Typer(
+    name="lychee",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Long-context text generation for Llama and Qwen checkpoints, with attention heads that have roles.
+
+    Start with [cyan]lychee demo[/cyan], or with a checkpoint of your own:
+
+    [cyan]lychee convert Qwen/Qwen3-8B my-8b[/cyan]
+
+    [cyan]lychee generate --model my-8b --chat -p "Who wrote Faust?"[/cyan]""",
+)
+heads_app = typer.Typer(help="Look at a head map: which KV heads retrieve.", rich_markup_mode="rich")
+bench_app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
+app.add_typer(heads_app, name="heads")
+app.add_typer(bench_app, name="bench")
+app.command()(generate)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"lychee-jax {installed('lychee-jax')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@heads_app.command("show")
+def heads_show(file: Annotated[Path, typer.Argument(metavar="FILE", help="A head map (heads.json).")]) -> None:
+    """Print a head map: one line a layer, one mark a KV head."""
+    from lychee_jax.heads import HeadMap
+
+    head_map = HeadMap.load(file)
+    total = head_map.num_layers * head_map.num_kv_heads
+    print(f"{head_map.model or file}: {head_map.num_retrieval} of {total} KV heads retrieve (■)")
+    for layer, retrieval in enumerate(head_map.retrieval):
+        marks = " ".join("■" if head in retrieval else "·" for head in range(head_map.num_kv_heads))
+        print(f"layer {layer:>3}  {marks}")
+
+
+@heads_app.command("plot")
+def heads_plot(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A head map (heads.json).")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PNG", show_default="FILE with .png", help="Where the picture goes."),
+    ] = None,
+) -> None:
+    """Draw a head map as a PNG picture."""
+    from lychee_jax.heads import HeadMap
+    from lychee_jax.plots import plot_heads
+
+    target = output or file.with_suffix(".png")
+    plot_heads(HeadMap.load(file), target)
+    print(target)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
+    _prepare_process()
+    command = get_command(app)
+    try:
+        status = command.main(list(sys.argv[1:] if argv is None else argv), "lychee", standalone_mode=False)
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(str(error))
+    except typer.TyperException as error:  # unknown options and commands, values of the wrong type
+        context = getattr(error, "ctx", None)
+        hint = f"; see {context.command_path} --help" if context is not None else ""
+        return _fail(error.format_message().replace("Value error, ", "").rstrip(".") + hint)
+    except BrokenPipeError:  # the reader of a pipe has gone; the interpreter's last flush must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return _fail(f"not enough memory: {error}")
+        raise
+    except SystemExit as error:  # the way in which typer and rich leave a broken pipe
+        return error.code if isinstance(error.code, int) else 1
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    if status == 130:
+        print("interrupted", file=sys.stderr)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _prepare_process() -> None:
+    """Settings of the whole process, made before JAX and transformers are imported; the user's own come first."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("USE_TORCH", "0")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")

@@ -1,0 +1,315 @@
+"""`lychee generate`: a prompt in, its continuation out, as text that streams or as one JSON object."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lychee_jax import cli_options as shared
+from lychee_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lychee_jax.generate import Result, Stream
+    from lychee_jax.heads import HeadMap
+    from lychee_jax.loading import LoadedModel
+    from lychee_jax.text import TextStream
+
+_PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"
+_LONG_PREFILL = 2048  # tokens; below, a progress bar would only flicker
+
+
+def generate(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt itself.", rich_help_panel=_PROMPT),
+    ] = None,
+    prompt_file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="A UTF-8 text file; [b]-[/b] is standard input.", rich_help_panel=_PROMPT),
+    ] = None,
+    prompt_ids: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="A JSON list of token ids, or a list of such lists (a batch), used as they are: no BOS is added and "
+            "no tokenizer needed. [b]-[/b] is standard input.",
+            rich_help_panel=_PROMPT,
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Put the text through the checkpoint's chat template first.", rich_help_panel=_PROMPT
+        ),
+    ] = False,
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    attention: shared.AttentionOption = "auto",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: shared.BudgetOption = 4096,
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    rule: shared.RuleOption = "budget",
+    ratio: shared.RatioOption = 0.125,
+    top_p_mass: shared.TopPMassOption = 0.95,
+    threshold: shared.ThresholdOption = 0.001,
+    page_score: shared.PageScoreOption = "max",
+    correct_every: shared.CorrectEveryOption = 0,
+    temperature: Annotated[
+        float,
+        typer.Option(help="0 is greedy: always the likeliest token.", rich_help_panel=shared.SAMPLING),
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", rich_help_panel=shared.SAMPLING)
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Of those, keep the fewest likeliest that hold this probability.", rich_help_panel=shared.SAMPLING
+        ),
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Of those, keep tokens at least this many times as likely as the likeliest.",
+            rich_help_panel=shared.SAMPLING,
+        ),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Above 1: tokens of the prompt and of the text so far become less likely.",
+            rich_help_panel=shared.SAMPLING,
+        ),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel=shared.SAMPLING)] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens to generate at most.", rich_help_panel=_OUTPUT)
+    ] = 128,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text; may be given several times.", rich_help_panel=_OUTPUT),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="End-of-text tokens do not end it.", rich_help_panel=_OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="One JSON object on standard output: tokens, log-probabilities, text, timing, attention.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+) -> None:
+    """Continue a prompt.
+
+    Text appears as it is generated; a closing line with statistics goes to standard error.
+
+    [b]Examples[/b]
+
+    [cyan]lychee generate --model my-8b --prompt-file book.txt --max-new-tokens 200[/cyan]
+
+    [cyan]lychee generate --model my-8b --chat -p "Name three rivers" --temperature 0.7 --top-p 0.9[/cyan]
+
+    [cyan]lychee generate --model my-8b --prompt-ids ids.json --attention hybrid --budget 2048 --json[/cyan]
+    """
+    from lychee_jax.generate import GenerateOptions
+    from lychee_jax.sampling import SamplingParams
+    from lychee_jax.selection import SelectionPolicy
+
+    source = read_prompt(prompt or [], prompt_file or [], prompt_ids or [], chat=chat)
+    options = GenerateOptions(
+        attention=attention,
+        policy=SelectionPolicy(
+            budget=budget,
+            sink=sink,
+            recent=recent,
+            rule=rule,
+            ratio=ratio,
+            top_p=top_p_mass,
+            threshold=threshold,
+            page_score=page_score,
+        ),
+        page_size=page_size,
+        max_new_tokens=max_new_tokens,
+        sampling=SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+        ignore_eos=ignore_eos,
+        correct_every=correct_every,
+        implementation=implementation,
+    )
+
+    from lychee_jax.loading import load
+
+    with _status(f"Loading {model or 'the bundled model'}"):
+        loaded = load(model, dtype)
+    if isinstance(source, str):
+        if loaded.tokenizer is None:
+            raise UserError(f"{loaded.path} has no tokenizer; give token ids with --prompt-ids")
+        prompts = [loaded.tokenizer.encode_chat(source) if chat else loaded.tokenizer.encode(source)]
+    else:
+        prompts = source
+    if stop and loaded.tokenizer is None:
+        raise UserError(f"--stop needs a tokenizer, and {loaded.path} has none")
+    options = dataclasses.replace(options, heads=choose_heads(heads, loaded, attention), eos_ids=loaded.eos_ids)
+
+    texts = [loaded.new_text(stop or []) for _ in prompts] if loaded.tokenizer else None
+    with _prefill_bar(max(map(len, prompts), default=0)) as on_prefill:
+        stream = loaded.engine.stream(prompts, options, on_prefill)
+    result = _follow(stream, texts, live=len(prompts) == 1 and not as_json)
+    if as_json:
+        print(json.dumps(_as_json(prompts, result, texts), ensure_ascii=False))
+        return
+    if len(prompts) > 1:
+        for row, tokens in enumerate(result.tokens):
+            print(f"[{row}] {texts[row].text if texts else ' '.join(map(str, tokens))}")
+    print(_statistics(prompts, result), file=sys.stderr)
+
+
+def read_prompt(texts: list[str], files: list[str], id_files: list[str], *, chat: bool) -> str | list[list[int]]:
+    """The one prompt that was given: its text, or rows of token ids.
+
+    Raises:
+        UserError: none or several sources, an unreadable file, an empty prompt, or ids that are not whole numbers.
+    """
+    count = len(texts) + len(files) + len(id_files)
+    if count != 1:
+        raise UserError(f"give exactly one of --prompt, --prompt-file and --prompt-ids, not {count or 'none'}")
+    if id_files:
+        if chat:
+            raise UserError("--chat needs text: token ids are used as they are")
+        return _token_ids(id_files[0], _read(id_files[0]))
+    text = texts[0] if texts else _read(files[0])
+    if not text:
+        raise UserError("the prompt is empty" + (f": {files[0]}" if files else ""))
+    return text
+
+
+def choose_heads(spec: str | None, loaded: LoadedModel, attention: str) -> HeadMap:
+    """The head map that --heads asks for; says so on standard error where a default has to stand in."""
+    from lychee_jax.heads import HeadMap
+
+    if spec == "none":
+        return HeadMap.none(loaded.config)
+    if spec == "all":
+        return HeadMap.all(loaded.config)
+    if spec is not None:
+        return HeadMap.load(spec, loaded.config)
+    if loaded.heads is not None:
+        return loaded.heads
+    if attention != "dense":
+        print(f"notice: {loaded.path} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
+    return HeadMap.all(loaded.config)
+
+
+def _read(name: str) -> str:
+    """Exact text of a file or of standard input: no newline is translated or dropped."""
+    label = "standard input" if name == "-" else name
+    try:
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{label} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise UserError(f"{label} cannot be read: {error.strerror or error}") from error
+
+
+def _token_ids(name: str, text: str) -> list[list[int]]:
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not valid JSON: {error}") from error
+    if isinstance(rows, list) and not any(isinstance(row, list) for row in rows):
+        rows = [rows]
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise UserError(f"{name} must hold a JSON list of token ids, or a list of such lists")
+    for number, row in enumerate(rows):
+        if not row:
+            raise UserError(f"{name}: row {number} is empty; every prompt needs at least one token")
+        for token in row:
+            if type(token) is not int:  # true is an int to Python
+                raise UserError(f"{name}: row {number} has {json.dumps(token)}; token ids are whole numbers")
+    return rows
+
+
+def _follow(stream: Stream, texts: list[TextStream] | None, *, live: bool) -> Result:
+    """Take a generation to its end, stop strings included; with `live`, show its only row as it comes."""
+    show: Callable[[str], Any] = sys.stdout.write if live else len
+    for step in stream:
+        for row, token in enumerate(step.tokens.tolist()):
+            if token < 0:
+                continue
+            if texts is None:
+                show(f"{token} ")
+                continue
+            show(texts[row].push(token))
+            if texts[row].stopped:
+                stream.finish(row)
+        sys.stdout.flush()
+    for text in texts or ():
+        show(text.flush())
+    if live:
+        print(flush=True)
+    return stream.result()
+
+
+def _as_json(prompts: list[list[int]], result: Result, texts: list[TextStream] | None) -> dict[str, Any]:
+    return {
+        "prompt_tokens": [len(prompt) for prompt in prompts],
+        "tokens": result.tokens,
+        "logprobs": result.logprobs,
+        "text": [text.text for text in texts] if texts is not None else None,
+        "timing": dataclasses.asdict(result.timing),
+        "attention": result.attention,
+    }
+
+
+def _statistics(prompts: list[list[int]], result: Result) -> str:
+    timing, attention = result.timing, result.attention
+    prompt, new = sum(map(len, prompts)), sum(map(len, result.tokens))
+    parts = [
+        f"{prompt:,} prompt tokens in {timing.prefill_s:.2f} s",
+        f"{new:,} new in {timing.decode_s:.2f} s ({timing.tokens_per_s:.1f} tokens/s)",
+        f"{attention['mode']} attention, {attention['retrieval_heads']} of {attention['kv_heads']} KV heads retrieve, "
+        f"{attention['kv_read_share']:.0%} of the cache read",
+    ]
+    return " · ".join(parts)
+
+
+@contextlib.contextmanager
+def _status(message: str) -> Iterator[None]:
+    """A spinner on standard error, where that is a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(message):
+        yield
+
+
+@contextlib.contextmanager
+def _prefill_bar(tokens: int) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on standard error for a long prompt, where that is a terminal."""
+    from rich import progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if tokens < _LONG_PREFILL or not console.is_terminal:
+        yield None
+        return
+    columns = (
+        progress.TextColumn("Reading the prompt"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("tokens"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("prefill", total=tokens)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

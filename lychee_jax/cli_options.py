@@ -1,0 +1,95 @@
+"""The options that several commands share: names, help, defaults. Nothing here imports JAX, so that --help is quick."""
+
+from typing import Annotated, Literal
+
+import typer
+
+MODEL, ATTENTION, SAMPLING = "Model", "Attention", "Sampling"
+
+Dtype = Literal["float32", "bfloat16"]
+AttentionMode = Literal["auto", "hybrid", "dense"]
+Rule = Literal["budget", "ratio", "top_p", "threshold", "forced"]
+PageScore = Literal["max", "mass"]
+Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="DIR",
+        show_default="the bundled model",
+        help="Folder of a converted or a Hugging Face checkpoint.",
+        rich_help_panel=MODEL,
+    ),
+]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        show_default="the checkpoint's",
+        help="Of weights, activations and cache; float32 also computes products in full float32.",
+        rich_help_panel=MODEL,
+    ),
+]
+ImplementationOption = Annotated[
+    Implementation | None,
+    typer.Option(
+        show_default="the best here",
+        help="Kernels for attention over the cache; a named one runs or fails, it never falls back.",
+        rich_help_panel=MODEL,
+    ),
+]
+AttentionOption = Annotated[
+    AttentionMode,
+    typer.Option(
+        help="[b]dense[/b]: every head reads the whole cache. [b]hybrid[/b]: retrieval heads do, and the others read "
+        "the pages that these pick. [b]auto[/b]: hybrid, but dense while the text is too short for it to pay.",
+        rich_help_panel=ATTENTION,
+    ),
+]
+HeadsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--heads",
+        metavar="FILE|all|none",
+        show_default="heads.json in the model's folder",
+        help="Which KV heads retrieve: a head map, [b]all[/b] (the dense result) or [b]none[/b] (only layer 0).",
+        rich_help_panel=ATTENTION,
+    ),
+]
+PageSizeOption = Annotated[int, typer.Option(help="Tokens of a cache page.", rich_help_panel=ATTENTION)]
+BudgetOption = Annotated[
+    int,
+    typer.Option(
+        help="Tokens that a sparse head reads at most: a multiple of the page size.", rich_help_panel=ATTENTION
+    ),
+]
+SinkOption = Annotated[int, typer.Option(help="First tokens that are always read.", rich_help_panel=ATTENTION)]
+RecentOption = Annotated[int, typer.Option(help="Last tokens that are always read.", rich_help_panel=ATTENTION)]
+RuleOption = Annotated[
+    Rule,
+    typer.Option(
+        help="How many pages are picked, never more than the budget holds: as many as it holds, a [b]ratio[/b] of all "
+        "pages, the fewest with [b]top_p[/b] of the attention, those above a [b]threshold[/b], or only the "
+        "[b]forced[/b] ones (sink and recent).",
+        rich_help_panel=ATTENTION,
+    ),
+]
+RatioOption = Annotated[float, typer.Option(help="Share of all pages, for --rule ratio.", rich_help_panel=ATTENTION)]
+TopPMassOption = Annotated[
+    float, typer.Option(help="Share of the attention, for --rule top_p.", rich_help_panel=ATTENTION)
+]
+ThresholdOption = Annotated[
+    float, typer.Option(help="A page's least share of the attention, for --rule threshold.", rich_help_panel=ATTENTION)
+]
+PageScoreOption = Annotated[
+    PageScore,
+    typer.Option(help="A page counts by its best token or by its attention mass.", rich_help_panel=ATTENTION),
+]
+CorrectEveryOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Every N tokens, compute the newest N again with dense attention to correct the cache; 0: never.",
+        rich_help_panel=ATTENTION,
+    ),
+]
