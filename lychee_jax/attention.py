@@ -95,12 +95,15 @@ class Extend:
     def __call__(
         self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Attend, then write the chunk's keys and values into the layer's pool."""
+        """Write the chunk's keys and values into the layer's pool, then attend to what lies before and in the chunk.
+
+        Writing after the loop that reads would make XLA copy the pool.
+        """
         pool = state[index]
         k, v = k.astype(pool.dtype), v.astype(pool.dtype)
-        out = extend_attention(q, k, v, pool, self.page_table, self.starts, scale=attention_scale(q.shape[-1]))
         append = append_pages if self.aligned else append_tokens
         pool = append(pool, self.page_table, self.starts, self.counts, jnp.concatenate([k, v], axis=-1))
+        out = extend_attention(q, k, v, pool, self.page_table, self.starts, scale=attention_scale(q.shape[-1]))
         return out, (*state[:index], pool, *state[index + 1 :])
 
 

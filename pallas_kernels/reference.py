@@ -5,6 +5,9 @@ and values in `[..., H:]`, `page_table [B, P]` from logical to pool pages, `leng
 compute. Slots past a row's length, and pool pages that no row owns, may hold anything, NaN included.
 """
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
@@ -136,8 +139,10 @@ def page_limits(
     if rule == "budget":
         wanted = jnp.full((batch, 1), budget_pages, jnp.int32)
     elif rule == "ratio":
-        # A product that float32 lifts just above a whole number must not cost a page more.
-        wanted = jnp.ceil(amount * used.astype(jnp.float32) - 1e-3).astype(jnp.int32)[:, None]
+        # Exact at every length: 0.3 · 10 must not cost a fourth page because 0.3 is not a binary fraction.
+        share = Fraction(str(amount))
+        table = [math.ceil(share * count) for count in range(capacity + 1)]
+        wanted = jnp.asarray(table, jnp.int32)[used][:, None]
     elif rule == "forced":
         wanted = jnp.zeros((batch, 1), jnp.int32)
     else:

@@ -1,0 +1,94 @@
+"""The paged cache: layouts, appends at every page edge, scratch pages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lychee_jax.cache import CacheLayout, append_pages, append_token, append_tokens, next_power_of_two, pages_for
+
+KV_HEADS, PAGE, WIDTH = 2, 4, 6
+
+
+def _pool(num_pages):
+    return jnp.full((num_pages, KV_HEADS, PAGE, WIDTH), jnp.nan, jnp.float32)
+
+
+def _rows(pool, table, row, count):
+    """Positions 0 … count−1 of a row, read back `[count, K, 2H]`."""
+    pages = np.asarray(pool)[np.asarray(table)[row, : pages_for(count, PAGE)]]
+    return pages.transpose(0, 2, 1, 3).reshape(-1, KV_HEADS, WIDTH)[:count]
+
+
+def test_layout_gives_every_row_pages_of_its_own():
+    layout = CacheLayout.plan([1, 4, 5, 17], PAGE)
+    owned = [layout.page_table[row, : pages_for(n, PAGE)].tolist() for row, n in enumerate([1, 4, 5, 17])]
+    flat = sum(owned, [])
+    assert len(flat) == len(set(flat)) == 1 + 1 + 2 + 5
+    assert layout.page_table.shape == (4, 8)
+    assert max(flat) < layout.num_pages - 4, "the last four pages are scratch"
+
+
+def test_layout_of_one_sequence_is_the_identity():
+    assert CacheLayout.plan([33], PAGE).page_table[0, :9].tolist() == list(range(9))
+
+
+def test_layout_shares_a_beginning():
+    layout = CacheLayout.plan([20, 30], PAGE, shared=3)
+    assert layout.page_table[0, :3].tolist() == layout.page_table[1, :3].tolist() == [0, 1, 2]
+    assert not set(layout.page_table[0, 3:5].tolist()) & set(layout.page_table[1, 3:8].tolist())
+
+
+@pytest.mark.parametrize("pages", [1, 2, 7, 100, 1025, 4097])
+def test_pools_grow_in_buckets_that_waste_at_most_an_eighth_of_a_power_of_two(pages):
+    size = CacheLayout.plan([pages * PAGE], PAGE).num_pages - 1
+    assert pages <= size <= pages + max(1, next_power_of_two(pages) // 8)
+
+
+def test_similar_lengths_share_a_bucket():
+    shapes = {
+        (layout.page_table.shape, layout.num_pages) for layout in (CacheLayout.plan([n], PAGE) for n in range(225, 257))
+    }
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("append", ["token", "tokens"])
+def test_tokens_land_where_the_table_says(append):
+    rng = np.random.default_rng(0)
+    layout = CacheLayout.plan([9, 6, 12], PAGE)
+    table = jnp.asarray(layout.page_table)
+    pool = _pool(layout.num_pages)
+    counts = np.asarray([9, 0, 12])
+    kv = rng.normal(size=(3, 12, KV_HEADS, WIDTH)).astype(np.float32)
+    if append == "token":
+        for t in range(12):
+            active = jnp.asarray(t < counts)
+            positions = jnp.asarray(np.minimum(t, np.maximum(counts - 1, 0)), jnp.int32)
+            pool = jax.jit(append_token)(pool, table, positions, active, jnp.asarray(kv[:, t]))
+    else:
+        for first, size in ((0, 5), (5, 2), (7, 5)):
+            many = np.clip(counts - first, 0, size).astype(np.int32)
+            starts = np.full(3, first, np.int32)
+            pool = jax.jit(append_tokens)(
+                pool, table, jnp.asarray(starts), jnp.asarray(many), jnp.asarray(kv[:, first : first + size])
+            )
+    for row in (0, 2):
+        np.testing.assert_array_equal(_rows(pool, table, row, int(counts[row])), kv[row, : counts[row]])
+    owned = np.asarray(layout.page_table)[1, :2]
+    assert np.isnan(np.asarray(pool)[owned]).all(), "an inactive row's own pages stay untouched"
+
+
+def test_whole_pages_are_written_up_to_the_count_only():
+    rng = np.random.default_rng(1)
+    layout = CacheLayout.plan([16, 16, 16], PAGE)
+    table = jnp.asarray(layout.page_table)
+    counts = np.asarray([8, 1, 0], np.int32)
+    kv = rng.normal(size=(3, 8, KV_HEADS, WIDTH)).astype(np.float32)
+    starts = jnp.asarray([4, 8, 0], jnp.int32)
+    pool = jax.jit(append_pages)(_pool(layout.num_pages), table, starts, jnp.asarray(counts), jnp.asarray(kv))
+    np.testing.assert_array_equal(_rows(pool, table, 0, 12)[4:], kv[0])
+    np.testing.assert_array_equal(_rows(pool, table, 1, 9)[8:], kv[1, :1])
+    written = {0: [1, 2], 1: [2], 2: []}
+    for row, pages in written.items():
+        others = [page for index, page in enumerate(layout.page_table[row]) if index not in pages]
+        assert np.isnan(np.asarray(pool)[others]).all()
