@@ -30,6 +30,7 @@ from lychee_jax.programs import (
 from lychee_jax.rope import rotary_tables
 from lychee_jax.sampling import SamplingParams
 from lychee_jax.selection import SelectionPolicy
+from pallas_kernels.dispatch import available
 
 AttentionMode = Literal["auto", "hybrid", "dense"]
 
@@ -65,6 +66,9 @@ class GenerateOptions:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if self.correct_every < 0:
             raise UserError(f"correct_every is {self.correct_every}; it must be 0 (off) or a number of tokens")
+        if self.implementation is not None and self.implementation not in available("hybrid_decode"):
+            names = ", ".join(available("hybrid_decode"))
+            raise UserError(f"implementation {self.implementation!r} is not available; this version has {names}")
         self.policy.validate(self.page_size)
 
 
