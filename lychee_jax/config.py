@@ -163,7 +163,7 @@ class ModelConfig:
             raise UserError(f"not a checkpoint: {folder} has no config.json")
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} cannot be read as JSON: {error}") from error
         try:
             return cls.from_hf(raw)
