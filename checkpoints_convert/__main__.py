@@ -1,0 +1,7 @@
+"""`python -m checkpoints_convert SRC DST …` is the `lychee convert` command."""
+
+import sys
+
+from lychee_jax.cli import main
+
+sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,0 +1,180 @@
+"""Converts a Hugging Face checkpoint into an Orbax folder that appears whole or not at all."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from checkpoints_convert import store
+from checkpoints_convert.hub import TEXT_FILES, locate
+from checkpoints_convert.progress import Progress
+from checkpoints_convert.verify import verify as compare
+from checkpoints_convert.weights import NUMPY_DTYPES, Weights
+from lychee_jax.errors import UserError
+
+MARKER = "lychee.json"
+FORMAT = "lychee-checkpoint/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did; `tied` says whether one table embeds tokens and reads logits out."""
+
+    path: Path
+    tensors: int
+    bytes: int
+    dtype: str
+    tied: bool
+    verified: bool
+    seconds: float
+
+    def __str__(self) -> str:
+        head = "tied to the embedding" if self.tied else "of its own"
+        verified = ", verified" if self.verified else ""
+        return (
+            f"{self.path}: {self.tensors} tensors, {self.bytes / 1e9:.2f} GB in {self.dtype}, output head {head}"
+            f"{verified}, in {self.seconds:.1f} s"
+        )
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    dtype: str | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert the checkpoint `src` (a folder, or a model on the Hugging Face Hub) into the folder `dst`.
+
+    One tensor is in memory at a time. Everything is written to a folder beside `dst` that is renamed at the end and
+    removed if anything goes wrong.
+
+    Args:
+        src: a Hugging Face folder with config.json and safetensors, or a hub id.
+        dst: the folder to make.
+        dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
+        verify: read everything again and compare it, to the bit, before `dst` appears.
+        overwrite: replace `dst`, whatever it holds, once the new folder is whole.
+        progress: told how far the work has come.
+
+    Raises:
+        UserError: bad input, told in one line.
+    """
+    started = time.perf_counter()
+    dst = Path(dst).expanduser().resolve()
+    _check_destination(dst, overwrite)
+    source = locate(str(src))
+    for kept in (source.resolve(), Path.cwd()):
+        if kept.is_relative_to(dst):
+            raise UserError(f"{dst} cannot be replaced: {kept} is in use and would go with it")
+    weights = Weights(source)
+    dtype = weights.dtype(dtype)
+    with _told_as_user_errors(dst), _appearing(dst, overwrite) as folder:
+        _copy_files(weights, dtype, folder)
+        size = _write_weights(weights, dtype, folder, progress)
+        if verify:
+            compare(weights, folder, dtype, progress)
+    seconds = time.perf_counter() - started
+    return ConversionReport(dst, len(weights.keys), size, dtype, weights.config.tie_word_embeddings, verify, seconds)
+
+
+def _check_destination(dst: Path, overwrite: bool) -> None:
+    if dst.exists() and not overwrite:
+        raise UserError(f"{dst} exists; choose another destination, or say --overwrite to replace it")
+    if dst.exists() and not dst.is_dir():
+        raise UserError(f"{dst} is a file, and only a folder can be replaced")
+
+
+def _copy_files(weights: Weights, dtype: str, folder: Path) -> None:
+    """The marker, the config as it now is, and whatever belongs to the text side."""
+    config = {key: value for key, value in weights.raw_config.items() if key != "torch_dtype"}
+    config |= {"dtype": dtype, "tie_word_embeddings": weights.config.tie_word_embeddings}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+    for name in TEXT_FILES:
+        if (weights.source.folder / name).is_file():
+            shutil.copyfile(weights.source.folder / name, folder / name)
+
+
+def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progress | None) -> int:
+    """Returns the bytes written."""
+    total = len(weights.keys)
+    done = itertools.count()
+
+    def read(path: str) -> Float[np.ndarray, "..."]:
+        if progress is not None:
+            progress("convert", next(done), total)
+        return weights.read(path, dtype)
+
+    tensors = {
+        path: store.Unread(key.shape, NUMPY_DTYPES[dtype], functools.partial(read, path))
+        for path, key in weights.keys.items()
+    }
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(f"the weights take {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left")
+    store.write(folder / store.WEIGHTS, tensors)
+    return size
+
+
+@contextlib.contextmanager
+def _told_as_user_errors(dst: Path) -> Iterator[None]:
+    """What the system refuses (a full disk, a folder that is not ours to write to) is said in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write {dst}: {error.strerror or error}") from error
+    except ValueError as error:
+        # What Orbax's file layer raises; the system's own reason is a number at the end of a long message.
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise UserError(f"cannot write {dst}: {os.strerror(int(code[1]))}") from error
+
+
+@contextlib.contextmanager
+def _appearing(dst: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside `dst` that takes its name at the end, or is removed together with everything made for it."""
+    made = [parent for parent in dst.parents if not parent.exists()]
+    partial = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        _check_destination(dst, overwrite)
+        _rename(partial, dst)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _rename(partial: Path, dst: Path) -> None:
+    if not dst.exists():
+        partial.rename(dst)
+        return
+    replaced = dst.with_name(f".{dst.name}.{os.getpid()}.replaced")
+    dst.rename(replaced)
+    try:
+        partial.rename(dst)
+    except BaseException:
+        replaced.rename(dst)
+        raise
+    shutil.rmtree(replaced)

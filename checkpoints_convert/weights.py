@@ -1,0 +1,127 @@
+"""A Hugging Face checkpoint whose tensors were all checked against its config, ready to be read in our layout."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float
+
+from checkpoints_convert.keys import EMBEDDING, LM_HEAD, is_derived, keys
+from checkpoints_convert.source import Source, describe
+from lychee_jax.config import DTYPES, ModelConfig
+from lychee_jax.errors import UserError
+
+NUMPY_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+class Weights:
+    """Every parameter that the config asks for, once and in its right shape.
+
+    Attributes:
+        config: the checkpoint's config; `tie_word_embeddings` is what its tensors say, and `dtype` theirs where the
+            config names none.
+        keys: dotted path → where and how the parameter is stored.
+
+    Raises:
+        UserError: no checkpoint, an unsupported config, or the list of everything wrong with the tensors.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        config = ModelConfig.from_folder(folder)
+        self.raw_config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.source = Source(folder)
+        if config.tie_word_embeddings and self._has_own_head():
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+        self.keys = {key.path: key for key in keys(config)}
+        self._check(tied=config.tie_word_embeddings)
+        if all(self.raw_config.get(key) is None for key in ("dtype", "torch_dtype")):
+            config = dataclasses.replace(config, dtype=str(self.source.dtype(EMBEDDING)))
+        self.config = config
+
+    def dtype(self, asked: str | None) -> str:
+        """The dtype to store in: the one asked for, or the checkpoint's.
+
+        Raises:
+            UserError: a dtype that weights cannot have.
+        """
+        if asked is not None and asked not in DTYPES:
+            raise UserError(f"dtype {asked!r} is not supported; use one of {', '.join(DTYPES)}")
+        return asked or self.config.dtype
+
+    def read(self, path: str, dtype: str) -> Float[np.ndarray, "..."]:
+        """One parameter in our layout; what takes memory is the result alone.
+
+        Raises:
+            UserError: a number that float16 cannot hold, or a file that cannot be read any more.
+        """
+        key = self.keys[path]
+        array = np.empty(key.shape, NUMPY_DTYPES[dtype])
+        view = key.source_view(array)
+        for first, block in self.source.blocks(key.name):
+            view[first : first + len(block)] = cast(block, dtype, key.name)
+        return array
+
+    def equal(self, path: str, array: Float[np.ndarray, "..."]) -> bool:
+        """Whether `array` is, to the bit, the parameter cast to its dtype."""
+        key = self.keys[path]
+        if array.shape != key.shape:
+            return False
+        bits = key.source_view(array).view(f"u{array.dtype.itemsize}")
+        return all(
+            np.array_equal(bits[first : first + len(block)], cast(block, array.dtype.name, key.name).view(bits.dtype))
+            for first, block in self.source.blocks(key.name)
+        )
+
+    def _has_own_head(self) -> bool:
+        """Whether a checkpoint that calls itself tied holds an output head that differs from its embedding."""
+        if not {LM_HEAD, EMBEDDING} <= self.source.tensors.keys():
+            return False
+        return not self.source.equal(LM_HEAD, EMBEDDING)
+
+    def _check(self, *, tied: bool) -> None:
+        """Raise UserError with everything that is missing, extra, misshapen or unreadable."""
+        tensors, lost = self.source.tensors, self.source.lost
+        wanted = {key.name: key for key in self.keys.values()}
+        known = wanted.keys() | ({LM_HEAD} if tied else set())
+        found: dict[str, list[str]] = {
+            "missing": [name for name in wanted if name not in tensors and name not in lost],
+            "extra": [name for name in tensors if name not in known and not is_derived(name)],
+            "misshapen": [
+                f"{name} ({_shape(tensors[name].shape)} instead of {_shape(key.source_shape)})"
+                for name, key in wanted.items()
+                if name in tensors and tensors[name].shape != key.source_shape
+            ],
+            "unsupported dtype": [
+                f"{name} ({tensors[name].dtype})"
+                for name in wanted
+                if name in tensors and self.source.dtype(name) is None
+            ],
+        }
+        problems = self.source.problems | {kind: names for kind, names in found.items() if names}
+        if problems:
+            raise UserError(f"{self.source.folder}: {describe(problems)}")
+
+
+def cast(array: Float[np.ndarray, "..."], dtype: str, name: str) -> Float[np.ndarray, "..."]:
+    """`array` in another dtype, rounded to nearest.
+
+    Raises:
+        UserError: a number of the tensor `name` that float16 cannot hold.
+    """
+    with np.errstate(over="ignore"):
+        result = array.astype(NUMPY_DTYPES[dtype], copy=False)
+    if dtype == "float16" and array.dtype != np.float16 and (np.isinf(result) & np.isfinite(array)).any():
+        raise UserError(f"{name} has numbers that float16 cannot hold (65504 is its largest); use bfloat16 or float32")
+    return result
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"
