@@ -19,7 +19,7 @@ from checkpoints_convert import store
 from checkpoints_convert.hub import TEXT_FILES, locate
 from checkpoints_convert.progress import Progress
 from checkpoints_convert.verify import verify as compare
-from checkpoints_convert.weights import NUMPY_DTYPES, Weights
+from checkpoints_convert.weights import NUMPY_DTYPES, Weights, check_dtype
 from lychee_jax.errors import UserError
 
 MARKER = "lychee.json"
@@ -74,13 +74,14 @@ def convert(
     """
     started = time.perf_counter()
     dst = Path(dst).expanduser().resolve()
+    check_dtype(dtype)
     _check_destination(dst, overwrite)
     source = locate(str(src))
     for kept in (source.resolve(), Path.cwd()):
         if kept.is_relative_to(dst):
             raise UserError(f"{dst} cannot be replaced: {kept} is in use and would go with it")
     weights = Weights(source)
-    dtype = weights.dtype(dtype)
+    dtype = dtype or weights.config.dtype
     with _told_as_user_errors(dst), _appearing(dst, overwrite) as folder:
         _copy_files(weights, dtype, folder)
         size = _write_weights(weights, dtype, folder, progress)

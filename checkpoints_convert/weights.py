@@ -46,16 +46,6 @@ class Weights:
             config = dataclasses.replace(config, dtype=str(self.source.dtype(EMBEDDING)))
         self.config = config
 
-    def dtype(self, asked: str | None) -> str:
-        """The dtype to store in: the one asked for, or the checkpoint's.
-
-        Raises:
-            UserError: a dtype that weights cannot have.
-        """
-        if asked is not None and asked not in DTYPES:
-            raise UserError(f"dtype {asked!r} is not supported; use one of {', '.join(DTYPES)}")
-        return asked or self.config.dtype
-
     def read(self, path: str, dtype: str) -> Float[np.ndarray, "..."]:
         """One parameter in our layout; what takes memory is the result alone.
 
@@ -108,6 +98,12 @@ class Weights:
         problems = self.source.problems | {kind: names for kind, names in found.items() if names}
         if problems:
             raise UserError(f"{self.source.folder}: {describe(problems)}")
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise UserError for a dtype that weights cannot have; None stands for the checkpoint's."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
 
 
 def cast(array: Float[np.ndarray, "..."], dtype: str, name: str) -> Float[np.ndarray, "..."]:

@@ -1,0 +1,192 @@
+"""A loaded model as Python code uses it: text or token ids in, text out, whole or as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lychee_jax.config import ModelConfig
+from lychee_jax.errors import UserError
+from lychee_jax.generate import Engine, GenerateOptions, Stream, Timing
+from lychee_jax.heads import HeadMap
+from lychee_jax.model import Decoder
+from lychee_jax.sampling import SamplingParams
+from lychee_jax.selection import SelectionPolicy
+from lychee_jax.text import TextStream, Tokenizer
+
+# Keywords as the command line has them; both groups have a top_p, and the shorter name is sampling's.
+_SAMPLING = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
+_POLICY = {
+    "top_p_mass" if field.name == "top_p" else field.name: field.name for field in dataclasses.fields(SelectionPolicy)
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `LoadedModel.generate` returns; every list has one entry for each prompt.
+
+    `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    text: list[str] | None
+    timing: Timing
+    attention: dict[str, Any]
+
+
+@dataclasses.dataclass
+class LoadedModel:
+    """A model with its weights on the device, and what its folder says about text, ends and roles.
+
+    Attributes:
+        path: the folder.
+        config: with the dtype that the weights have, and tied embeddings if the tensors say so.
+        model: the module.
+        heads: the folder's heads.json, if there is one.
+        eos_ids: the tokens that end a text.
+
+    `generate` and `stream` take these keywords, as `lychee generate` does: `attention` ("auto", "hybrid", "dense"),
+    `heads` ("all", "none", a file, a HeadMap; default: the folder's, else all), `page_size`, `budget`, `sink`,
+    `recent`, `rule`, `ratio`, `top_p_mass`, `threshold`, `page_score`, `max_new_tokens`, `temperature`, `top_k`,
+    `top_p`, `min_p`, `repetition_penalty`, `seed`, `ignore_eos`, `correct_every`, `implementation`.
+    """
+
+    path: Path
+    config: ModelConfig
+    model: Decoder
+    heads: HeadMap | None
+    eos_ids: tuple[int, ...]
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """Token ids in, token ids out."""
+        return Engine(self.model)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The folder's tokenizer, read at first use; None if it has none."""
+        return Tokenizer.from_folder(self.path)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        chat: bool = False,
+        stop: Iterable[str] = (),
+        on_prefill: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Continue one prompt or several: texts, or rows of token ids, which are used as they are.
+
+        Args:
+            prompts: a text, or a list of texts or of rows of ids.
+            chat: put texts through the checkpoint's chat template.
+            stop: texts before which a row ends.
+            on_prefill: called with the prompt tokens that were read, and how many there are.
+            options: see the class.
+
+        Raises:
+            UserError: bad input, told in one line.
+        """
+        chosen = self.options(**options)
+        rows = [self._encode(prompt, chat) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        texts = self._texts(len(rows), tuple(stop))
+        stream = self.engine.stream(rows, chosen, on_prefill)
+        for _ in _pieces(stream, texts):
+            pass
+        result = stream.result()
+        return Generation(
+            [len(row) for row in rows],
+            result.tokens,
+            result.logprobs,
+            [text.text for text in texts] if texts is not None else None,
+            result.timing,
+            result.attention,
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        chat: bool = False,
+        stop: Iterable[str] = (),
+        on_prefill: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Continue one prompt; read it now, and yield pieces of text as they become final. The rest is as in `generate`."""
+        chosen = self.options(**options)
+        texts = self._texts(1, tuple(stop))
+        if texts is None:
+            raise UserError(f"{self.path} has no tokenizer, so there is no text to stream; use generate")
+        return _pieces(self.engine.stream([self._encode(prompt, chat)], chosen, on_prefill), texts)
+
+    def options(self, *, heads: str | Path | HeadMap | None = None, **keywords: Any) -> GenerateOptions:
+        """The engine's options for the keywords that `generate` takes.
+
+        Raises:
+            UserError: a value out of its range, or a head map of another model.
+            TypeError: a keyword that does not exist.
+        """
+        policy = {field: keywords.pop(name) for name, field in _POLICY.items() if name in keywords}
+        sampling = {field: keywords.pop(name) for name, field in _SAMPLING.items() if name in keywords}
+        return GenerateOptions(
+            heads=self.choose_heads(heads),
+            policy=SelectionPolicy(**policy),
+            sampling=SamplingParams(**sampling),
+            eos_ids=self.eos_ids,
+            **keywords,
+        )
+
+    def choose_heads(self, heads: str | Path | HeadMap | None = None) -> HeadMap:
+        """ "all", "none", a head map or its file; None: the folder's map, else all.
+
+        Raises:
+            UserError: a map that cannot be read, or was made for another model.
+        """
+        if heads is None:
+            return self.heads or HeadMap.all(self.config)
+        if heads == "all":
+            return HeadMap.all(self.config)
+        if heads == "none":
+            return HeadMap.none(self.config)
+        if isinstance(heads, HeadMap):
+            heads.check(self.config)
+            return heads
+        return HeadMap.load(heads, self.config)
+
+    def _encode(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            if chat:
+                raise UserError("a chat needs text: token ids are used as they are")
+            return list(prompt)
+        if self.tokenizer is None:
+            raise UserError(f"{self.path} has no tokenizer; give token ids")
+        return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
+
+    def _texts(self, rows: int, stop: tuple[str, ...]) -> list[TextStream] | None:
+        if self.tokenizer is None:
+            if stop:
+                raise UserError(f"stop texts need a tokenizer, and {self.path} has none")
+            return None
+        return [TextStream(self.tokenizer, stop) for _ in range(rows)]
+
+
+def _pieces(stream: Stream, texts: list[TextStream] | None) -> Iterator[str]:
+    """Follow a generation to its end, rows ended by their stop texts; yields the text of all rows as it comes."""
+    for step in stream:
+        for row, text in enumerate(texts or ()):
+            token = int(step.tokens[row])
+            if token < 0:
+                continue
+            if piece := text.push(token):
+                yield piece
+            if text.stopped:
+                stream.finish(row)
+    for text in texts or ():
+        if piece := text.flush():
+            yield piece
