@@ -1,9 +1,17 @@
 """Every test runs with jaxtyping shapes checked by beartype, strict dtype promotion and warnings as errors."""
 
+import os
+from pathlib import Path
+
 import jaxtyping
 
 # Before the first import of the packages: annotations are checked at every call of every public array function.
 jaxtyping.install_import_hook(["lychee_jax", "pallas_kernels", "checkpoints_convert"], "beartype.beartype")
+
+# Compiling is most of what the tests do: the workers, and commands that tests start, share what one has compiled.
+_programs = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_programs))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
 
