@@ -118,7 +118,7 @@ class LoadedModel:
         on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Continue one prompt; read it now, and yield pieces of text as they become final. The rest is as in `generate`."""
+        """Continue one prompt: it is read now, and text is yielded as it becomes final. All else is as in `generate`."""
         chosen = self.options(**options)
         texts = self._texts(1, tuple(stop))
         if texts is None:
@@ -143,7 +143,7 @@ class LoadedModel:
         )
 
     def choose_heads(self, heads: str | Path | HeadMap | None = None) -> HeadMap:
-        """ "all", "none", a head map or its file; None: the folder's map, else all.
+        """The map that `heads` names: "all", "none", a map or its file; None is the folder's, else all.
 
         Raises:
             UserError: a map that cannot be read, or was made for another model.
