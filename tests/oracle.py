@@ -285,16 +285,19 @@ class Oracle:
         rule: Rule | None = None,
         eos: Sequence[int] = (),
         feed: Sequence[int] | None = None,
+        correct_every: int = 0,
     ) -> Output:
         """Greedy decoding; hybrid where `retrieval` and `rule` are given, else dense.
 
         `feed`: tokens to go on with in place of the greedy ones (the logprobs are then theirs), to follow a model of
-        lower precision along its own path.
+        lower precision along its own path. `correct_every`: after so many decode steps a dense pass over the tokens
+        that they fed rewrites their keys and values.
         """
         self.keys: list[list[Array]] = [[] for _ in range(self.config.num_layers)]
         self.values: list[list[Array]] = [[] for _ in range(self.config.num_layers)]
         result = Output([], [], [], math.inf, math.inf)
-        logits = self._prefill(prompt)
+        inverse = frequencies(self.config.rope, self.config.head_dim, len(prompt))
+        logits = self._extend(prompt, 0, [inverse] * len(prompt))
         for step in range(new_tokens):
             token = int(np.argmax(logits)) if feed is None else feed[step]
             second = np.partition(logits, -2)[-2]
@@ -303,22 +306,29 @@ class Oracle:
             result.logprobs.append(float(logits[token] - logits.max() - math.log(np.exp(logits - logits.max()).sum())))
             if token in eos or step == new_tokens - 1:
                 break
-            logits = self._decode(token, len(prompt) + step, retrieval, rule, result)
+            position = len(prompt) + step
+            logits = self._decode(token, position, retrieval, rule, result)
+            if correct_every and (step + 1) % correct_every == 0:
+                start = position + 1 - correct_every
+                bases = [frequencies(self.config.rope, self.config.head_dim, p + 1) for p in range(start, position + 1)]
+                self._extend(result.tokens[-correct_every:], start, bases)
         return result
 
-    def _prefill(self, prompt: Sequence[int]) -> Array:
-        """Dense causal attention over the whole prompt → the logits of its last token."""
-        x = np.stack([self.w["embed.embedding"][token] for token in prompt])
-        inverse = frequencies(self.config.rope, self.config.head_dim, len(prompt))
+    def _extend(self, tokens: Sequence[int], start: int, inverse: Sequence[Array]) -> Array:
+        """Dense causal attention of `tokens` at positions `start …` over what is cached below → the last one's logits.
+
+        Whatever was cached at or above `start` is replaced.
+        """
+        x = [self.w["embed.embedding"][token] for token in tokens]
         for layer in range(self.config.num_layers):
-            rows = [self._project(layer, x[t], t, inverse) for t in range(len(prompt))]
-            self.keys[layer] = [k for _, k, _ in rows]
-            self.values[layer] = [v for _, _, v in rows]
-            mixed = []
+            rows = [self._project(layer, x[t], start + t, inverse[t]) for t in range(len(tokens))]
+            self.keys[layer] = self.keys[layer][:start] + [k for _, k, _ in rows]
+            self.values[layer] = self.values[layer][:start] + [v for _, _, v in rows]
+            k, v = np.stack(self.keys[layer]), np.stack(self.values[layer])
             for t, (q, _, _) in enumerate(rows):
-                k, v = np.stack(self.keys[layer][: t + 1]), np.stack(self.values[layer][: t + 1])
-                mixed.append(np.stack([attend(q[n], k[:, n], v[:, n], self.scale) for n in range(len(q))]))
-            x = np.stack([self._finish_layer(layer, x[t], mixed[t]) for t in range(len(prompt))])
+                end = start + t + 1
+                mixed = [attend(q[head], k[:end, head], v[:end, head], self.scale) for head in range(len(q))]
+                x[t] = self._finish_layer(layer, x[t], np.stack(mixed))
         return self._logits(x[-1])
 
     def _decode(
