@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.main import get_command
@@ -36,17 +36,53 @@ app.add_typer(bench_app, name="bench")
 app.command()(generate)
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-) -> None:
-    if version:
-        from importlib.metadata import version as installed
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        from importlib.metadata import version
 
-        print(f"lychee-jax {installed('lychee-jax')}")
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
+        print(f"lychee-jax {version('lychee-jax')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder, or a model's id on the Hub.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(show_default="the checkpoint's", help="Of the converted weights."),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything again and compare every tensor, to the bit.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DST if it exists, once the new folder is whole.")
+    ] = False,
+) -> None:
+    """Convert a Hugging Face checkpoint, tokenizer included.
+
+    One tensor is in memory at a time. DST appears whole or not at all.
+
+    [b]Example[/b]
+
+    [cyan]lychee convert Qwen/Qwen3-8B my-8b --dtype bfloat16 --verify[/cyan]
+    """
+    from checkpoints_convert.convert import convert as run
+    from checkpoints_convert.progress import progress_bar
+
+    with progress_bar() as progress:
+        report = run(src, dst, dtype=dtype, verify=verify, overwrite=overwrite, progress=progress)
+    print(report)
 
 
 @heads_app.command("show")
@@ -82,9 +118,9 @@ def heads_plot(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
     _prepare_process()
-    command = get_command(app)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        status = command.main(list(sys.argv[1:] if argv is None else argv), "lychee", standalone_mode=False)
+        status = get_command(app).main(arguments, "lychee", standalone_mode=False)
         sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))

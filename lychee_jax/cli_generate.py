@@ -17,8 +17,7 @@ from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
     from lychee_jax.generate import Result, Stream
-    from lychee_jax.heads import HeadMap
-    from lychee_jax.loading import LoadedModel
+    from lychee_jax.loaded import LoadedModel
     from lychee_jax.text import TextStream
 
 _PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"
@@ -126,20 +125,15 @@ def generate(
     from lychee_jax.generate import GenerateOptions
     from lychee_jax.sampling import SamplingParams
     from lychee_jax.selection import SelectionPolicy
+    from lychee_jax.text import StopStrings, TextStream
 
+    # Everything that can be refused without the model is looked at before it is loaded.
     source = read_prompt(prompt or [], prompt_file or [], prompt_ids or [], chat=chat)
+    stops = tuple(stop or ())
+    StopStrings(stops)
     options = GenerateOptions(
         attention=attention,
-        policy=SelectionPolicy(
-            budget=budget,
-            sink=sink,
-            recent=recent,
-            rule=rule,
-            ratio=ratio,
-            top_p=top_p_mass,
-            threshold=threshold,
-            page_score=page_score,
-        ),
+        policy=SelectionPolicy(budget, sink, recent, rule, ratio, top_p_mass, threshold, page_score),
         page_size=page_size,
         max_new_tokens=max_new_tokens,
         sampling=SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed),
@@ -147,23 +141,24 @@ def generate(
         correct_every=correct_every,
         implementation=implementation,
     )
-
-    from lychee_jax.loading import load
-
-    with _status(f"Loading {model or 'the bundled model'}"):
-        loaded = load(model, dtype)
+    loaded = load_model(model, dtype)
+    options = dataclasses.replace(options, heads=loaded.choose_heads(heads), eos_ids=loaded.eos_ids)
+    tokenizer = loaded.tokenizer
+    if tokenizer is None and isinstance(source, str):
+        raise UserError(f"{loaded.path} has no tokenizer; give token ids with --prompt-ids")
+    if tokenizer is None and stops:
+        raise UserError(f"--stop needs a tokenizer, and {loaded.path} has none")
     if isinstance(source, str):
-        if loaded.tokenizer is None:
-            raise UserError(f"{loaded.path} has no tokenizer; give token ids with --prompt-ids")
-        prompts = [loaded.tokenizer.encode_chat(source) if chat else loaded.tokenizer.encode(source)]
+        assert tokenizer is not None
+        prompts = [tokenizer.encode_chat(source) if chat else tokenizer.encode(source)]
     else:
         prompts = source
-    if stop and loaded.tokenizer is None:
-        raise UserError(f"--stop needs a tokenizer, and {loaded.path} has none")
-    options = dataclasses.replace(options, heads=choose_heads(heads, loaded, attention), eos_ids=loaded.eos_ids)
+    loaded.engine.check_prompts(prompts, max_new_tokens)
+    if heads is None and loaded.heads is None and attention != "dense":
+        print(f"notice: {loaded.path} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
-    texts = [loaded.new_text(stop or []) for _ in prompts] if loaded.tokenizer else None
-    with _prefill_bar(max(map(len, prompts), default=0)) as on_prefill:
+    texts = [TextStream(tokenizer, stops) for _ in prompts] if tokenizer is not None else None
+    with _prefill_bar(max(map(len, prompts))) as on_prefill:
         stream = loaded.engine.stream(prompts, options, on_prefill)
     result = _follow(stream, texts, live=len(prompts) == 1 and not as_json)
     if as_json:
@@ -173,6 +168,21 @@ def generate(
         for row, tokens in enumerate(result.tokens):
             print(f"[{row}] {texts[row].text if texts else ' '.join(map(str, tokens))}")
     print(_statistics(prompts, result), file=sys.stderr)
+
+
+def load_model(model: str | None, dtype: str | None) -> LoadedModel:
+    """Load what --model and --dtype name, with a spinner on standard error where that is a terminal."""
+    import jax
+    from rich.console import Console
+
+    from lychee_jax.loading import load
+
+    with Console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
+        loaded = load(model, dtype)
+    if loaded.config.dtype == "float32":
+        # Accelerators would round the factors of a float32 product to bfloat16 or TF32.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    return loaded
 
 
 def read_prompt(texts: list[str], files: list[str], id_files: list[str], *, chat: bool) -> str | list[list[int]]:
@@ -192,23 +202,6 @@ def read_prompt(texts: list[str], files: list[str], id_files: list[str], *, chat
     if not text:
         raise UserError("the prompt is empty" + (f": {files[0]}" if files else ""))
     return text
-
-
-def choose_heads(spec: str | None, loaded: LoadedModel, attention: str) -> HeadMap:
-    """The head map that --heads asks for; says so on standard error where a default has to stand in."""
-    from lychee_jax.heads import HeadMap
-
-    if spec == "none":
-        return HeadMap.none(loaded.config)
-    if spec == "all":
-        return HeadMap.all(loaded.config)
-    if spec is not None:
-        return HeadMap.load(spec, loaded.config)
-    if loaded.heads is not None:
-        return loaded.heads
-    if attention != "dense":
-        print(f"notice: {loaded.path} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
-    return HeadMap.all(loaded.config)
 
 
 def _read(name: str) -> str:
@@ -282,15 +275,6 @@ def _statistics(prompts: list[list[int]], result: Result) -> str:
         f"{attention['kv_read_share']:.0%} of the cache read",
     ]
     return " · ".join(parts)
-
-
-@contextlib.contextmanager
-def _status(message: str) -> Iterator[None]:
-    """A spinner on standard error, where that is a terminal."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(message):
-        yield
 
 
 @contextlib.contextmanager
