@@ -18,11 +18,11 @@ from jaxtyping import Float
 from checkpoints_convert import store
 from checkpoints_convert.hub import TEXT_FILES, locate
 from checkpoints_convert.progress import Progress
+from checkpoints_convert.source import MARKER
 from checkpoints_convert.verify import verify as compare
 from checkpoints_convert.weights import NUMPY_DTYPES, Weights, check_dtype
 from lychee_jax.errors import UserError
 
-MARKER = "lychee.json"
 FORMAT = "lychee-checkpoint/1"
 
 
@@ -41,8 +41,9 @@ class ConversionReport:
     def __str__(self) -> str:
         head = "tied to the embedding" if self.tied else "of its own"
         verified = ", verified" if self.verified else ""
+        size = f"{self.bytes / 1e9:.2f} GB" if self.bytes >= 1e9 else f"{self.bytes / 1e6:.2f} MB"
         return (
-            f"{self.path}: {self.tensors} tensors, {self.bytes / 1e9:.2f} GB in {self.dtype}, output head {head}"
+            f"{self.path}: {self.tensors} tensors, {size} in {self.dtype}, output head {head}"
             f"{verified}, in {self.seconds:.1f} s"
         )
 
@@ -128,6 +129,8 @@ def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progres
     if size > free:
         raise UserError(f"the weights take {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left")
     store.write(folder / store.WEIGHTS, tensors)
+    if progress is not None:
+        progress("convert", total, total)
     return size
 
 

@@ -16,6 +16,8 @@ from lychee_jax.errors import UserError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MARKER = "lychee.json"
+"""What a converted folder has and a Hugging Face folder has not."""
 
 # safetensors' names. Importing ml_dtypes is also what teaches its NumPy reader bfloat16.
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -165,6 +167,8 @@ def first_line(error: BaseException) -> str:
 
 def _nothing_to_read(folder: Path) -> str:
     wanted = f"{SINGLE} or {INDEX}"
+    if (folder / MARKER).is_file():
+        return f"{folder} is converted already: it has {MARKER}, and no {wanted}"
     if any(folder.glob("*.bin")) or any(folder.glob("*.bin.index.json")):
         return f"{folder} has PyTorch .bin weights only, and safetensors are needed ({wanted}); save it as safetensors"
     if any(folder.glob("*.safetensors")):

@@ -30,5 +30,7 @@ def verify(weights: Weights, folder: Path, dtype: str, progress: Progress | None
             continue
         if not weights.equal(path, array):
             problems.setdefault("different", []).append(path)
+    if progress is not None:
+        progress("verify", len(weights.keys), len(weights.keys))
     if problems:
         raise UserError(f"what was written differs from the checkpoint: {describe(problems)}")

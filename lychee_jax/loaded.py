@@ -118,7 +118,7 @@ class LoadedModel:
         on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """Continue one prompt: it is read now, and text is yielded as it becomes final. All else is as in `generate`."""
+        """Continue one prompt: read now, its text is yielded as it becomes final. All else is as in `generate`."""
         chosen = self.options(**options)
         texts = self._texts(1, tuple(stop))
         if texts is None:

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Float
 
 from checkpoints_convert import store
-from checkpoints_convert.convert import FORMAT, MARKER
+from checkpoints_convert.convert import FORMAT
 from checkpoints_convert.keys import abstract_decoder, dotted, keys
-from checkpoints_convert.source import INDEX, SINGLE, describe, first_line
+from checkpoints_convert.source import INDEX, MARKER, SINGLE, describe, first_line
 from checkpoints_convert.weights import Weights, cast, check_dtype
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
