@@ -174,10 +174,11 @@ def load_model(model: str | None, dtype: str | None) -> LoadedModel:
     """Load what --model and --dtype name, with a spinner on standard error where that is a terminal."""
     import jax
     from rich.console import Console
+    from rich.markup import escape
 
     from lychee_jax.loading import load
 
-    with Console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
+    with Console(stderr=True).status(f"Loading {escape(model) if model else 'the bundled model'}"):
         loaded = load(model, dtype)
     if loaded.config.dtype == "float32":
         # Accelerators would round the factors of a float32 product to bfloat16 or TF32.
