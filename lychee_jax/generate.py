@@ -3,6 +3,7 @@ one, and never decides anything a step would have to wait for.
 """
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,15 +119,20 @@ class Prefilled:
     compile_s: float
 
 
-class _Compiling:
-    """Adds up the seconds of calls that had to compile: dispatch alone takes well under a millisecond."""
+class _Caller:
+    """Calls programs, and adds up the seconds of calls that had to compile: dispatch alone takes under a millisecond.
 
-    def __init__(self):
+    Float32 models multiply in full float32: accelerators would round the factors to bfloat16 or TF32.
+    """
+
+    def __init__(self, dtype: np.dtype):
+        self.precision = "highest" if dtype == np.float32 else None
         self.seconds = 0.0
 
     def __call__(self, program: Any, *args: Any) -> Any:
         known, started = program._cache_size(), time.perf_counter()
-        out = program(*args)
+        with jax.default_matmul_precision(self.precision) if self.precision else contextlib.nullcontext():
+            out = program(*args)
         if program._cache_size() != known:
             self.seconds += time.perf_counter() - started
         return out
@@ -175,7 +181,7 @@ class Engine:
         self.check_prompts(prompts, max_new_tokens)
         if page_size < 1:
             raise UserError(f"page size is {page_size}; it must be at least 1")
-        started, call = time.perf_counter(), _Compiling()
+        started, call = time.perf_counter(), _Caller(self.dtype)
         rows = [list(prompt) for prompt in prompts]
         shared = self._shared_pages(rows, page_size)
         layout = CacheLayout.plan([len(row) + max_new_tokens for row in rows], page_size, shared=shared)
@@ -212,7 +218,7 @@ class Engine:
 
     def _feed(
         self,
-        call: _Compiling,
+        call: _Caller,
         pools: Pools,
         last: jax.Array,
         table: jax.Array,
@@ -315,7 +321,7 @@ class Stream(Iterator[Step]):
         self._logprobs: list[list[float]] = [[] for _ in range(batch)]
         self._pages_read = 0
         self._pages_held = 0
-        self._call = _Compiling()
+        self._call = _Caller(engine.dtype)
         self._compiled_before = prefilled.compile_s
         self._finished_at = self._decoding_since = time.perf_counter()
         self._sampling = options.sampling.arrays()
