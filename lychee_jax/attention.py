@@ -235,7 +235,8 @@ def _gated_block(
     causal = position[:, None] >= jnp.arange(length, dtype=jnp.int32)[None, :]
 
     def attend(mask: jax.Array) -> jax.Array:
-        weights = jax.nn.softmax(jnp.where(mask, scores, masked), axis=-1)
+        # Masked again: where nothing was selected, the softmax of equal scores would spread over the future too.
+        weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, masked), axis=-1), 0.0)
         return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
 
     mean = jnp.where(causal[None, None], jax.lax.stop_gradient(jnp.mean(scores, axis=2)), masked)
