@@ -4,10 +4,11 @@
 modules are (`layers` → `0` → `attention` → `q_proj` → `kernel`).
 """
 
-import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,25 +50,43 @@ class _Lent(np.ndarray):
         return self
 
 
+class _Stopped(Exception):
+    """The writer was told to stop."""
+
+
 class _OneByOne(ocp.type_handlers.NumpyHandler):
     """Writes tensors as NumPy arrays, each read, written and forgotten before the next."""
+
+    def __init__(self, stop: threading.Event):
+        super().__init__()
+        self._stop = stop
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
         """Write to the end, so that there is nothing left to wait for."""
         for value, info, arg in zip(values, infos, args, strict=True):
+            if self._stop.is_set():
+                raise _Stopped
             for future in await super().serialize([value.read().view(_Lent)], [info], [arg]):
-                try:
-                    future.result()
-                except KeyboardInterrupt:
-                    future.result()  # a write that went on would put files into a folder that is being removed
-                    raise
-            await asyncio.sleep(0)  # where an event loop that takes Ctrl-C itself passes it on
+                future.result()
         return []
 
 
 def write(folder: Path, tensors: Mapping[str, Unread]) -> None:
-    """Write tensors, by dotted path, to `folder`, which must not exist."""
-    registry = ocp.type_handlers.create_type_handler_registry((Unread, _OneByOne()))
+    """Write tensors, by dotted path, to `folder`, which must not exist.
+
+    When this returns or raises, also after Ctrl-C, nothing is being written any more: Python interrupts only the main
+    thread, so the writing is done in another one, which ends between two tensors.
+    """
+    stop = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(_write, folder, tensors, stop).result()
+        finally:
+            stop.set()
+
+
+def _write(folder: Path, tensors: Mapping[str, Unread], stop: threading.Event) -> None:
+    registry = ocp.type_handlers.create_type_handler_registry((Unread, _OneByOne(stop)))
     chunks = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in tensors}
     with _quiet(), _checkpointer(type_handler_registry=registry) as checkpointer:
         args = ocp.args.PyTreeSave(_nest(tensors), save_args=_nest(chunks))

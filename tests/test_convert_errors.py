@@ -268,7 +268,7 @@ def test_a_failure_in_the_middle_leaves_nothing(hf, monkeypatch, failure):
     expected = UserError if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected) as error:
         convert(hf, hf.parent / "deep" / "out", progress=fail)
-    assert not isinstance(failure, OSError) or str(error.value).endswith("out: No space left")
+    assert not isinstance(failure, OSError) or str(error.value).endswith("out: No space left on device")
     assert [file.name for file in hf.parent.iterdir()] == ["hf"]
 
 
