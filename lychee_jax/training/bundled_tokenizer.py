@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lychee_jax.training.language import BOS, EOS, FIRST_WORD, PAD, PIECES, SPECIAL
 
-# Words with the space before them, single digits, other signs with the space before them, single white-space characters.
+# Words and other signs with the space before them, single digits, single white-space characters.
 _PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s"
 
 # A user's turn, then the answer as training wrote it: after `Answer:`, closed by the end-of-text token.

@@ -18,9 +18,18 @@ from lychee_jax.training import language
 from lychee_jax.training.language import BOS, EOS, FIRST_BYTE, TOKEN_OF, VOCAB_SIZE, tokens_of
 
 type Tokens = list[int]
+type Value = Callable[[np.random.Generator], Tokens]
 
 _NEWLINE, _SPACE = TOKEN_OF["\n"], TOKEN_OF[" "]
 _DIGITS = np.array([TOKEN_OF[digit] for digit in "0123456789"])
+
+
+def _list(*names: str) -> np.ndarray:
+    return np.array([TOKEN_OF[f" {word}"] for name in names for word in language.WORDS[name]])
+
+
+_ADJECTIVES, _NOUNS = _list("adjective"), _list("noun")
+_VALUE_WORDS = _list("noun", "things", "place", "material")
 _PARAGRAPH_RATE = 0.12  # share of the sentences that open a new paragraph
 _MARGIN = 96  # tokens that a document has for BOS, an introduction and some prose, whatever is hidden in it
 
@@ -37,7 +46,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One training row: `tokens [T]`; `answers [T]` is i at the tokens of the i-th answer (its EOS included), else 0."""
+    """One training row: `tokens [T]`; `answers [T]` is i at the tokens of the i-th answer (EOS included), else 0."""
 
     tokens: np.ndarray
     answers: np.ndarray
@@ -45,11 +54,15 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One question about one document. `tokens` starts with BOS; `text` is the same without it."""
+    """One question about one document. `tokens` starts with BOS, `text` is the same without it.
+
+    `needle`: the tokens (first, end) of the statement that is asked for.
+    """
 
     tokens: Tokens
     text: str
     answer: str
+    needle: tuple[int, int]
 
 
 # --- prose ------------------------------------------------------------------------------------------------------------
@@ -62,8 +75,7 @@ class _Prose:
     """
 
     def __init__(self, templates: Sequence[str]) -> None:
-        self.choices = [np.array([TOKEN_OF[f" {word}"] for word in words]) for words in language.WORDS.values()]
-        self.choices += [_DIGITS, _DIGITS[1:]]
+        self.choices = [*(_list(name) for name in language.WORDS), _DIGITS, _DIGITS[1:]]
         rows = [self._parse(template) for template in templates]
         self.lengths = np.array([len(row) for row in rows])
         width = int(self.lengths.max())
@@ -127,10 +139,10 @@ _PROSE = _Prose(language.PROSE)
 
 @functools.cache
 def _parsed(template: str) -> tuple[str | Tokens, ...]:
-    """A template as slot names and the tokens between them."""
+    """A template as slot names and the tokens of its other pieces."""
     parts: list[str | Tokens] = []
-    for is_slot, pieces in itertools.groupby(language.split(template), lambda piece: "{" in piece):
-        parts += [piece.strip(" {}") for piece in pieces] if is_slot else [tokens_of("".join(pieces))]
+    for piece in language.split(template):
+        parts.append(piece.strip(" {}") if "{" in piece else tokens_of(piece))
     return tuple(parts)
 
 
@@ -153,19 +165,41 @@ def _number(rng: np.random.Generator, low: int = 5, high: int = 7) -> Tokens:
     return [_SPACE, *digits.tolist()]
 
 
-def _words(rng: np.random.Generator) -> Tokens:
-    """One to three words."""
-    return [TOKEN_OF[f" {_pick(rng, language.WORDS['noun'])}"] for _ in range(_pick(rng, (1, 2, 3)))]
+def _words(rng: np.random.Generator, low: int, high: int) -> Tokens:
+    """Between `low` and `high` words."""
+    count = int(rng.integers(low, high + 1))
+    return _VALUE_WORDS[rng.integers(len(_VALUE_WORDS), size=count)].tolist()
 
 
-def _word_key(rng: np.random.Generator) -> Tokens:
-    adjectives, nouns = language.WORDS["adjective"], language.WORDS["noun"]
-    return [TOKEN_OF[f" {_pick(rng, words)}"] for words in (adjectives, nouns)]
+def _any_value(rng: np.random.Generator) -> Tokens:
+    """A number or words, short or long.
+
+    With short values alone the model learns to read a whole value while it reads the question; long ones, up to the
+    32-word passkeys of arXiv 2602.04541, can only be copied token by token, from where they stand, while answering.
+    """
+    draw = rng.random()
+    if draw < 0.4:
+        return _number(rng)
+    if draw < 0.55:
+        return _number(rng, 3, 24)
+    return _words(rng, 1, 4) if draw < 0.75 else _words(rng, 5, 32)
 
 
-def _spelled_key(rng: np.random.Generator) -> Tokens:
-    """A made-up name of three syllables: no word of the vocabulary, so that it is spelled in letters."""
-    return [_SPACE, *(TOKEN_OF[_pick(rng, letters)] for letters in ("bdfgklmnprstvz", "aeiou") * 3)]
+def _word_keys(rng: np.random.Generator, count: int) -> list[Tokens]:
+    """Distinct pairs of an adjective and a noun; in half of the documents of few words, so that keys share many."""
+    pools = [_ADJECTIVES, _NOUNS]
+    if rng.random() < 0.5:
+        pools = [rng.choice(pool, size=2 + int((2 * count) ** 0.5), replace=False) for pool in pools]
+    return _distinct(lambda: [int(_pick(rng, pool)) for pool in pools], count)
+
+
+def _spelled_keys(rng: np.random.Generator, count: int) -> list[Tokens]:
+    """Distinct made-up names of three syllables: no words of the vocabulary, so that they are spelled in letters."""
+
+    def name() -> Tokens:
+        return [_SPACE, *(TOKEN_OF[_pick(rng, letters)] for letters in ("bdfgklmnprstvz", "aeiou") * 3)]
+
+    return _distinct(name, count)
 
 
 def _variable_key(rng: np.random.Generator) -> Tokens:
@@ -185,23 +219,26 @@ def _state(rng: np.random.Generator, kind: str, key: Tokens, value: Tokens) -> F
     return Fact(kind, _render(" " + statement, key=key, value=value), key, value)
 
 
-def passkeys(rng: np.random.Generator, count: int) -> list[Fact]:
-    """Passkeys of five to seven digits under different keys, most of them an adjective and a noun."""
-    make = _spelled_key if rng.random() < 0.15 else _word_key
-    return [_state(rng, "passkey", key, _number(rng)) for key in _distinct(lambda: make(rng), count)]
+def passkeys(rng: np.random.Generator, count: int, value: Value = _number) -> list[Fact]:
+    """Passkeys, by default of five to seven digits, under different keys: most of them an adjective and a noun."""
+    keys = _spelled_keys(rng, count) if rng.random() < 0.15 else _word_keys(rng, count)
+    return [_state(rng, "passkey", key, value(rng)) for key in keys]
+
+
+def long_passkeys(rng: np.random.Generator, count: int) -> list[Fact]:
+    """Passkeys of 32 words."""
+    return passkeys(rng, count, lambda rng: _words(rng, 32, 32))
 
 
 def only_passkey(rng: np.random.Generator, count: int) -> list[Fact]:
-    """One passkey without a key, whatever the count."""
+    """One passkey of five to seven digits without a key, whatever the count."""
     return [_state(rng, "only", [], _number(rng))]
 
 
-def lookups(rng: np.random.Generator, count: int) -> list[Fact]:
-    """Records: keys of both kinds, values that are numbers of three to eight digits or one to three words."""
-    word_keys = _distinct(lambda: _word_key(rng), count)
-    spelled = _distinct(lambda: _spelled_key(rng), count)
-    keys = [pair[int(rng.random() < 0.3)] for pair in zip(word_keys, spelled, strict=True)]
-    return [_state(rng, "lookup", key, _number(rng, 3, 8) if rng.random() < 0.6 else _words(rng)) for key in keys]
+def lookups(rng: np.random.Generator, count: int, value: Value = _number) -> list[Fact]:
+    """Records under keys of both kinds, by default with numbers of five to seven digits."""
+    pairs = zip(_word_keys(rng, count), _spelled_keys(rng, count), strict=True)
+    return [_state(rng, "lookup", pair[int(rng.random() < 0.3)], value(rng)) for pair in pairs]
 
 
 def variables(rng: np.random.Generator, count: int) -> list[Fact]:
@@ -227,19 +264,26 @@ def variables(rng: np.random.Generator, count: int) -> list[Fact]:
 
 KINDS: dict[str, Callable[[np.random.Generator, int], list[Fact]]] = {
     "passkey": passkeys,
-    "only": only_passkey,
+    "long-passkey": long_passkeys,
+    "only-passkey": only_passkey,
     "lookup": lookups,
     "variable": variables,
 }
-_MIXTURE = {"passkey": 0.5, "only": 0.05, "lookup": 0.25, "variable": 0.2}
+_TRAINED: dict[Callable[[np.random.Generator, int], list[Fact]], float] = {
+    lambda rng, count: passkeys(rng, count, _any_value): 0.5,
+    lambda rng, count: lookups(rng, count, _any_value): 0.25,
+    variables: 0.2,
+    only_passkey: 0.05,
+}
 
 
 def mixed(rng: np.random.Generator, count: int) -> list[Fact]:
-    """Facts of one kind, or, in one document of four, of two kinds."""
-    kinds = rng.choice(list(_MIXTURE), size=2, replace=False, p=list(_MIXTURE.values()))
+    """Facts as training sees them: of one kind, or, in one document of four, of two kinds."""
+    chosen = rng.choice(len(_TRAINED), size=2, replace=False, p=list(_TRAINED.values()))
+    first, second = (list(_TRAINED)[int(i)] for i in chosen)
     if count < 2 or rng.random() < 0.75:
-        return KINDS[kinds[0]](rng, count)
-    return KINDS[kinds[0]](rng, count - count // 2) + KINDS[kinds[1]](rng, count // 2)
+        return first(rng, count)
+    return first(rng, count - count // 2) + second(rng, count // 2)
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
@@ -251,20 +295,28 @@ def _question(rng: np.random.Generator, fact: Fact, restate: bool) -> Tokens:
     return _render(asking.replace("{question}", question), key=fact.key)
 
 
-def _document(rng: np.random.Generator, facts: list[Fact], total: int) -> np.ndarray:
-    """BOS, perhaps an introduction, and prose with the facts' statements between its sentences: `total` tokens."""
+def _document(rng: np.random.Generator, facts: list[Fact], total: int) -> tuple[np.ndarray, list[int]]:
+    """BOS, perhaps an introduction, and prose with the facts' statements between its sentences: `total` tokens.
+
+    Also where each statement begins.
+    """
     opening = [BOS, *(_render(_pick(rng, language.INTRODUCTIONS)) if rng.random() < 0.5 else [])]
     statements = sum(len(fact.statement) for fact in facts)
     prose = _PROSE.sentences(rng, total - len(opening) - statements)
     gaps = np.sort(rng.integers(len(prose) + 1, size=len(facts)))
     parts: list[np.ndarray] = [np.array(opening)]
+    starts: list[int] = []
+    length = len(opening)
     for block, fact in itertools.zip_longest(np.split(prose, gaps), facts):
         parts.append(block[block >= 0])
+        length += len(parts[-1])
         if fact is not None:
+            starts.append(length)
             parts.append(np.array(fact.statement))
+            length += len(fact.statement)
     document = np.concatenate(parts)
     document[1] = _PROSE.bare[document[1]]
-    return document
+    return document, starts
 
 
 def documents(rng: np.random.Generator, length: int, facts: tuple[int, int], questions: int) -> Example:
@@ -287,12 +339,12 @@ def documents(rng: np.random.Generator, length: int, facts: tuple[int, int], que
         answers += [0] * len(question) + [i] * len(answer)
     if not tokens:
         raise ValueError(f"{len(hidden)} facts and a question do not fit into {length} tokens")
-    document = _document(rng, hidden, length - len(tokens))
+    document, _ = _document(rng, hidden, length - len(tokens))
     return Example(np.concatenate([document, tokens]), np.concatenate([np.zeros_like(document), answers]))
 
 
 def copying(rng: np.random.Generator, length: int, segment: int = 48) -> Example:
-    """Random tokens in which a segment comes back at a later place; the answer is its return without the first token."""
+    """Random tokens in which a segment comes back at a later place; the answer is its return but the first token."""
     tokens = rng.integers(FIRST_BYTE, VOCAB_SIZE, size=length)
     answers = np.zeros_like(tokens)
     source = int(rng.integers(length - 2 * segment + 1))
@@ -308,9 +360,12 @@ def prompt(rng: np.random.Generator, kind: str, length: int, facts: int) -> Prom
     Raises ValueError if that many facts do not fit.
     """
     hidden = KINDS[kind](rng, facts)
-    fact = _pick(rng, hidden)
+    asked = int(rng.integers(len(hidden)))
+    fact = hidden[asked]
     question = _question(rng, fact, restate=False)
     if sum(len(fact.statement) for fact in hidden) + len(question) + _MARGIN > length:
         raise ValueError(f"{facts} facts and a question do not fit into {length} tokens")
-    tokens = [*_document(rng, hidden, length - len(question)).tolist(), *question]
-    return Prompt(tokens, language.text_of(tokens[1:]), language.text_of(fact.answer).strip())
+    document, starts = _document(rng, hidden, length - len(question))
+    tokens = [*document.tolist(), *question]
+    needle = (starts[asked], starts[asked] + len(fact.statement))
+    return Prompt(tokens, language.text_of(tokens[1:]), language.text_of(fact.answer).strip(), needle)

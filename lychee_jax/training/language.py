@@ -1,8 +1,8 @@
 """The small written language of the bundled model: its words, its sentence templates and its vocabulary.
 
 A text is a sequence of *pieces*: a word with the space before it (` falcon`), a single digit, a punctuation mark with
-the space before it, or one white-space character. Every piece of this language is one token, and a cut between two pieces
-depends on nothing further away, so tokenising a text equals concatenating the tokens of its parts.
+the space before it, or one white-space character. Every piece of this language is one token, and a cut between two
+pieces depends on nothing further away, so tokenising a text equals concatenating the tokens of its parts.
 
 In a template `{name}` stands for a random word of that list, a run of `#` for a random number of so many digits, and
 `{key}`, `{value}` for the slots of a fact.

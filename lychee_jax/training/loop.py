@@ -1,0 +1,157 @@
+"""What every training run needs: batches made ahead, losses of answers, exact checkpoints, metrics on disk.
+
+Parameters are a flat dictionary, `path → float32 array`, with the paths of the module tree; the model computes in the
+dtype it is asked to.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import itertools
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int
+
+from lychee_jax.config import ModelConfig
+from lychee_jax.model import Decoder
+
+type Params = dict[str, jax.Array]
+
+
+class Functional:
+    """A decoder as a pure function of its parameters."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        self._graph, state = nnx.split(model)
+        leaves, self._tree = jax.tree.flatten(state)
+        paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+        self.shapes = {
+            jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf.shape
+            for path, leaf in zip(paths, leaves, strict=True)
+        }
+
+    def bind(self, params: Params, dtype: DTypeLike) -> Decoder:
+        """The decoder with these parameters, cast to `dtype`."""
+        leaves = [params[name].astype(dtype) for name in self.shapes]
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
+
+    def initial(self, seed: int, residual_scale: float) -> Params:
+        """Normal kernels of variance 1 / inputs; those that write to the residual stream times `residual_scale`."""
+        keys = jax.random.split(jax.random.key(seed), len(self.shapes))
+        params: Params = {}
+        for key, (name, shape) in zip(keys, self.shapes.items(), strict=True):
+            if name.endswith("scale"):
+                params[name] = jnp.ones(shape, jnp.float32)
+            elif name.endswith("bias"):
+                params[name] = jnp.zeros(shape, jnp.float32)
+            else:
+                writes = name.endswith(("o_proj.kernel", "down_proj.kernel"))
+                inputs = int(np.prod(shape[:-1])) if writes else shape[0]
+                std = residual_scale / inputs**0.5 if writes else 1.0 / inputs**0.5
+                if name.startswith("embed"):
+                    std = 1.0 / shape[1] ** 0.5
+                params[name] = std * jax.random.normal(key, shape, jnp.float32)
+        return params
+
+
+def answer_losses(
+    logits: Float32[Array, "B T V"], tokens: Int[Array, "B T"], answers: Int[Array, "B T"], max_answers: int
+) -> dict[str, Float32[Array, ""]]:
+    """Teacher-forced next-token losses and scores of sequences with marked answers (0: none, i: the i-th).
+
+    Returns the mean cross-entropy (nats) of answer tokens and of all others, the share of answer tokens that are the
+    argmax, and the share of answers all of whose tokens are (greedy decoding would give them exactly).
+    """
+    rows, length = tokens.shape
+    target, marks = tokens[:, 1:], answers[:, 1:]
+    logits = logits[:, :-1]
+    picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
+    asked = (marks > 0).astype(jnp.float32)
+    right = (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32)
+    asked_count = jnp.maximum(jnp.sum(asked), 1.0)
+    # Per answer: how many of its tokens are wrong; column 0 collects what is no answer.
+    row = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, length - 1))
+    wrong = jnp.zeros((rows, max_answers + 1)).at[row, marks].add(1.0 - right)[:, 1:]
+    present = jnp.zeros((rows, max_answers + 1)).at[row, marks].max(asked)[:, 1:]
+    return {
+        "answer_loss": jnp.sum(losses * asked) / asked_count,
+        "prose_loss": jnp.sum(losses * (1.0 - asked)) / jnp.maximum(jnp.sum(1.0 - asked), 1.0),
+        "accuracy": jnp.sum(right * asked) / asked_count,
+        "exact": jnp.sum(present * (wrong == 0)) / jnp.maximum(jnp.sum(present), 1.0),
+    }
+
+
+def prefetch[T](make: Callable[[int], T], steps: Iterable[int], workers: int) -> Iterator[T]:
+    """`make(step)` of every step, in order, computed ahead in `workers` processes (0: here, when asked for)."""
+    if workers == 0:
+        yield from map(make, steps)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        upcoming = iter(steps)
+        ahead = collections.deque(pool.submit(make, step) for step in itertools.islice(upcoming, 3 * workers))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(make, step) for step in itertools.islice(upcoming, 1))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Checkpoints:
+    """The newest training state in a folder, written whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1))
+
+    def save(self, step: int, state: Any) -> None:
+        """Save the state after `step` steps; returns when it is on disk."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+        self._manager.wait_until_finished()
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """(steps done, state) of the newest checkpoint, or None. `like` gives shapes and dtypes."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        return step, self._manager.restore(step, args=ocp.args.StandardRestore(like))
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._manager.close()
+
+
+class MetricsFile:
+    """One JSON object a line, appended; lines of steps that a resumed run does again are dropped first."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        kept: list[str] = []
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= done]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._path = path
+
+    def write(self, **values: Any) -> None:
+        """Append a line; numbers are rounded to six digits."""
+        rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps(rounded) + "\n")
+
+
+def mean_metrics(window: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:
+    """The mean of each metric over some steps (waits for the device)."""
+    values = jax.device_get(window)
+    return {name: float(np.mean([value[name] for value in values])) for name in values[0]}
