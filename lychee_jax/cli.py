@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ from typing import Annotated, Literal
 import typer
 from typer.main import get_command
 
-from lychee_jax.cli_generate import generate
+from lychee_jax import cli_options as shared
+from lychee_jax.cli_generate import generate, load_model
 from lychee_jax.errors import UserError
 
 app = typer.Typer(
@@ -108,11 +111,53 @@ def heads_plot(
 ) -> None:
     """Draw a head map as a PNG picture."""
     from lychee_jax.heads import HeadMap
-    from lychee_jax.plots import plot_heads
+
+    head_map = HeadMap.load(file)
+    from lychee_jax.plots import plot_heads  # matplotlib takes a while
 
     target = output or file.with_suffix(".png")
-    plot_heads(HeadMap.load(file), target)
+    plot_heads(head_map, target)
     print(target)
+
+
+@bench_app.command("decode")
+def bench_decode(
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: shared.BudgetOption = 2048,
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens in the cache when decoding starts.")] = 32768,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+) -> None:
+    """Time a decoded token, dense and hybrid, in the same run; attention alone as well."""
+    from lychee_jax.benchmarks import decode
+    from lychee_jax.generate import GenerateOptions
+    from lychee_jax.selection import SelectionPolicy
+
+    policy = SelectionPolicy(budget, sink, recent)
+    options = GenerateOptions("hybrid", policy=policy, page_size=page_size, implementation=implementation)
+    loaded = load_model(model, dtype)
+    options = dataclasses.replace(options, heads=loaded.choose_heads(heads))
+    report = decode.run(loaded, options, context=context)
+    print(json.dumps(dataclasses.asdict(report)) if as_json else report)
+
+
+@app.command()
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the picture of the head roles goes.")
+    ] = Path("demo-output"),
+    model: shared.ModelOption = None,
+    seed: Annotated[int, typer.Option(help="Of the document and its hidden facts.")] = 0,
+) -> None:
+    """Ask the same questions about a long document, dense and hybrid, side by side."""
+    from lychee_jax import demo as demonstration
+
+    print(demonstration.run(load_model(model, None), output, seed=seed))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -172,18 +172,13 @@ def generate(
 
 def load_model(model: str | None, dtype: str | None) -> LoadedModel:
     """Load what --model and --dtype name, with a spinner on standard error where that is a terminal."""
-    import jax
     from rich.console import Console
     from rich.markup import escape
 
     from lychee_jax.loading import load
 
     with Console(stderr=True).status(f"Loading {escape(model) if model else 'the bundled model'}"):
-        loaded = load(model, dtype)
-    if loaded.config.dtype == "float32":
-        # Accelerators would round the factors of a float32 product to bfloat16 or TF32.
-        jax.config.update("jax_default_matmul_precision", "highest")
-    return loaded
+        return load(model, dtype)
 
 
 def read_prompt(texts: list[str], files: list[str], id_files: list[str], *, chat: bool) -> str | list[list[int]]:

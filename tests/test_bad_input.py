@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from lychee_jax import cli
@@ -53,7 +52,6 @@ def ids(tmp_path):
 def refused(capfd, monkeypatch):
     """Asserts that a command line is refused in one line that contains `culprits`."""
     monkeypatch.setenv("USE_TORCH", "0")
-    precision = jax.config.jax_default_matmul_precision
 
     def check(*argv, culprits):
         status = cli.main([str(part) for part in argv])
@@ -64,8 +62,7 @@ def refused(capfd, monkeypatch):
         for culprit in [culprits] if isinstance(culprits, str) else culprits:
             assert culprit in err
 
-    yield check
-    jax.config.update("jax_default_matmul_precision", precision)
+    return check
 
 
 @pytest.fixture

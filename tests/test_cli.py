@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from lychee_jax import cli
@@ -62,15 +61,13 @@ def bare(tmp_path_factory):
 def lychee(capfd, monkeypatch):
     """Runs the command line in this process: (exit status, stdout, stderr)."""
     monkeypatch.setenv("USE_TORCH", "0")
-    precision = jax.config.jax_default_matmul_precision
 
     def run(*argv, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         status = cli.main([str(part) for part in argv])
         return status, *capfd.readouterr()
 
-    yield run
-    jax.config.update("jax_default_matmul_precision", precision)
+    return run
 
 
 @pytest.fixture
@@ -291,7 +288,15 @@ def test_heads_show_and_plot(lychee, folder, tmp_path):
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["--help"], ["generate", "-h"], ["convert", "--help"], ["heads", "plot", "-h"], ["bench", "decode", "-h"]],
+    [
+        [],
+        ["--help"],
+        ["generate", "-h"],
+        ["convert", "--help"],
+        ["heads", "plot", "-h"],
+        ["bench", "decode", "-h"],
+        ["demo", "-h"],
+    ],
 )
 def test_help_is_on_stdout(lychee, argv):
     status, out, err = lychee(*argv)
