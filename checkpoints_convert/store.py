@@ -94,14 +94,24 @@ def _write(folder: Path, tensors: Mapping[str, Unread], stop: threading.Event) -
 
 
 def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Dotted path → shape and dtype of every tensor of a written checkpoint."""
+    """Dotted path → shape and dtype of every tensor of a written checkpoint.
+
+    Raises:
+        OSError, ValueError: there is none, or none that Orbax can read.
+    """
     with _quiet(), _checkpointer() as checkpointer:
-        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
-    return {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in _flatten(tree)}
+        metadata = checkpointer.metadata(folder.absolute()).item_metadata
+    if metadata is None:
+        raise FileNotFoundError("metadata or tensors are missing")
+    return {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in _flatten(metadata.tree)}
 
 
 def read(folder: Path, paths: Iterable[str]) -> dict[str, Float[np.ndarray, "..."]]:
-    """Some tensors of a written checkpoint, by dotted path."""
+    """Some tensors of a written checkpoint, by dotted path.
+
+    Raises:
+        OSError, ValueError: a file is missing or damaged (each has a checksum).
+    """
     args = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in paths}
     with _quiet(), _checkpointer() as checkpointer:
         tree = checkpointer.restore(

@@ -85,7 +85,7 @@ def _check_converted(folder: Path) -> ModelConfig:
     try:
         found = store.shapes(folder / store.WEIGHTS)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / store.WEIGHTS} is no Orbax checkpoint: {first_line(error)}") from error
+        raise UserError(f"{folder / store.WEIGHTS} is no whole Orbax checkpoint: {first_line(error)}") from error
     problems = {
         "missing": [path for path in wanted if path not in found],
         "extra": [path for path in found if path not in wanted],
