@@ -306,14 +306,14 @@ def test_ctrl_c_leaves_nothing_and_exits_with_130(tmp_path):
     raw = LLAMA | {"num_hidden_layers": 40}
     checkpoints.write_checkpoint(tmp_path / "hf", raw)
     command = [sys.executable, "-m", "checkpoints_convert", "hf", "deep/out", "--verify"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("deep/.out.*/weights*/*"))) < 20:
-        assert process.poll() is None, process.stderr
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("deep/.out.*/weights*/*"))) < 20:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.strip()) == (130, "", "interrupted")
     assert [file.name for file in tmp_path.iterdir()] == ["hf"]
 
