@@ -1,0 +1,74 @@
+"""Pictures, written as PNG files without a display."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyBboxPatch, Patch
+
+from lychee_jax.heads import HeadMap
+
+_RETRIEVAL, _SPARSE, _LINK, _INK = "#b3202f", "#f3dcd4", "#d98c7e", "#33272a"
+_CELL = 0.34  # inches
+
+
+def plot_heads(head_map: HeadMap, path: str | Path, *, sparse_share: float | None = None) -> None:
+    """Draw the role of every KV head as a PNG: layers from left to right, one row for each KV head index.
+
+    A line leads from each retrieval head to the sparse heads that read the pages it picks: those of its own index in
+    the layers after it. `sparse_share` is the measured share of the cache that a sparse head reads, for the legend.
+    """
+    layers, heads = head_map.num_layers, head_map.num_kv_heads
+    # Sides in inches that do not grow with the map: labels beside it, title above, legend below.
+    left, right, top, bottom = 0.75, 0.3, 0.8, 1.15
+    wide, high = _CELL * max(layers, 18), _CELL * heads  # cells of a model with few layers are broad, for the text
+    figure = Figure(figsize=(left + wide + right, top + high + bottom), dpi=160, facecolor="white")
+    FigureCanvasAgg(figure)
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.set_ylim(heads - 0.5, -0.5)
+
+    for layer, retrieval in enumerate(head_map.retrieval):
+        for head in range(heads):
+            retrieves = head in retrieval
+            if not retrieves:
+                axes.plot([layer - 1, layer], [head, head], color=_LINK, linewidth=1.6, zorder=1)
+            axes.add_patch(_cell(layer, head, retrieves))
+    axes.set_xticks(range(0, layers, 1 if layers <= 40 else 4))
+    axes.set_yticks(range(0, heads, 1 if heads <= 16 else 4))
+    axes.tick_params(length=0, labelsize=8, colors=_INK)
+    axes.set_xlabel("layer", fontsize=9, color=_INK)
+    axes.set_ylabel("KV head", fontsize=9, color=_INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+    total = layers * heads
+    counts = f"{head_map.num_retrieval} of {total} KV heads retrieve ({head_map.num_retrieval / total:.0%})"
+    subtitle = f"{head_map.model} · {counts}" if head_map.model else counts
+    for line, size, weight, below_top in (("Head roles", 12, "bold", 0.32), (subtitle, 9, "normal", 0.57)):
+        figure.text(
+            left / width, 1 - below_top / height, line, fontsize=size, weight=weight, color=_INK, parse_math=False
+        )
+    reads = "reads the pages picked for it"
+    if sparse_share is not None:
+        reads += f" ({sparse_share:.0%} of the cache)"
+    figure.legend(
+        handles=[
+            Patch(facecolor=_RETRIEVAL, label="retrieval head: reads the whole cache and picks pages"),
+            Patch(facecolor=_SPARSE, edgecolor=_LINK, label=f"sparse head: {reads}"),
+            Line2D([], [], color=_LINK, linewidth=1.6, label="where its pages come from"),
+        ],
+        loc="lower left", bbox_to_anchor=(left / width, 0.1 / height), frameon=False, fontsize=8, labelcolor=_INK,
+        borderaxespad=0.0, borderpad=0.0, handlelength=1.4,
+    )  # fmt: skip
+    figure.savefig(path, format="png")
+
+
+def _cell(layer: int, head: int, retrieves: bool) -> FancyBboxPatch:
+    size = 0.8
+    return FancyBboxPatch(
+        (layer - size / 2, head - size / 2), size, size, boxstyle="round,pad=0,rounding_size=0.12", linewidth=0.8,
+        facecolor=_RETRIEVAL if retrieves else _SPARSE, edgecolor=_RETRIEVAL if retrieves else _LINK, zorder=2,
+    )  # fmt: skip
