@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,8 +35,8 @@ class Unread:
 
     @property
     def size(self) -> int:
-        """How many numbers."""
-        return int(np.prod(self.shape))
+        """How many numbers; some versions of Orbax ask for it."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +56,10 @@ class _Stopped(Exception):
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
-    """Writes tensors as NumPy arrays, each read, written and forgotten before the next."""
+    """Writes tensors as NumPy arrays, each read, written and forgotten before the next.
+
+    The peak is the largest tensor, in the dtype that it is written in, and some 130 MB for the blocks it is read in.
+    """
 
     def __init__(self, stop: threading.Event):
         super().__init__()
