@@ -35,12 +35,13 @@ from pallas_kernels.dispatch import available
 
 AttentionMode = Literal["auto", "hybrid", "dense"]
 
-# Tokens of all rows together that one prefill program takes: bounds its temporaries.
+# Tokens that one prefill program takes: bounds its temporaries.
 _CHUNK_TOKENS = {"cpu": 512, "gpu": 4096, "tpu": 2048}
+# Rows that a decode program has at least; the others are idle. XLA's CPU backend multiplies a single row by another
+# routine than several, and a row must not come out differently when it is alone.
+_LEAST_ROWS = {"cpu": 2}
 # Decode steps that one program runs before the host hears of them.
 _BLOCK_STEPS = 8
-# Rows share the pages of a common beginning from this many tokens on; below, a pass of its own is not worth it.
-_SHARE_TOKENS = 256
 # `auto` is dense below this many tokens: where hybrid decoding was measured to stop winning (docs/results.md).
 _DENSE_BELOW = {"cpu": 4096, "gpu": 16384, "tpu": 16384}
 
@@ -138,6 +139,30 @@ class _Caller:
         return out
 
 
+class _Progress:
+    """Tells how many prompt tokens the device has read, and keeps the host one chunk ahead of it, not more."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None] | None):
+        self._total, self._done = total, 0
+        self._report = report or (lambda done, total: None)
+        self._waiting: tuple[jax.Array, int] | None = None
+        self._report(0, total)
+
+    def sent(self, marker: jax.Array, count: int) -> None:
+        """Another chunk of `count` tokens is on its way; wait for the one before it."""
+        self.wait()
+        self._waiting = (marker, count)
+
+    def wait(self) -> None:
+        """Wait for the chunk that was sent last."""
+        if self._waiting is not None:
+            marker, count = self._waiting
+            marker.block_until_ready()
+            self._done += count
+            self._report(self._done, self._total)
+            self._waiting = None
+
+
 class Engine:
     """A model ready to generate."""
 
@@ -183,29 +208,33 @@ class Engine:
             raise UserError(f"page size is {page_size}; it must be at least 1")
         started, call = time.perf_counter(), _Caller(self.dtype)
         rows = [list(prompt) for prompt in prompts]
-        shared = self._shared_pages(rows, page_size)
-        layout = CacheLayout.plan([len(row) + max_new_tokens for row in rows], page_size, shared=shared)
+        shared = self._shared_tokens(rows, page_size)
+        idle = max(0, _LEAST_ROWS.get(jax.default_backend(), 1) - len(rows))
+        needs = [len(row) + max_new_tokens for row in rows] + [shared] * idle
+        layout = CacheLayout.plan(needs, page_size, shared=shared // page_size)
         pools = make_pools(self.config, layout.num_pages, page_size, self.dtype)
         table = jnp.asarray(layout.page_table)
-        first = shared * page_size
-        total = first + max(len(row) for row in rows) - first
-        last = jnp.zeros((len(rows), self.config.hidden_size), self.dtype)
-
-        def report(done: int) -> None:
-            if on_prefill is not None:
-                on_prefill(done, total)
-
-        report(0)
+        progress = _Progress(shared + sum(len(row) - shared for row in rows), on_prefill)
         if shared:
-            one = jnp.zeros((1, self.config.hidden_size), self.dtype)
-            pools, _ = self._feed(call, pools, one, table[:1], [rows[0][:first]], 0, page_size, report)
-        pools, last = self._feed(call, pools, last, table, rows, first, page_size, report)
-        last.block_until_ready()
+            pools, _ = self._feed(call, pools, table[:1], rows[0], 0, shared, page_size, progress)
+        lasts = []
+        for index, row in enumerate(rows):
+            # Row by row, in the same chunks as alone: what a row becomes does not depend on its company.
+            own = table[index : index + 1]
+            pools, last = self._feed(call, pools, own, row, shared, len(row), page_size, progress)
+            lasts.append(last)
+        progress.wait()
+        last = jnp.concatenate([*lasts, *[jnp.zeros_like(lasts[0])] * idle])
         elapsed = time.perf_counter() - started - call.seconds
         return Prefilled(rows, page_size, max_new_tokens, pools, table, last, elapsed, call.seconds)
 
-    def _shared_pages(self, rows: list[list[int]], page_size: int) -> int:
-        """Whole pages that all rows begin with; every row keeps at least one token of its own."""
+    def _chunk(self, length: int, page_size: int) -> int:
+        """Tokens that one program takes of a prompt of `length` tokens: whole pages, a power of two of them."""
+        most = max(1, _CHUNK_TOKENS.get(jax.default_backend(), 512) // page_size)
+        return page_size * min(most, next_power_of_two(pages_for(length, page_size)))
+
+    def _shared_tokens(self, rows: list[list[int]], page_size: int) -> int:
+        """Whole chunks that all rows begin with, read once for all; every row keeps at least one token of its own."""
         longest = max(len(row) for row in rows)
         stretched = self.config.rope.kind == "dynamic" and longest > self.config.max_position_embeddings
         if len(rows) == 1 or stretched:  # a dynamic base makes keys depend on the whole prompt
@@ -214,48 +243,33 @@ class Engine:
         matrix = np.asarray([row[:shortest] for row in rows])
         differs = np.flatnonzero((matrix != matrix[:1]).any(axis=0))
         common = int(differs[0]) if differs.size else shortest
-        return common // page_size if common >= max(_SHARE_TOKENS, page_size) else 0
+        chunk = self._chunk(longest, page_size)
+        return common // chunk * chunk
 
     def _feed(
         self,
         call: _Caller,
         pools: Pools,
-        last: jax.Array,
         table: jax.Array,
-        rows: list[list[int]],
+        row: list[int],
         first: int,
+        end: int,
         page_size: int,
-        report: Callable[[int], None],
+        progress: "_Progress",
     ) -> tuple[Pools, jax.Array]:
-        """Send the rows' tokens from position `first` on through the prefill program, chunk by chunk."""
-        lengths = np.asarray([len(row) for row in rows], np.int32)
-        end = int(lengths.max())
-        share = _CHUNK_TOKENS.get(jax.default_backend(), 512) // next_power_of_two(len(rows))
-        most = max(1, share // page_size)
-        chunk = page_size * min(most, next_power_of_two(pages_for(end - first, page_size)))
-        waiting: collections.deque[tuple[jax.Array, int]] = collections.deque()
+        """Send a row's tokens `first … end` through the prefill program, chunk by chunk."""
+        chunk = self._chunk(len(row), page_size)
+        last = jnp.zeros((1, self.config.hidden_size), self.dtype)
         for start in range(first, end, chunk):
-            tokens = np.zeros((len(rows), chunk), np.int32)
-            for index, row in enumerate(rows):
-                piece = row[start : start + chunk]
-                tokens[index, : len(piece)] = piece
-            counts = np.clip(lengths - start, 0, chunk)
-            positions = np.broadcast_to(start + np.arange(chunk), tokens.shape)
-            cos, sin = self._rotary(positions, lengths)
-            starts = np.full(len(rows), start, np.int32)
+            count = min(chunk, end - start)
+            tokens = np.zeros((1, chunk), np.int32)
+            tokens[0, :count] = row[start : start + count]
+            cos, sin = self._rotary(start + np.arange(chunk)[None], np.asarray([len(row)]))
             pools, last = call(
-                prefill_chunk, self.spec, self.weights, pools, last, table, tokens, cos, sin, starts,
-                counts.astype(np.int32),
+                prefill_chunk, self.spec, self.weights, pools, table, tokens, cos, sin,
+                np.asarray([start], np.int32), np.asarray([count], np.int32),
             )  # fmt: skip
-            # The next chunk takes `last` over; a copy lets the host learn how far the device has come.
-            waiting.append((last[:1, :1] + 0, min(start + chunk, end)))
-            if len(waiting) > 1:
-                marker, done = waiting.popleft()
-                marker.block_until_ready()
-                report(done)
-        for marker, done in waiting:
-            marker.block_until_ready()
-            report(done)
+            progress.sent(last, count)
         return pools, last
 
     def _rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -313,10 +327,10 @@ class Stream(Iterator[Step]):
         self._options = options
         self._table = prefilled.page_table
         self._pools = pools
-        self._prompt_lengths = np.asarray([len(prompt) for prompt in prefilled.prompts])
         self._prefill_s = prefilled.prefill_s
-        batch = len(prefilled.prompts)
-        self._running = np.ones(batch, bool)
+        batch, width = len(prefilled.prompts), prefilled.page_table.shape[0]
+        self._prompt_lengths = np.asarray([len(prompt) for prompt in prefilled.prompts] + [0] * (width - batch))
+        self._running = np.arange(width) < batch
         self._tokens: list[list[int]] = [[] for _ in range(batch)]
         self._logprobs: list[list[float]] = [[] for _ in range(batch)]
         self._pages_read = 0
@@ -383,18 +397,18 @@ class Stream(Iterator[Step]):
     def _generate(self, prefilled: Prefilled) -> Iterator[Step]:
         engine, options = self._engine, self._options
         kind = options.sampling.kind
-        batch = len(prefilled.prompts)
+        width = len(self._running)
         seen = None
         if kind.penalised:
-            table = np.zeros((batch, engine.config.vocab_size), bool)
+            table = np.zeros((width, engine.config.vocab_size), bool)
             for row, prompt in enumerate(prefilled.prompts):
                 table[row, prompt] = True
             seen = jnp.asarray(table)
         rows = Rows(
-            token=jnp.zeros((batch,), jnp.int32),
+            token=jnp.zeros((width,), jnp.int32),
             positions=jnp.asarray(self._prompt_lengths, jnp.int32),
-            active=jnp.ones((batch,), bool),
-            step=jnp.zeros((batch,), jnp.int32),
+            active=jnp.array(self._running),  # a copy: the host changes its own
+            step=jnp.zeros((width,), jnp.int32),
             seen=seen,
         )
         rows, block = self._call(
@@ -417,7 +431,7 @@ class Stream(Iterator[Step]):
     def _send(self, rows: Rows, first: int, count: int, size: int) -> tuple[Rows, tuple[Block, ...]]:
         """Start up to `count` steps, in one program, or in two where only some rows are dense."""
         engine, options = self._engine, self._options
-        begin = self._prompt_lengths + first - 1
+        begin = np.maximum(self._prompt_lengths + first - 1, 0)
         positions = begin[:, None] + np.arange(size)
         cos, sin = engine._rotary(positions, positions + 1)
         dense = self._is_dense(begin + 1)
@@ -439,7 +453,7 @@ class Stream(Iterator[Step]):
             tokens = jnp.concatenate([fed[None], newest[:-1]]).T
             self._pools = self._call(
                 correct_cache, engine.spec, engine.weights, self._pools, self._table, jnp.maximum(tokens, 0), cos, sin,
-                jnp.asarray(begin, jnp.int32), rows.active & jnp.asarray(self._running),
+                jnp.asarray(begin, jnp.int32), rows.active & jnp.array(self._running),
             )  # fmt: skip
         return rows, tuple(blocks)
 
@@ -464,4 +478,6 @@ class Stream(Iterator[Step]):
                     length = int(self._prompt_lengths[row]) + first + i
                     self._pages_read += int(read[i, row])
                     self._pages_held += heads * pages_for(length, page_size)
-            yield Step(first + i, np.where(alive, tokens[i], -1), np.where(alive, logprobs[i], np.float32(0)))
+            rows = slice(len(self._tokens))
+            found = np.where(alive, tokens[i], -1), np.where(alive, logprobs[i], np.float32(0))
+            yield Step(first + i, found[0][rows], found[1][rows])

@@ -67,28 +67,51 @@ def extend_attention(
     """
     batch, length, kv_heads, groups, head_dim = q.shape
     page_size = kv_pages.shape[2]
-    pages_per_block = max(1, min(_KEY_BLOCK // page_size, page_table.shape[1]))
+    # Whatever the capacity, the same blocks: a row's sums must not depend on the longest row of its batch.
+    pages_per_block = max(1, _KEY_BLOCK // page_size)
     block = pages_per_block * page_size
+    heads = jnp.arange(kv_heads, dtype=jnp.int32)
+    # All queries of a KV head as rows of one matrix, once: no block of keys or scores is transposed in the loop.
+    queries = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
+
+    def add(carry, keys: jax.Array, values: jax.Array, mask: jax.Array):
+        """Fold in keys and values `[B K S H]`; `mask` broadcasts to the scores `[B K G·T S]`."""
+        top, total, out = carry
+        scores = scale * jnp.einsum("bkmh,bksh->bkms", queries, keys, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask, scores, MASKED)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        # Wholly masked rows get weights of 1 here; the chunk itself, which comes last, shrinks them to nothing.
+        weights = jnp.exp(scores - new_top[..., None])
+        shrink = jnp.exp(top - new_top)
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        product = jnp.einsum(
+            "bkms,bksh->bkmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+        )
+        return new_top, total, out * shrink[..., None] + product
 
     def past(i, carry):
         # Whole blocks of logical pages; entries that lie past the row's length may hold anything and are not followed.
         logical = i * pages_per_block + jnp.arange(pages_per_block, dtype=jnp.int32)
         inside = logical[None, :] * page_size < starts[:, None]
         ids = jnp.take(page_table, jnp.minimum(logical, page_table.shape[1] - 1), axis=1)
-        tiles = kv_pages[jnp.where(inside, ids, 0)].transpose(0, 1, 3, 2, 4)
-        tiles = tiles.reshape(batch, block, kv_heads, 2 * head_dim)
+        tiles = kv_pages[jnp.where(inside, ids, 0)[:, None, :], heads[None, :, None]]
+        tiles = tiles.reshape(batch, kv_heads, block, 2 * head_dim)
         position = i * block + jnp.arange(block, dtype=jnp.int32)
         seen = position[None, :] < starts[:, None]
-        tiles = jnp.where(seen[:, :, None, None], tiles, jnp.zeros((), tiles.dtype))
-        scores = _scores(q, tiles[..., :head_dim], scale)
-        scores = jnp.where(seen[:, None, None, None, :], scores, MASKED)
-        return _Partial.add(carry, scores, tiles[..., head_dim:])
+        tiles = jnp.where(seen[:, None, :, None], tiles, jnp.zeros((), tiles.dtype))
+        return add(carry, tiles[..., :head_dim], tiles[..., head_dim:], seen[:, None, None, :])
 
-    carry = _Partial.start((batch, kv_heads, groups, length), head_dim)
+    lead = (batch, kv_heads, groups * length)
+    carry = (
+        jnp.full(lead, MASKED, jnp.float32),
+        jnp.zeros(lead, jnp.float32),
+        jnp.zeros((*lead, head_dim), jnp.float32),
+    )
     carry = jax.lax.fori_loop(0, (jnp.max(starts) + block - 1) // block, past, carry)
-    causal = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
-    scores = jnp.where(causal[None, None, None], _scores(q, k, scale), MASKED)
-    return _Partial.finish(_Partial.add(carry, scores, v), q.dtype)
+    causal = jnp.tile(jnp.tril(jnp.ones((length, length), bool)), (groups, 1))
+    _, total, out = add(carry, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), causal[None, None])
+    out = (out / total[..., None]).reshape(batch, kv_heads, groups, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
 
 
 def causal_attention(

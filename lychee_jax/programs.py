@@ -77,12 +77,11 @@ class Block(NamedTuple):
     pages_read: Int32[Array, "steps B"]
 
 
-@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("pools", "last"))
+@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("pools",))
 def prefill_chunk(
     spec: ModelSpec,
     weights: tuple[jax.Array, ...],
     pools: Pools,
-    last: Float[Array, "B E"],
     page_table: Int[Array, "B P"],
     tokens: Int[Array, "B T"],
     cos: Float32[Array, "#B T half"],
@@ -90,11 +89,10 @@ def prefill_chunk(
     starts: Int[Array, "B"],
     counts: Int[Array, "B"],
 ) -> tuple[Pools, Float[Array, "B E"]]:
-    """Feed `counts[b]` prompt tokens from position `starts[b]` (page aligned); `last` follows each row's last one."""
+    """Feed `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states."""
     way = Extend(page_table, starts, counts, aligned=True)
     hidden, pools = spec.merge(weights)(tokens, cos, sin, way, pools)
-    newest = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return pools, jnp.where((counts > 0)[:, None], newest, last)
+    return pools, jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("pools",))

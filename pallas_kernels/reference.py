@@ -37,16 +37,21 @@ def _attend(
     page_size = kv_pages.shape[2]
     rows = heads.shape[0]
     capacity = page_table.shape[1] if pages is None else pages.shape[2]
-    step = max(1, min(_BLOCK_POSITIONS // page_size, capacity))
-    # The last block is moved back to stay inside the arrays; what it repeats is masked, and its scores are the same.
+    # Whatever the capacity, the same blocks: a row's sums must not depend on the longest row of its batch.
+    step = max(1, _BLOCK_POSITIONS // page_size)
+    padding = -capacity % step
+    if pages is not None:
+        pages = jnp.pad(pages, ((0, 0), (0, 0), (0, padding)), constant_values=-1)
     used = (lengths + page_size - 1) // page_size
     most = jnp.max(used) if pages is None else jnp.max(jnp.sum(pages >= 0, axis=-1, dtype=jnp.int32))
-    query = q[:, heads].astype(jnp.float32) * scale
+    # A page is multiplied whole: zeros in the query meet the values, and the output's first half is thrown away. That
+    # is cheaper than cutting keys from values, which copies both.
+    query = jnp.pad(q[:, heads].astype(jnp.float32) * scale, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
     offsets = jnp.arange(page_size, dtype=jnp.int32)
 
     def block(i, carry):
         top, total, out, table = carry
-        first = jnp.minimum(i * step, capacity - step)
+        first = i * step
         if pages is None:
             logical = jnp.broadcast_to(first + jnp.arange(step, dtype=jnp.int32), (batch, rows, step))
         else:
@@ -55,34 +60,33 @@ def _attend(
         physical = jnp.take_along_axis(
             page_table[:, None, :], jnp.where(inside, logical, 0), axis=2, mode="promise_in_bounds"
         )
-        tiles = kv_pages[jnp.where(inside, physical, 0), heads[None, :, None]]  # [B, R, step, page_size, 2H]
-        position = logical[..., None] * page_size + offsets
-        real = inside[..., None] & (position < lengths[:, None, None, None])
-        fresh = real & (first + jnp.arange(step, dtype=jnp.int32) >= i * step)[None, None, :, None]
-        keys = jnp.where(real[..., None], tiles[..., :head_dim], jnp.zeros((), tiles.dtype)).astype(jnp.float32)
-        values = jnp.where(real[..., None], tiles[..., head_dim:], jnp.zeros((), tiles.dtype)).astype(jnp.float32)
-        scores = jnp.einsum("brgh,brmsh->brgms", query, keys)
+        tiles = kv_pages.at[jnp.where(inside, physical, 0), heads[None, :, None]].get(mode="promise_in_bounds")
+        real = inside[..., None] & (logical[..., None] * page_size + offsets < lengths[:, None, None, None])
+        tiles = jnp.where(real[..., None], tiles.astype(jnp.float32), 0.0)  # [B, R, step, page_size, 2H]
+        tiles = tiles.reshape(batch, rows, step * page_size, 2 * head_dim)
+        scores = jnp.einsum("brgh,brsh->brgs", query, tiles).reshape(batch, rows, groups, step, page_size)
+        scores = jnp.where(real[:, :, None], scores, MASKED)
         if table is not None:
-            mean = jnp.where(real, jnp.mean(scores, axis=2), MASKED)
+            mean = jnp.mean(scores, axis=2)
             per_page = jnp.max(mean, axis=-1) if page_scores == "max" else jax.nn.logsumexp(mean, axis=-1)
             table = jax.lax.dynamic_update_slice_in_dim(table, per_page, first, axis=2)
-        scores = jnp.where(fresh[:, :, None], scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=(-2, -1)))
-        weights = jnp.where(fresh[:, :, None], jnp.exp(scores - new_top[..., None, None]), 0.0)
+        weights = jnp.where(real[:, :, None], jnp.exp(scores - new_top[..., None, None]), 0.0)
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=(-2, -1))
-        out = out * shrink[..., None] + jnp.einsum("brgms,brmsh->brgh", weights, values)
-        return new_top, total, out, table
+        weights = weights.reshape(batch, rows, groups, step * page_size)
+        return new_top, total, out * shrink[..., None] + jnp.einsum("brgs,brsh->brgh", weights, tiles), table
 
     lead = (batch, rows, groups)
     start = (
         jnp.full(lead, MASKED, jnp.float32),
         jnp.zeros(lead, jnp.float32),
-        jnp.zeros((*lead, head_dim), jnp.float32),
-        None if page_scores is None else jnp.full((batch, rows, capacity), MASKED, jnp.float32),
+        jnp.zeros((*lead, 2 * head_dim), jnp.float32),
+        None if page_scores is None else jnp.full((batch, rows, capacity + padding), MASKED, jnp.float32),
     )
     _, total, out, table = jax.lax.fori_loop(0, (most + step - 1) // step, block, start)
-    return (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype), table
+    out = out[..., head_dim:] / jnp.maximum(total, 1e-30)[..., None]
+    return out.astype(q.dtype), None if table is None else table[..., :capacity]
 
 
 def dense_decode(

@@ -70,7 +70,6 @@ def test_chunks_are_written_in_place_and_their_memory_does_not_follow_the_past(e
                 engine.spec,
                 engine.weights,
                 pools,
-                jnp.zeros((BATCH, 32)),
                 table,
                 tokens,
                 angles,
