@@ -155,3 +155,19 @@ def test_a_consumer_sees_the_first_token_before_any_decode_step_is_sent(engine, 
     assert next(stream).index == 0
     assert not sent
     assert [step.index for step in stream] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_comes_out_the_same_alone_and_in_company(dtype):
+    """To the bit of every token: rounding of the storage type must not depend on the other rows of a batch."""
+    small = Engine(Decoder(CONFIG, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(1)))
+    options = GenerateOptions(
+        attention="hybrid", heads=HeadMap.none(CONFIG), policy=POLICY, page_size=PAGE, max_new_tokens=24
+    )
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 64, length).tolist() for length in (1, 40, 64, 129)]
+    together = small.generate(prompts, options)
+    for prompt, tokens, logprobs in zip(prompts, together.tokens, together.logprobs, strict=True):
+        alone = small.generate([prompt], options)
+        assert alone.tokens[0] == tokens
+        np.testing.assert_allclose(alone.logprobs[0], logprobs, atol=2e-6)
