@@ -194,10 +194,10 @@ def _word_keys(rng: np.random.Generator, count: int) -> list[Tokens]:
 
 
 def _spelled_keys(rng: np.random.Generator, count: int) -> list[Tokens]:
-    """Distinct made-up names of three syllables: no words of the vocabulary, so that they are spelled in letters."""
+    """Distinct made-up names of three syllables: hardly ever words of the vocabulary, so spelled in letters."""
 
     def name() -> Tokens:
-        return [_SPACE, *(TOKEN_OF[_pick(rng, letters)] for letters in ("bdfgklmnprstvz", "aeiou") * 3)]
+        return tokens_of(" " + "".join(_pick(rng, letters) for letters in ("bdfgklmnprstvz", "aeiou") * 3))
 
     return _distinct(name, count)
 

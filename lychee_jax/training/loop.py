@@ -90,7 +90,7 @@ def answer_losses(
         "answer_loss": jnp.sum(losses * asked) / asked_count,
         "prose_loss": jnp.sum(losses * (1.0 - asked)) / jnp.maximum(jnp.sum(1.0 - asked), 1.0),
         "accuracy": jnp.sum(right * asked) / asked_count,
-        "exact": jnp.sum(present * (wrong == 0)) / jnp.maximum(jnp.sum(present), 1.0),
+        "exact": jnp.sum(present * (wrong == 0).astype(jnp.float32)) / jnp.maximum(jnp.sum(present), 1.0),
     }
 
 
