@@ -64,7 +64,9 @@ def _attend(
         real = inside[..., None] & (logical[..., None] * page_size + offsets < lengths[:, None, None, None])
         tiles = jnp.where(real[..., None], tiles.astype(jnp.float32), 0.0)  # [B, R, step, page_size, 2H]
         tiles = tiles.reshape(batch, rows, step * page_size, 2 * head_dim)
-        scores = jnp.einsum("brgh,brsh->brgs", query, tiles).reshape(batch, rows, groups, step, page_size)
+        # The large operand on the left: XLA's CPU backend packs the right one anew.
+        scores = jnp.einsum("brsh,brgh->brsg", tiles, query).swapaxes(2, 3)
+        scores = scores.reshape(batch, rows, groups, step, page_size)
         scores = jnp.where(real[:, :, None], scores, MASKED)
         if table is not None:
             mean = jnp.mean(scores, axis=2)
