@@ -158,10 +158,15 @@ by_name = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: ca
 
 @pytest.fixture(autouse=True, scope="module")
 def _compile_fast() -> Iterator[None]:
-    """These programs are large and run for milliseconds; the ops alone are tested as they are compiled for users."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """These programs are large and run for milliseconds; the ops alone are tested as they are compiled for users.
+
+    Prompts go in page by page, so that those of any length share one program.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(generate._CHUNK_TOKENS, jax.default_backend(), 1)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
