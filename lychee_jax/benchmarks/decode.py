@@ -1,0 +1,275 @@
+"""Time of a decoded token over a long cache: dense, hybrid and auto side by side, and their attention alone.
+
+The cache is filled with random keys and values: no prefill is needed, and the pages that heads pick lie everywhere.
+The ways take turns and every number is a median, so that whatever else the machine does slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+from rich.table import Table
+
+from lychee_jax.attention import Decode
+from lychee_jax.cache import CacheLayout, make_pools, pages_for
+from lychee_jax.errors import UserError
+from lychee_jax.generate import AttentionMode, Engine, GenerateOptions, Prefilled
+from lychee_jax.heads import HeadMap
+from lychee_jax.loaded import LoadedModel
+from lychee_jax.programs import Pools
+from lychee_jax.selection import SelectionPolicy
+
+_MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
+# The plain way to attend in JAX, over keys and values that lie in one piece: what a paged cache has to stand beside.
+_RIVAL = "jax.nn"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeReport:
+    """What was measured; times are medians in milliseconds for each way, shares and speedups plain ratios.
+
+    Attributes:
+        step_ms: a whole decoded token: dense, hybrid, auto.
+        step_samples_ms: what `step_ms` are the medians of.
+        attention_ms: the attention of all layers for one token, all else left out: dense, hybrid, and
+            `jax.nn.dot_product_attention` over contiguous keys and values.
+        kv_read_share: the share of the cache that a step read.
+        speedup: dense over hybrid: measured for a step and for the attention, and what the bytes read allow for both.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    context: int
+    page_size: int
+    budget: int
+    sink: int
+    recent: int
+    retrieval_heads: int
+    kv_heads: int
+    tokens: int
+    step_ms: dict[str, float]
+    step_samples_ms: dict[str, list[float]]
+    attention_ms: dict[str, float]
+    kv_read_share: dict[str, float]
+    weight_bytes: int
+    kv_bytes: int
+    speedup: dict[str, float]
+
+    def __str__(self) -> str:
+        table = Table(
+            "", "a token", "tokens/s", "attention alone", "cache read",
+            title=f"Decoding after {self.context:,} tokens: {self.model}, {self.dtype}, {self.device}",
+            title_justify="left",
+        )  # fmt: skip
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for mode in _MODES:
+            step, share = self.step_ms[mode], self.kv_read_share[mode]
+            attention = f"{self.attention_ms[mode]:.2f} ms" if mode in self.attention_ms else ""
+            read = f"{share:.1%}, {share * self.kv_bytes / 2**20:,.0f} MiB"
+            table.add_row(mode, f"{step:.2f} ms", f"{1e3 / step:.1f}", attention, read)
+        table.add_row(_RIVAL, "", "", f"{self.attention_ms[_RIVAL]:.2f} ms", "all, not paged")
+        speedup = {name: f"{ratio:.2f}×" for name, ratio in self.speedup.items()}
+        console = Console()
+        with console.capture() as capture:
+            console.print(table)
+        return (
+            f"{capture.get()}hybrid over dense: {speedup['step']} a token (the bytes that are read allow "
+            f"{speedup['step_bytes']}), {speedup['attention']} in attention ({speedup['attention_bytes']})\n"
+            f"{self.retrieval_heads} of {self.kv_heads} KV heads retrieve, the others read at most {self.budget} "
+            f"tokens; {_RIVAL} is jax.nn.dot_product_attention"
+        )
+
+
+def run(
+    model: LoadedModel, options: GenerateOptions, *, context: int = 32768, tokens: int = 16, repeats: int = 5
+) -> DecodeReport:
+    """Measure one sequence of `context` cached tokens; a sample of a way is the mean over `tokens` decoded ones.
+
+    Of `options`, the roles, the policy, the page size and the implementation count.
+
+    Raises:
+        UserError: a context that is not positive or, with the tokens that are decoded, beyond the model's limit.
+    """
+    if context < 1:
+        raise UserError(f"context is {context}; it must be at least 1")
+    engine = model.engine
+    # The first token comes from the prefill's last hidden state, before any decode step.
+    options = dataclasses.replace(options, heads=options.heads or HeadMap.all(engine.config), eos_ids=())
+    options = dataclasses.replace(options, max_new_tokens=tokens + 1)
+    filled = _random_cache(engine, context, options)
+    steps = _samples({mode: functools.partial(_step, engine, filled, options, mode) for mode in _MODES}, repeats)
+    with jax.default_matmul_precision("highest") if engine.dtype == np.float32 else contextlib.nullcontext():
+        attention = _samples(_attention_calls(engine, filled, options), repeats)
+    return _report(model, options, context, steps, attention)
+
+
+def _random_cache(engine: Engine, context: int, options: GenerateOptions) -> Prefilled:
+    """A cache as a prefill of `context` tokens leaves it, but with random content, made on the device."""
+    prompt = [0] * context
+    engine.check_prompts([prompt], options.max_new_tokens)
+    layout = CacheLayout.plan([context + options.max_new_tokens], options.page_size)
+    pools = make_pools(engine.config, layout.num_pages, options.page_size, engine.dtype)
+    keys = jax.random.split(jax.random.key(0), len(pools) + 1)
+    pools = tuple(jax.random.normal(key, pool.shape, pool.dtype) for key, pool in zip(keys[1:], pools, strict=True))
+    last = jax.random.normal(keys[0], (1, engine.config.hidden_size), engine.dtype)
+    table = jnp.asarray(layout.page_table)
+    return Prefilled([prompt], options.page_size, options.max_new_tokens, pools, table, last, 0.0, 0.0)
+
+
+def _samples(
+    calls: Mapping[str, Callable[[], tuple[float, float]]], repeats: int
+) -> dict[str, list[tuple[float, float]]]:
+    """What each call returned, taking turns, after a first round that compiles."""
+    for call in calls.values():
+        call()
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            samples[name].append(call())
+    return samples
+
+
+def _step(engine: Engine, filled: Prefilled, options: GenerateOptions, mode: AttentionMode) -> tuple[float, float]:
+    """Decode as a user would: seconds for a token, and the share of the cache that was read."""
+    assert filled.pools is not None
+    # Decoding takes the pools over. The copy must be there before the clock starts.
+    own = dataclasses.replace(filled, pools=jax.block_until_ready(tuple(jnp.copy(pool) for pool in filled.pools)))
+    stream = engine.decode(own, dataclasses.replace(options, attention=mode))
+    for _ in stream:
+        pass
+    result = stream.result()
+    return result.timing.decode_s / (options.max_new_tokens - 1), result.attention["kv_read_share"]
+
+
+def _attention_calls(
+    engine: Engine, filled: Prefilled, options: GenerateOptions
+) -> dict[str, Callable[[], tuple[float, float]]]:
+    """The attention of all layers for the last token of the context, its key and value appended; uses up the cache."""
+    assert filled.pools is not None
+    config, length = engine.config, len(filled.prompts[0])
+    # Before anything is timed: the keys and values of every layer in one piece, as a plain cache has them.
+    plain = tuple(_contiguous(pool, filled.page_table, length) for pool in filled.pools)
+    held = [filled.pools]
+    shape = (config.num_layers, 1, 1, config.num_kv_heads, config.groups + 2, config.head_dim)
+    qkv = jax.random.normal(jax.random.key(1), shape, engine.dtype)
+    positions = jnp.asarray([length - 1], jnp.int32)
+
+    def paged(head_map: HeadMap | None) -> jax.Array:
+        held[0], out = _paged(
+            head_map, options.policy, options.implementation, held[0], filled.page_table, positions, qkv
+        )
+        return out
+
+    # Where one call may be shorter than what starts it, several are on their way at once.
+    calls = 1 if jax.default_backend() == "cpu" else 8
+
+    def timed(call: Callable[[], jax.Array]) -> tuple[float, float]:
+        started = time.perf_counter()
+        jax.block_until_ready([call() for _ in range(calls)])
+        return (time.perf_counter() - started) / calls, 1.0
+
+    return {
+        "dense": lambda: timed(lambda: paged(None)),
+        "hybrid": lambda: timed(lambda: paged(options.heads)),
+        _RIVAL: lambda: timed(lambda: _plain(plain, qkv)),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _paged(
+    head_map: HeadMap | None,
+    policy: SelectionPolicy,
+    implementation: str | None,
+    pools: Pools,
+    page_table: Int[Array, "1 P"],
+    positions: Int[Array, 1],
+    qkv: Float[Array, "L 1 1 K G+2 H"],
+) -> tuple[Pools, Float[Array, "L 1 1 K G H"]]:
+    way = Decode(page_table, positions, jnp.ones((1,), bool), head_map, policy, implementation)
+    state, outs = way.start(pools), []
+    for index in range(len(pools)):
+        q, k, v = qkv[index, ..., :-2, :], qkv[index, ..., -2, :], qkv[index, ..., -1, :]
+        out, state = way(index, q, k, v, state)
+        outs.append(out)
+    return state.pools, jnp.stack(outs)
+
+
+@jax.jit
+def _plain(cache: tuple[tuple[jax.Array, jax.Array], ...], qkv: Float[Array, "L 1 1 K G+2 H"]) -> jax.Array:
+    """`jax.nn.dot_product_attention` over keys and values `[1, S, K, H]`."""
+    low = qkv.dtype in (jnp.bfloat16, jnp.float16)
+    implementation = "cudnn" if jax.default_backend() == "gpu" and low else "xla"
+    outs = []
+    for index, (keys, values) in enumerate(cache):
+        q = qkv[index, ..., :-2, :].reshape(1, 1, -1, qkv.shape[-1])
+        outs.append(jax.nn.dot_product_attention(q, keys, values, implementation=implementation))
+    return jnp.stack(outs)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _contiguous(
+    pool: Float[Array, "num_pages K page_size HH"], page_table: Int[Array, "1 P"], length: int
+) -> tuple[Float[Array, "1 S K H"], Float[Array, "1 S K H"]]:
+    tiles = pool[page_table[0, : pages_for(length, pool.shape[2])]].transpose(0, 2, 1, 3)
+    keys, values = jnp.split(tiles.reshape(1, -1, pool.shape[1], pool.shape[3])[:, :length], 2, axis=-1)
+    return keys, values
+
+
+def _report(
+    model: LoadedModel,
+    options: GenerateOptions,
+    context: int,
+    steps: dict[str, list[tuple[float, float]]],
+    attention: dict[str, list[tuple[float, float]]],
+) -> DecodeReport:
+    config, heads, policy = model.engine.config, options.heads, options.policy
+    assert heads is not None
+    samples = {mode: [1e3 * seconds for seconds, _ in pairs] for mode, pairs in steps.items()}
+    step_ms = {mode: statistics.median(values) for mode, values in samples.items()}
+    attention_ms = {name: 1e3 * statistics.median(seconds for seconds, _ in pairs) for name, pairs in attention.items()}
+    share = {mode: statistics.mean(share for _, share in pairs) for mode, pairs in steps.items()}
+    weight_bytes = sum(leaf.nbytes for leaf in model.engine.weights)
+    if not config.tie_word_embeddings:
+        weight_bytes -= config.vocab_size * config.hidden_size * model.engine.dtype.itemsize  # one row of it is read
+    page = 2 * config.head_dim * options.page_size * model.engine.dtype.itemsize
+    kv_bytes = config.num_layers * config.num_kv_heads * page * pages_for(context, options.page_size)
+    device = jax.devices()[0]
+    return DecodeReport(
+        model=model.path.name,
+        device=f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind,
+        dtype=str(model.engine.dtype),
+        context=context,
+        page_size=options.page_size,
+        budget=policy.budget,
+        sink=policy.sink,
+        recent=policy.recent,
+        retrieval_heads=heads.num_retrieval,
+        kv_heads=heads.num_layers * heads.num_kv_heads,
+        tokens=options.max_new_tokens - 1,
+        step_ms=step_ms,
+        step_samples_ms=samples,
+        attention_ms=attention_ms,
+        kv_read_share=share,
+        weight_bytes=weight_bytes,
+        kv_bytes=kv_bytes,
+        speedup={
+            "step": step_ms["dense"] / step_ms["hybrid"],
+            "step_auto": step_ms["dense"] / step_ms["auto"],
+            "attention": attention_ms["dense"] / attention_ms["hybrid"],
+            "step_bytes": (weight_bytes + kv_bytes) / (weight_bytes + share["hybrid"] * kv_bytes),
+            "attention_bytes": 1 / share["hybrid"],
+        },
+    )
