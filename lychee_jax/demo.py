@@ -23,7 +23,7 @@ from lychee_jax.training import data, language
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid")
 # How many facts of a kind are hidden, and how many of them are asked for.
 _FACTS = {"passkey": (12, 3), "lookup": (8, 2), "variable": (4, 1)}
-_NEW_TOKENS = 41  # the longest answer, a chain of four variables, its end included
+_NEW_TOKENS = 25  # the longest answer that is asked for, its end included
 _PAGE_SIZE = 64
 _SHARE = 8  # a sparse head may read this fraction of the document, but not less than the least budget
 _LEAST_BUDGET = 512
@@ -143,11 +143,10 @@ def _exam(rng: np.random.Generator, length: int) -> tuple[str, list[tuple[str, d
         document, starts = data._document(rng, facts, length)
     except ValueError as error:
         raise UserError(f"a document of {length} tokens is too short for {len(facts)} facts") from error
-    places = [
-        facts.index(made[kind][int(index)])
-        for kind, (hidden, asked) in _FACTS.items()
-        for index in rng.choice(hidden, size=asked, replace=False)
-    ]
+    places: list[int] = []
+    for kind, (_, asked) in _FACTS.items():
+        short = [place for place, fact in enumerate(facts) if fact.kind == kind and len(fact.answer) < _NEW_TOKENS]
+        places += rng.choice(short, size=asked, replace=False).tolist()
     questions = [language.text_of(data._question(rng, facts[place], restate=False)) for place in places]
     return language.text_of(document[1:]), [
         (question, facts[place], starts[place]) for question, place in zip(questions, places, strict=True)

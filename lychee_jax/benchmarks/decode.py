@@ -160,12 +160,10 @@ def _attention_calls(
     """The attention of all layers for the last token of the context, its key and value appended; uses up the cache."""
     assert filled.pools is not None
     config, length = engine.config, len(filled.prompts[0])
-    # Before anything is timed: the keys and values of every layer in one piece, as a plain cache has them.
-    plain = tuple(_contiguous(pool, filled.page_table, length) for pool in filled.pools)
-    held = [filled.pools]
     shape = (config.num_layers, 1, 1, config.num_kv_heads, config.groups + 2, config.head_dim)
     qkv = jax.random.normal(jax.random.key(1), shape, engine.dtype)
     positions = jnp.asarray([length - 1], jnp.int32)
+    held = [filled.pools]
 
     def paged(head_map: HeadMap | None) -> jax.Array:
         held[0], out = _paged(
@@ -173,6 +171,9 @@ def _attention_calls(
         )
         return out
 
+    paged(None)  # appends what every later call appends again
+    # The keys and values of every layer in one piece, as a cache without pages has them.
+    plain = tuple(_contiguous(pool, filled.page_table, length) for pool in held[0])
     # Where one call may be shorter than what starts it, several are on their way at once.
     calls = 1 if jax.default_backend() == "cpu" else 8
 
@@ -196,8 +197,9 @@ def _paged(
     pools: Pools,
     page_table: Int[Array, "1 P"],
     positions: Int[Array, 1],
-    qkv: Float[Array, "L 1 1 K G+2 H"],
+    qkv: Float[Array, "L 1 1 K GKV H"],
 ) -> tuple[Pools, Float[Array, "L 1 1 K G H"]]:
+    """One token through the attention of all layers; `qkv` has for each KV head its G queries, a key and a value."""
     way = Decode(page_table, positions, jnp.ones((1,), bool), head_map, policy, implementation)
     state, outs = way.start(pools), []
     for index in range(len(pools)):
@@ -208,7 +210,7 @@ def _paged(
 
 
 @jax.jit
-def _plain(cache: tuple[tuple[jax.Array, jax.Array], ...], qkv: Float[Array, "L 1 1 K G+2 H"]) -> jax.Array:
+def _plain(cache: tuple[tuple[jax.Array, jax.Array], ...], qkv: Float[Array, "L 1 1 K GKV H"]) -> jax.Array:
     """`jax.nn.dot_product_attention` over keys and values `[1, S, K, H]`."""
     low = qkv.dtype in (jnp.bfloat16, jnp.float16)
     implementation = "cudnn" if jax.default_backend() == "gpu" and low else "xla"
