@@ -42,8 +42,9 @@ _CHUNK_TOKENS = {"cpu": 512, "gpu": 4096, "tpu": 2048}
 _LEAST_ROWS = {"cpu": 2}
 # Decode steps that one program runs before the host hears of them.
 _BLOCK_STEPS = 8
-# `auto` is dense below this many tokens: where hybrid decoding was measured to stop winning (docs/results.md).
-_DENSE_BELOW = {"cpu": 4096, "gpu": 16384, "tpu": 16384}
+# `auto` is dense below this many tokens, and below 5/4 of the budget: up to the budget both ways read the same, and
+# hybrid decoding selects besides. The CPU's figure is measured (docs/results.md); of the others nothing is known yet.
+_DENSE_BELOW = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,7 +393,8 @@ class Stream(Iterator[Step]):
             return np.full(lengths.shape, options.attention != "hybrid" or options.heads is None)
         if options.attention == "hybrid":
             return np.zeros(lengths.shape, bool)
-        return lengths < _DENSE_BELOW.get(jax.default_backend(), 0)
+        budget = options.policy.budget
+        return lengths < max(_DENSE_BELOW.get(jax.default_backend(), 1024), budget + budget // 4)
 
     def _generate(self, prefilled: Prefilled) -> Iterator[Step]:
         engine, options = self._engine, self._options

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,8 @@ class HeadMap:
                 f"head map: 'retrieval' has {len(self.retrieval)} layers, but num_layers is {self.num_layers}"
             )
         for layer, heads in enumerate(self.retrieval):
-            whole = all(isinstance(h, int) and not isinstance(h, bool) for h in heads)
-            if not whole or any(not 0 <= h < self.num_kv_heads for h in heads):
-                raise UserError(
-                    f"head map: layer {layer} has {list(heads)}; "
-                    f"head ids are whole numbers from 0 to {self.num_kv_heads - 1}"
-                )
+            if any(not 0 <= head < self.num_kv_heads for head in heads):
+                raise _wrong_ids(layer, heads, self.num_kv_heads)
             if list(heads) != sorted(set(heads)):
                 raise UserError(f"head map: layer {layer} has {list(heads)}; head ids must be unique and ascending")
         if len(self.retrieval[0]) != self.num_kv_heads:
@@ -92,6 +89,9 @@ class HeadMap:
         retrieval = raw.get("retrieval")
         if not isinstance(retrieval, list) or not all(isinstance(heads, list) for heads in retrieval):
             raise UserError("head map: 'retrieval' must be a list with one list of head ids for every layer")
+        for layer, heads in enumerate(retrieval):
+            if not all(type(head) is int for head in heads):  # true is an int to Python
+                raise _wrong_ids(layer, heads, raw["num_kv_heads"])
         meta = raw.get("meta", {})
         if not isinstance(meta, dict):
             raise UserError("head map: 'meta' must be a JSON object")
@@ -133,3 +133,7 @@ class HeadMap:
         fingerprint = json.loads(self.meta).get("fingerprint")
         if fingerprint is not None and fingerprint != config.fingerprint():
             raise UserError(f"{label}: made for another model (its fingerprint differs from this model's)")
+
+
+def _wrong_ids(layer: int, heads: Sequence[Any], kv_heads: int) -> UserError:
+    return UserError(f"head map: layer {layer} has {list(heads)}; head ids are whole numbers from 0 to {kv_heads - 1}")
