@@ -27,6 +27,7 @@ from lychee_jax.training import data
 
 _TRIES = 12  # to meet a length with a tokenizer that is not the generators' own
 _SHOWN_ERRORS = 10
+_LEAST_BUDGET = 512  # tokens: the pages that are always read take 384 of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Another seed gives other prompts.")] = 0,
     attention: Annotated[list[str] | None, typer.Option(help="dense, hybrid; several times for several.")] = None,
     heads: Annotated[str | None, typer.Option(help="Head map: FILE, all or none (default: the model's).")] = None,
-    budget_share: Annotated[int, typer.Option(help="Hybrid budget: the length divided by this.")] = 8,
+    budget_share: Annotated[int, typer.Option(help="Hybrid budget: the length divided by this, but at least 512.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 48,
     batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="Of weights and cache.")] = None,
@@ -162,14 +163,20 @@ def run(
     if budget_share < 1:
         raise UserError(f"budget share is {budget_share}; it must be at least 1")
     results: list[dict[str, Any]] = []
-    device = jax.devices()[0]
+    report = {
+        "model": loaded.path.name,
+        "fingerprint": loaded.config.fingerprint(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "results": results,
+    }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task("", total=samples * len(lengths) * len(kinds))
         for task in (Task(each, tokens, facts, seed) for tokens in lengths for each in kinds):
             progress.update(bar, description=f"{task.kind} at {task.length}")
             page = GenerateOptions().page_size
-            budget = max(page, task.length // budget_share // page * page)
+            budget = max(_LEAST_BUDGET, task.length // budget_share // page * page)
             options = [
                 loaded.options(attention=mode, heads=heads, budget=budget, max_new_tokens=max_new_tokens)
                 for mode in modes
@@ -180,16 +187,9 @@ def run(
             for mode, entry in zip(modes, found, strict=True):
                 results.append({"mode": mode, **entry})
                 typer.echo(f"{task.kind}, {task.length} tokens, {mode}: exact match {entry['exact_match']:.3f}")
-    report = {
-        "model": loaded.path.name,
-        "fingerprint": loaded.config.fingerprint(),
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "results": results,
-    }
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            if output is not None:  # after each task, for a long evaluation may be stopped
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -154,7 +155,8 @@ def _render(template: str, **slots: Tokens) -> Tokens:
     return tokens
 
 
-def _pick[T](rng: np.random.Generator, options: Sequence[T]) -> T:
+def _pick(rng: np.random.Generator, options: Any) -> Any:
+    """A random member of a sequence or of a one-dimensional array."""
     return options[int(rng.integers(len(options)))]
 
 

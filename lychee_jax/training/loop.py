@@ -11,7 +11,7 @@ import concurrent.futures
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def answer_losses(
     }
 
 
-def prefetch[T](make: Callable[[int], T], steps: Iterable[int], workers: int) -> Iterator[T]:
+def prefetch[T](make: Callable[[int], T], steps: Iterable[int], workers: int) -> Generator[T]:
     """`make(step)` of every step, in order, computed ahead in `workers` processes (0: here, when asked for)."""
     if workers == 0:
         yield from map(make, steps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ CONFIG = ModelConfig(
     num_kv_heads=4,
     head_dim=64,
     max_position_embeddings=65536,
-    rope=RopeConfig(theta=1e6, original_max_position_embeddings=65536),
+    rope=RopeConfig(theta=1e6),
     tie_word_embeddings=True,
     dtype="bfloat16",
     bos_token_id=language.BOS,
@@ -161,7 +162,8 @@ def _train_step(
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     loss = functools.partial(_loss, model=model, plan=plan, stage=stage)
     gradient, metrics = jax.grad(loss, has_aux=True)(state["params"], tokens, answers, angles)
-    updates, optimizer_state = optimizer(plan).update(gradient, state["optimizer"], state["params"])
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its integer step count
+        updates, optimizer_state = optimizer(plan).update(gradient, state["optimizer"], state["params"])
     return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer_state}, metrics
 
 
@@ -221,48 +223,41 @@ def pretrain(
     checkpoints = Checkpoints(output / "checkpoints")
     done, state = checkpoints.restore(state) or (0, state)
     metrics_file = MetricsFile(output / "metrics.jsonl", done)
-    steps = _Steps(plan, model, state, [s for i, s in enumerate(plan.stages) if _end(plan, i) > done])
+    ends = itertools.accumulate(stage.steps for stage in plan.stages)
+    left = [(stage, end) for stage, end in zip(plan.stages, ends, strict=True) if end > done]
+    steps = _Steps(plan, model, state, [stage for stage, _ in left])
     batches = prefetch(functools.partial(make_batch, plan), range(done, plan.steps), workers)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    saved = done
+    late = False
     try:
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
             bar = progress.add_task("compiling", total=plan.steps, completed=done)
-            window: list[dict[str, jax.Array]] = []
-            stage, tables, since = None, (), time.monotonic()
-            for tokens, answers in batches:
-                if stage is not plan.stage_at(done):
-                    stage = plan.stage_at(done)
-                    tables = angles(plan.config, stage.length)
-                    step = steps[stage]
-                    since = time.monotonic()
-                state, metrics = step(state, tokens, answers, tables)
-                done += 1
-                window.append(metrics)
-                ended = done == plan.steps or plan.stage_at(done) is not stage
-                if ended or done % log_every == 0:
-                    means = mean_metrics(window)
-                    now = time.monotonic()
+            for stage, end in left:
+                step, tables = steps[stage], angles(plan.config, stage.length)
+                window: list[dict[str, jax.Array]] = []
+                since = time.monotonic()
+                while done < end and not late:
+                    state, metrics = step(state, *next(batches), tables)
+                    done += 1
+                    window.append(metrics)
+                    if done % log_every and done < end:
+                        continue
+                    means, now = mean_metrics(window), time.monotonic()
                     rate = len(window) * stage.batch * stage.length / (now - since)
                     metrics_file.write(step=done, stage=stage.name, **means, tokens_per_s=rate, seconds=now - started)
                     shown = f"{stage.name}: loss {means['answer_loss']:.3f}, exact {means['exact']:.3f}"
                     progress.update(bar, description=shown, completed=done)
                     window, since = [], now
                     late = minutes is not None and now - started > 60 * minutes
-                    if ended or late:
-                        checkpoints.save(done, state)
-                        saved, since = done, time.monotonic()
-                    if late:
-                        break
+                if late or done == end:
+                    checkpoints.save(done, state)
+                if late:
+                    break
     finally:
         batches.close()
         steps.close()
         checkpoints.close()
-    return state["params"] if saved == plan.steps else None
-
-
-def _end(plan: Plan, index: int) -> int:
-    return sum(stage.steps for stage in plan.stages[: index + 1])
+    return state["params"] if done == plan.steps else None
 
 
 def exact_match(

@@ -1,22 +1,27 @@
-"""A head map from an attention profile: `python -m lychee_jax.training.profile_heads --model DIR`.
+"""A head map by elimination: `python -m lychee_jax.training.profile_heads --model DIR`.
 
-While the model answers, which KV heads look at the statement that holds the answer? Those must read the whole cache;
-for the others the pages that the heads below them pick will do.
+Which KV heads must read the whole cache while the model answers? Prompts are read once, densely; then their right
+answers are scored under hybrid decoding with any roles at little cost, all steps at once. From all heads retrieving,
+the head that is missed least becomes sparse, one by one, until the answers suffer. (Learning the roles is the better
+way, and the one of arXiv 2602.04541; this one needs no gradient.)
 """
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
+from lychee_jax.attention import _gated_block
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.heads import HeadMap
@@ -24,102 +29,167 @@ from lychee_jax.layers import attention_scale
 from lychee_jax.model import Decoder
 from lychee_jax.prefill import causal_attention
 from lychee_jax.rope import rotary_tables
+from lychee_jax.selection import SelectionPolicy
 from lychee_jax.training import data, language
 
-_ANSWER_TOKENS = 48
+_ANSWER_TOKENS = 40
+_KINDS = ("passkey", "long-passkey")
+
+type Cache = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class NeedleMass:
-    """A dense way to attend that carries, for every layer, the attention of some queries on some keys.
+class Remember:
+    """Dense causal attention that carries the keys and values of all layers so far: what a prefill leaves behind."""
 
-    `queries [A]` are positions; `asking [B, A]` says which of them count in a row; `needle [B, T]` marks the keys.
-    The state grows by one `[B, K]` a layer: the mean mass, of a KV head's query heads the one with the most.
+    def __call__(self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Cache) -> tuple[jax.Array, Cache]:
+        """Attend to every earlier position."""
+        return causal_attention(q, k, v, scale=attention_scale(q.shape[-1])), (*state, (k, v))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """Some tokens after a remembered prompt, each as the decode step at its place, KV heads in their roles.
+
+    `roles [L, K]` is 1 for a retrieval head and 0 for a sparse one. Carries the pages handed up, `[B, K, A, P]`.
     """
 
-    queries: Int[Array, "A"]
-    asking: Bool[Array, "B A"]
-    needle: Bool[Array, "B T"]
+    cache: Cache
+    roles: Float[Array, "L K"]
+    policy: SelectionPolicy
+    page_size: int
 
     def __call__(
-        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Attend, and note the mass."""
-        scale = attention_scale(q.shape[-1])
-        asked = q[:, self.queries].astype(jnp.float32)
-        scores = scale * jnp.einsum("bakgh,bskh->bkgas", asked, k.astype(jnp.float32))
-        past = jnp.arange(k.shape[1])[None, :] <= self.queries[:, None]
-        weights = jax.nn.softmax(jnp.where(past, scores, -1e30), axis=-1)
-        mass = jnp.einsum("bkgas,bs->bkga", weights, self.needle.astype(jnp.float32))
-        asking = self.asking[:, None, None, :].astype(jnp.float32)
-        mean = jnp.sum(mass * asking, axis=-1) / jnp.sum(asking, axis=-1)
-        return causal_attention(q, k, v, scale=scale), (*state, jnp.max(mean, axis=-1))
+        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Bool[Array, "B K A P"] | None
+    ) -> tuple[jax.Array, Bool[Array, "B K A P"]]:
+        """Attend to the prompt and to the tokens before."""
+        keys, values = self.cache[index]
+        first = keys.shape[1]
+        keys, values = jnp.concatenate([keys, k], axis=1), jnp.concatenate([values, v], axis=1)
+        if state is None:
+            pages = -(-keys.shape[1] // self.page_size)
+            state = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], pages), bool)
+        return _gated_block(
+            q, keys, values, state, jnp.int32(first), self.roles[index], self.policy, self.page_size,
+            first_layer=index == 0,
+        )  # fmt: skip
 
 
-def profile(
-    config: ModelConfig, model: Decoder, *, length: int, samples: int, facts: int, seed: int
-) -> Float[np.ndarray, "L K"]:
-    """Mean attention of every KV head on the needle while short and long passkeys are answered (teacher-forced).
+class Judge:
+    """Fresh prompts with short and long passkeys, read once; `judge(roles)` scores their answers in hybrid decoding.
 
-    Raises:
-        UserError: a model with another vocabulary than the generators', or a length without room for the facts.
+    Raises UserError for a model with another vocabulary than the generators', or prompts too short for their facts.
     """
-    if config.vocab_size != language.VOCAB_SIZE:
-        raise UserError("profiles are taken with the bundled model's tokens; this model has another vocabulary")
-    padded = -(-(length + _ANSWER_TOKENS) // 64) * 64
-    positions, lengths = np.arange(padded)[None], np.array([padded])
-    angles = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions, lengths)
-    queries = jnp.arange(length, length + _ANSWER_TOKENS)
 
-    @jax.jit
-    def masses(tokens: jax.Array, asking: jax.Array, needle: jax.Array) -> jax.Array:
-        way = NeedleMass(queries, asking, needle)
-        return jnp.stack(model(tokens, jnp.asarray(angles[0]), jnp.asarray(angles[1]), way, ())[1], axis=1)
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: Decoder,
+        policy: SelectionPolicy,
+        *,
+        length: int,
+        samples: int,
+        facts: int,
+        seed: int,
+        page_size: int = 64,
+    ) -> None:
+        if config.vocab_size != language.VOCAB_SIZE:
+            raise UserError("head maps are profiled with the bundled model's tokens; this model has another vocabulary")
+        policy.validate(page_size)
+        positions, lengths = np.arange(length + _ANSWER_TOKENS)[None], np.array([length + _ANSWER_TOKENS])
+        cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions, lengths)
+        rng = np.random.default_rng(seed)
+        prompts = np.zeros((samples, length), np.int32)
+        self._answers = np.full((samples, _ANSWER_TOKENS), -1, np.int32)
+        for row in range(samples):
+            try:
+                prompt = data.prompt(rng, _KINDS[row % len(_KINDS)], length, facts)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            answer = [*language.tokens_of(" " + prompt.answer), language.EOS]
+            prompts[row] = prompt.tokens
+            self._answers[row, : len(answer)] = answer
 
-    rng = np.random.default_rng(seed)
-    found = []
-    for index in track(range(samples), "attention profile", console=Console(stderr=True)):
-        try:
-            prompt = data.prompt(rng, ("passkey", "long-passkey")[index % 2], length, facts)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        answer = language.tokens_of(" " + prompt.answer)
-        tokens = np.full((1, padded), language.PAD, np.int32)
-        tokens[0, : length + len(answer)] = [*prompt.tokens, *answer]
-        needle = np.zeros((1, padded), bool)
-        needle[0, slice(*prompt.needle)] = True
-        found.append(masses(tokens, np.arange(_ANSWER_TOKENS)[None] < len(answer), needle))
-    return np.mean(np.concatenate(jax.device_get(found)), axis=0)
+        graph, self._weights = nnx.split(model)
+
+        @jax.jit
+        def read(weights: nnx.State, tokens: Int[Array, "B T"]) -> Cache:
+            model = nnx.merge(graph, weights)
+            return model(tokens, jnp.asarray(cos[:, :length]), jnp.asarray(sin[:, :length]), Remember(), ())[1]
+
+        @jax.jit
+        def score(
+            weights: nnx.State, roles: Float[Array, "L K"], cache: Cache, answers: Int[Array, "B A"]
+        ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+            model = nnx.merge(graph, weights)
+            way = Answering(cache, roles, policy, page_size)
+            tokens = jnp.maximum(answers, 0)
+            hidden, _ = model(tokens, jnp.asarray(cos[:, length:]), jnp.asarray(sin[:, length:]), way, None)
+            logits, target = model.logits(hidden[:, :-1]), answers[:, 1:]
+            asked = target >= 0
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(target, 0)[..., None], axis=-1)
+            loss = -jnp.sum(jnp.where(asked, picked[..., 0], 0.0)) / jnp.sum(asked).astype(jnp.float32)
+            right = jnp.all((jnp.argmax(logits, axis=-1) == target) | ~asked, axis=-1)
+            return loss, jnp.mean(right.astype(jnp.float32))
+
+        self._cache = read(self._weights, prompts)
+        self._score = score
+
+    def __call__(self, roles: Bool[np.ndarray, "L K"]) -> tuple[float, float]:
+        """Nats per answer token after the first (which the dense prefill gives), and the share of exact answers."""
+        loss, exact = self._score(self._weights, jnp.asarray(roles, jnp.float32), self._cache, self._answers)
+        return float(loss), float(exact)
 
 
-def choose(config: ModelConfig, mass: Float[np.ndarray, "L K"], least: float) -> HeadMap:
-    """The map in which, above layer 0, the heads with at least `least` of their attention on the needle retrieve."""
-    above = tuple(tuple(int(k) for k in np.flatnonzero(layer >= least)) for layer in mass[1:])
-    meta = {
-        "fingerprint": config.fingerprint(),
-        "method": "attention profile",
-        "least_mass": least,
-        "mass": [[round(float(value), 4) for value in layer] for layer in mass],
-    }
-    retrieval = (tuple(range(config.num_kv_heads)), *above)
-    return HeadMap(config.num_layers, config.num_kv_heads, retrieval, model="bundled", meta=json.dumps(meta))
+def eliminate(
+    judge: Callable[[Bool[np.ndarray, "L K"]], tuple[float, float]], config: ModelConfig, tolerance: float
+) -> tuple[HeadMap, list[dict[str, Any]]]:
+    """The smallest map on the way down whose loss is at most the dense one plus `tolerance`, and the whole way.
+
+    The way ends where the loss is 1000 tolerances above the dense one.
+    """
+    roles = np.ones((config.num_layers, config.num_kv_heads), bool)
+    dense, exact = judge(roles)
+    way = [{"dropped": None, "heads": int(roles.sum()), "loss": dense, "exact": exact}]
+    best = roles.copy()
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("dropping heads", total=int(roles[1:].sum()))
+        while roles[1:].any() and way[-1]["loss"] <= dense + 1000 * tolerance:
+            tried: list[tuple[float, float, int, int]] = []
+            for layer, head in np.argwhere(roles[1:]):
+                roles[layer + 1, head] = False
+                tried.append((*judge(roles), int(layer) + 1, int(head)))
+                roles[layer + 1, head] = True
+            loss, exact, layer, head = min(tried)
+            roles[layer, head] = False
+            way.append({"dropped": [layer, head], "heads": int(roles.sum()), "loss": loss, "exact": exact})
+            if loss <= dense + tolerance:
+                best = roles.copy()
+            progress.advance(bar)
+    meta = {"fingerprint": config.fingerprint(), "method": "elimination", "tolerance": tolerance}
+    retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in best)
+    return HeadMap(config.num_layers, config.num_kv_heads, retrieval, model="bundled", meta=json.dumps(meta)), way
 
 
 def run(
     model: Annotated[str | None, typer.Option(help="Folder of the model (default: the bundled one).")] = None,
     output: Annotated[Path | None, typer.Option(help="Head map to write (default: heads.json in that folder).")] = None,
-    least: Annotated[float, typer.Option(help="Attention on the needle from which a head retrieves.")] = 0.05,
-    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 2048,
-    samples: Annotated[int, typer.Option(help="Prompts.")] = 32,
-    facts: Annotated[int, typer.Option(help="Passkeys hidden in each prompt.")] = 16,
-    seed: Annotated[int, typer.Option(help="Another seed gives other prompts.")] = 0,
+    tolerance: Annotated[float, typer.Option(help="Nats per answer token that hybrid decoding may lose.")] = 0.0001,
+    length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 16384,
+    budget: Annotated[int, typer.Option(help="Tokens that a sparse head reads at most.")] = 2048,
+    samples: Annotated[int, typer.Option(help="Prompts.")] = 40,
+    facts: Annotated[int, typer.Option(help="Facts hidden in each prompt.")] = 16,
+    seed: Annotated[int, typer.Option(help="Another seed gives other prompts.")] = 1,
 ) -> None:
-    """Find the KV heads that look a passkey up while it is answered, and write them as a head map."""
+    """Find the KV heads that cannot do with a few pages while they answer, and write them as a head map."""
     from lychee_jax.loading import load
 
     loaded = load(model)
-    mass = profile(loaded.config, loaded.model, length=length, samples=samples, facts=facts, seed=seed)
-    head_map = choose(loaded.config, mass, least)
+    policy = SelectionPolicy(budget=budget)
+    judge = Judge(loaded.config, loaded.model, policy, length=length, samples=samples, facts=facts, seed=seed)
+    head_map, way = eliminate(judge, loaded.config, tolerance)
+    for step in way:
+        typer.echo(json.dumps(step))
     output = output or loaded.path / "heads.json"
     head_map.save(output)
     total = head_map.num_layers * head_map.num_kv_heads
