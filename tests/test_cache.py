@@ -23,7 +23,7 @@ def _rows(pool, table, row, count):
 def test_layout_gives_every_row_pages_of_its_own():
     layout = CacheLayout.plan([1, 4, 5, 17], PAGE)
     owned = [layout.page_table[row, : pages_for(n, PAGE)].tolist() for row, n in enumerate([1, 4, 5, 17])]
-    flat = sum(owned, [])
+    flat = [page for pages in owned for page in pages]
     assert len(flat) == len(set(flat)) == 1 + 1 + 2 + 5
     assert layout.page_table.shape == (4, 8)
     assert max(flat) < layout.num_pages - 4, "the last four pages are scratch"

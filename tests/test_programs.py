@@ -1,6 +1,7 @@
 """The compiled programs: what they copy, what they hold, how often they compile, and who waits for whom."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +45,28 @@ def _lower_decode(engine, head_map):
     return compiled, pools[0]
 
 
+def _memory(compiled: Any) -> Any:
+    return compiled.memory_analysis()
+
+
+def _text(compiled: Any) -> str:
+    return compiled.as_text() or ""
+
+
+def _compiled(*jitted: Any) -> tuple[int, ...]:
+    """How many programs each jitted function has compiled so far."""
+    return tuple(each._cache_size() for each in jitted)
+
+
 @pytest.mark.parametrize("roles", ["dense", "hybrid", "all"])
 def test_the_decode_loop_copies_no_pool(engine, roles):
     head_map = {"dense": None, "hybrid": HeadMap.none(CONFIG), "all": HeadMap.all(CONFIG)}[roles]
     compiled, pool = _lower_decode(engine, head_map)
-    text = compiled.as_text()
+    text = _text(compiled)
     shape = f"f32[{','.join(map(str, pool.shape))}]"
     assert shape in text, "the pool must be in the program, or this test looks for the wrong thing"
     assert not re.findall(rf"= {re.escape(shape)}\S* (?:copy|copy-start|dynamic-update-slice|transpose)\(", text)
-    memory = compiled.memory_analysis()
+    memory = _memory(compiled)
     assert memory.temp_size_in_bytes < pool.nbytes, "no temporary as large as one layer's pool"
     assert memory.alias_size_in_bytes >= CONFIG.num_layers * pool.nbytes, "the pools are donated"
 
@@ -85,8 +99,8 @@ def test_chunks_are_written_in_place_and_their_memory_does_not_follow_the_past(e
 
     (small, _), (large, pool) = compile_at(128), compile_at(1024)
     shape = f"f32[{','.join(map(str, pool.shape))}]"
-    assert not re.findall(rf"= {re.escape(shape)}\S* (?:copy|copy-start)\(", large.as_text())
-    assert large.memory_analysis().temp_size_in_bytes <= small.memory_analysis().temp_size_in_bytes + BATCH * 1024 * 8
+    assert not re.findall(rf"= {re.escape(shape)}\S* (?:copy|copy-start)\(", _text(large))
+    assert _memory(large).temp_size_in_bytes <= _memory(small).temp_size_in_bytes + BATCH * 1024 * 8
 
 
 def test_whole_sequence_attention_needs_memory_linear_in_length():
@@ -94,7 +108,7 @@ def test_whole_sequence_attention_needs_memory_linear_in_length():
         q = jax.ShapeDtypeStruct((1, length, 2, 2, 16), jnp.float32)
         k = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
         compiled = jax.jit(lambda q, k, v: causal_attention(q, k, v, scale=0.25)).lower(q, k, k).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return _memory(compiled).temp_size_in_bytes
 
     assert temporaries(8192) < 2.5 * temporaries(4096)
 
@@ -107,9 +121,7 @@ def test_prompts_of_one_bucket_share_their_programs(engine):
     counts = []
     for length in (241, 230, 235, 249):
         engine.generate([rng.integers(0, 64, length).tolist()], options)
-        counts.append(
-            tuple(p._cache_size() for p in (programs.prefill_chunk, programs.first_token, programs.decode_block))
-        )
+        counts.append(_compiled(programs.prefill_chunk, programs.first_token, programs.decode_block))
     assert len(set(counts)) == 1
 
 
@@ -121,7 +133,7 @@ def test_another_temperature_or_seed_compiles_nothing(engine):
             policy=POLICY, page_size=PAGE, max_new_tokens=4, sampling=SamplingParams(temperature=temperature, seed=seed)
         )
         engine.generate(prompt, options)
-        sizes.append(programs.decode_block._cache_size())
+        sizes.append(_compiled(programs.decode_block))
     assert len(set(sizes)) == 1
 
 
