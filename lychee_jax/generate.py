@@ -184,6 +184,8 @@ class Engine:
             if len(prompt) == 0:
                 raise UserError(f"prompt {row} is empty; every prompt needs at least one token")
             for token in prompt:
+                if not isinstance(token, int | np.integer):
+                    raise UserError(f"prompt {row} has {token!r}; token ids are whole numbers")
                 if not 0 <= token < self.config.vocab_size:
                     raise UserError(
                         f"prompt {row} has token id {token}; the vocabulary has ids 0 to {self.config.vocab_size - 1}"

@@ -12,6 +12,7 @@ from flax import nnx
 from lychee_jax import generate, programs
 from lychee_jax.cache import make_pools
 from lychee_jax.config import ModelConfig
+from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions
 from lychee_jax.heads import HeadMap
 from lychee_jax.model import Decoder
@@ -183,3 +184,9 @@ def test_a_row_comes_out_the_same_alone_and_in_company(dtype):
         alone = small.generate([prompt], options)
         assert alone.tokens[0] == tokens
         np.testing.assert_allclose(alone.logprobs[0], logprobs, atol=2e-6)
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1], []], [[64]], [[-1]], [[0] * 4094]])
+def test_prompts_that_the_model_cannot_take_are_refused(engine, prompts):
+    with pytest.raises(UserError):
+        engine.check_prompts(prompts, max_new_tokens=3)
