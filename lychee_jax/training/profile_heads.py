@@ -113,13 +113,13 @@ class Judge:
         graph, self._weights = nnx.split(model)
 
         @jax.jit
-        def read(weights: nnx.State, tokens: Int[Array, "B T"]) -> Cache:
+        def read(weights: Any, tokens: Int[Array, "B T"]) -> Cache:
             model = nnx.merge(graph, weights)
             return model(tokens, jnp.asarray(cos[:, :length]), jnp.asarray(sin[:, :length]), Remember(), ())[1]
 
         @jax.jit
         def score(
-            weights: nnx.State, roles: Float[Array, "L K"], cache: Cache, answers: Int[Array, "B A"]
+            weights: Any, roles: Float[Array, "L K"], cache: Cache, answers: Int[Array, "B A"]
         ) -> tuple[Float[Array, ""], Float[Array, ""]]:
             model = nnx.merge(graph, weights)
             way = Answering(cache, roles, policy, page_size)
