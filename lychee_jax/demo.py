@@ -73,12 +73,13 @@ class DemoReport:
         sums.add_row("share of the KV cache read", *(f"{self.kv_read_share[mode]:.1%}" for mode in _MODES))
         for column in sums.columns[1:]:
             column.justify = "right"
+        others = f", the others at most {self.budget} tokens, which these picked"
+        others = others if self.retrieval_heads < self.kv_heads else " (there is no head map)"
         console = Console()
         with console.capture() as capture:
             console.print(table, sums, sep="\n", markup=False)
         return (
-            f"{capture.get()}hybrid: {self.retrieval_heads} of {self.kv_heads} KV heads read the whole cache, "
-            f"the others at most {self.budget} tokens, which these picked\n"
+            f"{capture.get()}hybrid: {self.retrieval_heads} of {self.kv_heads} KV heads read the whole cache{others}\n"
             f"the document was read once, in {self.prefill_s:.0f} s; all {count} questions were answered together\n"
             f"head roles: {self.picture}"
         )

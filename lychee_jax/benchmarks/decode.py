@@ -82,14 +82,15 @@ class DecodeReport:
             table.add_row(mode, f"{step:.2f} ms", f"{1e3 / step:.1f}", attention, read)
         table.add_row(_RIVAL, "", "", f"{self.attention_ms[_RIVAL]:.2f} ms", "all, not paged")
         speedup = {name: f"{ratio:.2f}×" for name, ratio in self.speedup.items()}
+        others = f", the others read at most {self.budget} tokens" if self.retrieval_heads < self.kv_heads else ""
         console = Console()
         with console.capture() as capture:
             console.print(table)
         return (
             f"{capture.get()}hybrid over dense: {speedup['step']} a token (the bytes that are read allow "
             f"{speedup['step_bytes']}), {speedup['attention']} in attention ({speedup['attention_bytes']})\n"
-            f"{self.retrieval_heads} of {self.kv_heads} KV heads retrieve, the others read at most {self.budget} "
-            f"tokens; {_RIVAL} is jax.nn.dot_product_attention"
+            f"{self.retrieval_heads} of {self.kv_heads} KV heads retrieve{others}; "
+            f"{_RIVAL} is jax.nn.dot_product_attention"
         )
 
 
