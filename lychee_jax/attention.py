@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -152,7 +153,7 @@ class Decode:
         scale = attention_scale(q.shape[-1])
         used = (lengths + page_size - 1) // page_size
         retrieval = tuple(range(kv_heads)) if self.head_map is None else self.head_map.retrieval[index]
-        heads = jnp.asarray(retrieval, jnp.int32)
+        heads = np.asarray(retrieval, np.int32)
         selection = state.selection
         if self.head_map is None:
             out, _ = pallas_kernels.dense_decode(

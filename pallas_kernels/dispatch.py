@@ -7,6 +7,7 @@ input and is never swallowed.
 
 import contextlib
 import contextvars
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
@@ -14,10 +15,17 @@ import jax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels import reference
-from pallas_kernels.types import PageScores, Rule, Selection
+from pallas_kernels.types import Heads, PageScores, Rule, Selection
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 
+
+def _lazy(package: str, op: str) -> Callable[..., Any]:
+    """An op of a package of kernels that is imported when the op first runs."""
+    return lambda *args, **options: getattr(importlib.import_module(package), op)(*args, **options)
+
+
+_NAMES = ("dense_decode", "sparse_decode", "select_pages", "hybrid_decode")
 _OPS: dict[str, dict[str, Callable[..., Any]]] = {
     "xla": {
         "dense_decode": reference.dense_decode,
@@ -25,6 +33,7 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
         "select_pages": reference.select_pages,
         "hybrid_decode": reference.hybrid_decode,
     },
+    "mosaic_gpu": {name: _lazy("pallas_kernels.mosaic_gpu", name) for name in _NAMES},
 }
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("mosaic_tpu", "xla"),
@@ -76,7 +85,7 @@ def _run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any
     raise AssertionError("the XLA implementation is always a candidate")
 
 
-def _check_pool(q: Array, kv_pages: Array, page_table: Array, lengths: Array, heads: Array) -> None:
+def _check_pool(q: Array, kv_pages: Array, page_table: Array, lengths: Array, heads: Heads) -> None:
     batch, kv_heads, _, head_dim = q.shape
     if kv_pages.shape[1] != kv_heads or kv_pages.shape[3] != 2 * head_dim:
         raise ValueError(
@@ -107,7 +116,7 @@ def dense_decode(
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
     lengths: Int[Array, "B"],
-    heads: Int[Array, "R"],
+    heads: Int[Heads, "R"],
     *,
     scale: float,
     page_scores: PageScores | None = None,
@@ -126,7 +135,7 @@ def sparse_decode(
     page_table: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     selection: Selection,
-    heads: Int[Array, "R"],
+    heads: Int[Heads, "R"],
     *,
     scale: float,
     implementation: str | None = None,
@@ -164,7 +173,7 @@ def hybrid_decode(
     page_table: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     selection: Selection,
-    heads: Int[Array, "R"],
+    heads: Int[Heads, "R"],
     *,
     scale: float,
     budget_pages: int,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.types import PageScores, Rule, Selection
+from pallas_kernels.types import Heads, PageScores, Rule, Selection
 
 # Stands for −∞: finite, so that a row in which everything is masked does not become NaN.
 MASKED = -1e30
@@ -26,7 +26,7 @@ def _attend(
     kv_pages: jax.Array,
     page_table: jax.Array,
     lengths: jax.Array,
-    heads: jax.Array,
+    heads: Heads,
     pages: jax.Array | None,
     *,
     scale: float,
@@ -96,7 +96,7 @@ def dense_decode(
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
     lengths: Int[Array, "B"],
-    heads: Int[Array, "R"],
+    heads: Int[Heads, "R"],
     *,
     scale: float,
     page_scores: PageScores | None = None,
@@ -115,7 +115,7 @@ def sparse_decode(
     page_table: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     selection: Selection,
-    heads: Int[Array, "R"],
+    heads: Int[Heads, "R"],
     *,
     scale: float,
 ) -> Float[Array, "B R G H"]:
@@ -203,7 +203,7 @@ def select_pages(
     return pages, limits
 
 
-def other_heads(heads: Int[Array, "R"], kv_heads: int) -> Int32[Array, "rest"]:
+def other_heads(heads: Int[Heads, "R"], kv_heads: int) -> Int32[Array, "rest"]:
     """The KV heads that `heads` does not name, ascending."""
     named = jnp.zeros((kv_heads,), jnp.int32).at[heads].set(1)
     return jnp.argsort(named, stable=True)[: kv_heads - heads.shape[0]].astype(jnp.int32)
@@ -215,7 +215,7 @@ def hybrid_decode(
     page_table: Int[Array, "B P"],
     lengths: Int[Array, "B"],
     selection: Selection,
-    heads: Int[Array, "R"],
+    heads: Int[Heads, "R"],
     *,
     scale: float,
     budget_pages: int,

@@ -2,8 +2,11 @@
 
 from typing import Literal, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Int
 
+# KV heads to compute. NumPy arrays are known while tracing, even under jit: kernels then launch nothing to order them.
+Heads = Array | np.ndarray
 PageScores = Literal["max", "lse"]
 Rule = Literal["budget", "ratio", "top_p", "threshold", "forced"]
 

@@ -1,0 +1,208 @@
+"""Time of each op beside its rivals, in one process: our kernels, plain XLA, cuDNN through JAX, and torch if it can.
+
+A sample is many calls in one program, sent one program after the other without waiting, over caches that take turns, so
+that nothing comes from the L2 and no launch from the host is waited for.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
+from lychee_jax.benchmarks.torch_rivals import torch_attention
+from pallas_kernels import Selection
+
+# Caches that take turns hold at least this much: several times an L2.
+_TURN_BYTES = 1 << 30
+_CALLS, _PROGRAMS = 16, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelRow:
+    """One measured op; times in microseconds."""
+
+    name: str
+    model: str
+    dtype: str
+    batch: int
+    context: int
+    retrieval_heads: int
+    page_size: int
+    pages: int
+    us: float
+    samples_us: list[float]
+    rivals: dict[str, float]
+    roofline_us: float
+    ratio_to_roofline: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One layer's attention: `pages` selected pages, `sink` and `recent` forced ones."""
+
+    model: str = "llama-3-8b"
+    kv_heads: int = 8
+    groups: int = 4
+    head_dim: int = 128
+    page_size: int = 64
+    pages: int = 64
+    sink: int = 2
+    recent: int = 4
+    dtype: str = "bfloat16"
+
+    @property
+    def scale(self) -> float:
+        """1 / √H."""
+        return self.head_dim**-0.5
+
+
+def measure(
+    shape: Shape,
+    *,
+    batches: Sequence[int],
+    context: int,
+    implementation: str | None = None,
+    rivals: bool = True,
+    repeats: int = 15,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[KernelRow]:
+    """Time all ops at each batch size."""
+    rows = []
+    for batch in batches:
+        rows += _measure_batch(shape, batch, context, implementation, rivals, repeats, report)
+    return rows
+
+
+def _measure_batch(
+    shape: Shape, batch: int, context: int, implementation: str | None, rivals: bool, repeats: int,
+    report: Callable[[str], None],
+) -> list[KernelRow]:  # fmt: skip
+    rng = np.random.default_rng(batch)
+    size, kv_heads = shape.page_size, shape.kv_heads
+    used = -(-context // size)
+    num_pages = batch * used + 1
+    page_bytes = size * 2 * shape.head_dim * jnp.dtype(shape.dtype).itemsize
+    turns = max(2, -(-_TURN_BYTES // (num_pages * kv_heads * page_bytes)))
+    make = jax.jit(
+        lambda key: jax.random.normal(key, (num_pages, kv_heads, size, 2 * shape.head_dim), jnp.dtype(shape.dtype))
+    )
+    pools = [make(key) for key in jax.random.split(jax.random.key(0), turns)]
+    queries = [
+        jax.random.normal(key, (batch, kv_heads, shape.groups, shape.head_dim), jnp.dtype(shape.dtype))
+        for key in jax.random.split(jax.random.key(1), _CALLS)
+    ]
+    table = jnp.asarray(rng.permutation(num_pages)[: batch * used].reshape(batch, used).astype(np.int32))
+    lengths = jnp.full((batch,), context, jnp.int32)
+    count = min(shape.pages, used)
+    chosen = np.stack([np.sort(rng.permutation(used)[:count]) for _ in range(batch * kv_heads)])
+    chosen = np.pad(chosen, ((0, 0), (0, shape.pages - count)), constant_values=-1).astype(np.int32)
+    selection = Selection(
+        jnp.asarray(chosen.reshape(batch, kv_heads, -1)), jnp.full((batch, kv_heads), count, jnp.int32)
+    )
+    scores = [
+        jax.random.normal(key, (batch, kv_heads, used), jnp.float32)
+        for key in jax.random.split(jax.random.key(2), _CALLS)
+    ]
+    numbers: dict[str, Any] = {"budget_pages": shape.pages, "sink_pages": shape.sink, "recent_pages": shape.recent}
+    every, one = np.arange(kv_heads, dtype=np.int32), np.array([kv_heads // 2], np.int32)
+
+    def over_caches(call: Callable[..., Any]) -> list[float]:
+        return _time(lambda i, qs, ps: call(qs[i], ps[i % turns], table, lengths), (queries, pools), repeats)
+
+    reads = {"dense": batch * used * page_bytes, "sparse": batch * count * page_bytes}
+    sparse = functools.partial(pallas_kernels.sparse_decode, selection=selection, heads=every, scale=shape.scale)
+    dense = functools.partial(pallas_kernels.dense_decode, scale=shape.scale, page_scores="max")
+    hybrid = functools.partial(
+        pallas_kernels.hybrid_decode, selection=selection, heads=one, scale=shape.scale, **numbers
+    )
+    cases: list[tuple[str, int, float, Callable[..., Any]]] = [
+        ("sparse_decode", 0, kv_heads * reads["sparse"], sparse),
+        ("dense_decode", kv_heads, kv_heads * reads["dense"], functools.partial(dense, heads=every)),
+        ("dense_decode", 1, reads["dense"], functools.partial(dense, heads=one)),
+        ("hybrid_decode", 1, reads["dense"] + (kv_heads - 1) * reads["sparse"], hybrid),
+    ]
+    rows = []
+
+    def add(
+        name: str, heads: int, read: float, time_of: Callable[[str | None], list[float]], others: dict[str, float]
+    ) -> None:
+        report(f"{name}, {heads} retrieval heads, batch {batch}")
+        samples = time_of(implementation)
+        found = dict(others)
+        if rivals:
+            found["xla"] = float(np.median(time_of("xla")))
+        us, roofline = float(np.median(samples)), 1e6 * read / READ_BANDWIDTH
+        rows.append(
+            KernelRow(
+                name, shape.model, shape.dtype, batch, context, heads, size, shape.pages, us, samples, found, roofline,
+                us / roofline,
+            )
+        )  # fmt: skip
+
+    attention: dict[str, float] = {}
+    if rivals:
+        report(f"dense rivals, batch {batch}")
+        attention = _dense_rivals(shape, batch, context, queries, repeats)
+    for name, heads, read, call in cases:
+        add(
+            name,
+            heads,
+            read,
+            lambda which, call=call: over_caches(functools.partial(call, implementation=which)),
+            attention if heads == kv_heads else {},
+        )
+
+    def select(which: str | None) -> list[float]:
+        def call(i: int, scores: Any) -> Any:
+            return pallas_kernels.select_pages(scores[i], lengths, page_size=size, implementation=which, **numbers)
+
+        return _time(call, (scores,), repeats)
+
+    add("select_pages", kv_heads, scores[0].nbytes, select, {})
+    return rows
+
+
+def _time(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> list[float]:
+    """Microseconds of `call(i, *arguments)`, `repeats` samples."""
+    program = jax.jit(lambda *args: [jax.tree.leaves(call(i, *args)) for i in range(_CALLS)])
+    jax.block_until_ready(program(*arguments))
+    samples = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        out = None
+        for _ in range(_PROGRAMS):
+            out = program(*arguments)
+        jax.block_until_ready(out)
+        samples.append(1e6 * (time.perf_counter() - started) / (_CALLS * _PROGRAMS))
+    return samples[2:]
+
+
+def _dense_rivals(shape: Shape, batch: int, context: int, queries: list[jax.Array], repeats: int) -> dict[str, float]:
+    """Dense attention over keys and values that lie in one piece."""
+    found = {}
+    if jax.default_backend() == "gpu":
+        turns = max(2, -(-_TURN_BYTES // (2 * batch * context * shape.kv_heads * shape.head_dim * 2)))
+        size = (batch, context, shape.kv_heads, shape.head_dim)
+        make = jax.jit(lambda key: jax.random.normal(key, size, jnp.dtype(shape.dtype)))
+        keys = jax.random.split(jax.random.key(3), 2 * turns)
+        caches = [(make(keys[2 * i]), make(keys[2 * i + 1])) for i in range(turns)]
+        flat = [q.reshape(batch, 1, -1, shape.head_dim) for q in queries]
+
+        def cudnn(i: int, qs: Any, caches: Any) -> Any:
+            k, v = caches[i % turns]
+            return jax.nn.dot_product_attention(qs[i], k, v, scale=shape.scale, implementation="cudnn")
+
+        found["jax_cudnn"] = float(np.median(_time(cudnn, (flat, caches), repeats)))
+        del caches
+    for name, samples in torch_attention(
+        batch, context, shape.kv_heads, shape.groups, shape.head_dim, shape.dtype, calls=_CALLS, repeats=repeats
+    ).items():
+        found[name] = float(np.median(samples))
+    return found

@@ -1,0 +1,267 @@
+"""Time of the whole jitted decode step of a large model: random weights of its shape, a cache of random content.
+
+Dense attention is timed in two ways: over pages, as the engine decodes, and with cuDNN over caches that lie in one
+piece, the best that JAX offers without pages. Hybrid attention and its rivals run in the same process.
+"""
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
+from lychee_jax.cache import CacheLayout, pages_for
+from lychee_jax.config import ModelConfig
+from lychee_jax.generate import idle_rows
+from lychee_jax.heads import HeadMap
+from lychee_jax.layers import attention_scale
+from lychee_jax.model import Decoder
+from lychee_jax.programs import DecodePlan, ModelSpec, Pools, Rows, decode_block
+from lychee_jax.rope import rotary_tables
+from lychee_jax.sampling import SamplingParams
+from lychee_jax.selection import SelectionPolicy
+
+Mode = Literal["hybrid", "dense", "cudnn"]
+_STEPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRow:
+    """One measured step; times in microseconds, bytes as counted."""
+
+    name: str
+    model: str
+    dtype: str
+    batch: int
+    context: int
+    retrieval_heads: int
+    kv_heads: int
+    page_size: int
+    pages: int
+    us: float
+    samples_us: list[float]
+    rivals: dict[str, float]
+    roofline_us: float
+    ratio_to_roofline: float
+    weight_bytes: int
+    cache_bytes: int
+    peak_bytes: int | None
+    pool_copies: int
+
+
+def spread_heads(config: ModelConfig, count: int) -> HeadMap:
+    """All KV heads of layer 0, the other retrieval heads spread evenly over layers and indices."""
+    first = config.num_kv_heads
+    layers = [list(range(first))] + [[] for _ in range(config.num_layers - 1)]
+    rest = max(0, count - first)
+    for j in range(rest):
+        layer = layers[1 + j * (config.num_layers - 1) // rest]
+        layer.append(next(h for h in ((j + k) % first for k in range(first)) if h not in layer))
+    return HeadMap(config.num_layers, first, tuple(tuple(sorted(layer)) for layer in layers), "spread")
+
+
+def random_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
+    """Weights of the model's shape, made on the device leaf by leaf."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    leaves, treedef = jax.tree.flatten(state)
+    make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    weights = tuple(make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True))
+    return ModelSpec(config, graphdef, treedef), weights
+
+
+def measure(
+    model: str,
+    config: ModelConfig,
+    *,
+    batches: Sequence[int],
+    context: int,
+    retrieval_heads: int = 32,
+    policy: SelectionPolicy | None = None,
+    page_size: int = 64,
+    dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+    modes: Sequence[Mode] = ("hybrid", "dense", "cudnn"),
+    repeats: int = 7,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[StepRow]:
+    """Time a decode step at each batch size: a row for the hybrid step, its rivals beside it.
+
+    A sample is the mean of 3 × 16 steps that are sent without waiting, as `generate` does.
+    """
+    policy = policy or SelectionPolicy()
+    spec, weights = random_model(config, dtype)
+    weight_bytes = sum(leaf.nbytes for leaf in weights)
+    read_bytes = weight_bytes
+    if not config.tie_word_embeddings:
+        read_bytes -= config.vocab_size * config.hidden_size * weights[0].dtype.itemsize  # one row of it is read
+    head_map = spread_heads(config, retrieval_heads)
+    rows = []
+    for batch in batches:
+        times: dict[str, list[float]] = {}
+        peak, copies, cache_bytes = None, 0, 0
+        for mode in modes:
+            report(f"{model}, batch {batch}, {mode}")
+            if mode == "cudnn":
+                run = _contiguous_runner(spec, weights, batch, context)
+            else:
+                plan = DecodePlan(
+                    head_map if mode == "hybrid" else None, policy, SamplingParams().kind, _STEPS, implementation
+                )
+                run, cache_bytes, found = _paged_runner(spec, weights, plan, batch, context, page_size)
+                copies = max(copies, found)
+            times[mode] = _samples(run, repeats)
+            del run
+            if mode != "cudnn":
+                peak = _peak_bytes(peak)
+        us = float(np.median(times["hybrid"]))
+        kv_page = 2 * config.head_dim * page_size * weights[0].dtype.itemsize
+        pages = pages_for(context, page_size)
+        sparse = config.num_layers * config.num_kv_heads - head_map.num_retrieval
+        read = head_map.num_retrieval * pages + sparse * min(pages, policy.budget // page_size)
+        roofline = 1e6 * (read_bytes + batch * read * kv_page) / READ_BANDWIDTH
+        rivals = {
+            {"dense": "dense", "cudnn": "dense_cudnn"}[mode]: float(np.median(values))
+            for mode, values in times.items()
+            if mode != "hybrid"
+        }
+        rows.append(
+            StepRow(
+                "decode_step", model, str(jnp.dtype(dtype)), batch, context, head_map.num_retrieval,
+                config.num_layers * config.num_kv_heads, page_size, policy.budget // page_size, us, times["hybrid"],
+                rivals, roofline, us / roofline, weight_bytes, cache_bytes, peak, copies,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _peak_bytes(before: int | None) -> int | None:
+    stats = jax.devices()[0].memory_stats() or {}
+    return max(before or 0, stats["peak_bytes_in_use"]) if "peak_bytes_in_use" in stats else None
+
+
+def _samples(run: Callable[[int], None], repeats: int) -> list[float]:
+    """Microseconds of a step."""
+    run(1)
+    run(3)
+    samples = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run(3)
+        samples.append(1e6 * (time.perf_counter() - started) / (3 * _STEPS))
+    return samples
+
+
+def pool_copies(program: str, pool: jax.Array | jax.ShapeDtypeStruct) -> int:
+    """How many instructions of a compiled program copy a whole pool."""
+    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[str(pool.dtype)]
+    shape = re.escape(f"{kind}[{','.join(map(str, pool.shape))}]")
+    return len(re.findall(rf"= {shape}\S* (?:copy|copy-start|dynamic-update-slice|transpose)\(", program))
+
+
+def _paged_runner(
+    spec: ModelSpec, weights: tuple[jax.Array, ...], plan: DecodePlan, batch: int, context: int, page_size: int
+) -> tuple[Callable[[int], None], int, int]:
+    config = spec.config
+    idle = idle_rows(batch)
+    layout = CacheLayout.plan([context] * batch + [0] * idle, page_size)
+    shape = (layout.num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
+    make = jax.jit(lambda key: jax.random.normal(key, shape, weights[0].dtype))
+    held = {"pools": tuple(make(key) for key in jax.random.split(jax.random.key(1), config.num_layers))}
+    table = jnp.asarray(layout.page_table)
+    # The last tokens of the context, again and again.
+    active = jnp.arange(batch + idle) < batch
+    positions = jnp.where(active, context - _STEPS, 0).astype(jnp.int32)
+    rows = Rows(jnp.zeros_like(positions), positions, active, jnp.zeros_like(positions), None)
+    numbers = context - _STEPS + np.arange(_STEPS)[None].repeat(batch + idle, 0)
+    cos, sin = map(
+        jnp.asarray, rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, numbers, numbers + 1)
+    )
+    rest = (table, cos, sin, active, SamplingParams().arrays(), jnp.full((4,), -1, jnp.int32))
+    compiled = decode_block.lower(spec, plan, weights, held["pools"], rows, *rest, jnp.int32(_STEPS)).compile()
+    copies = pool_copies(compiled.as_text() or "", held["pools"][0])
+
+    def run(count: int) -> None:
+        block: Any = None
+        for _ in range(count):
+            held["pools"], _, block = compiled(weights, held["pools"], rows, *rest, jnp.int32(_STEPS))
+        jax.block_until_ready(block)
+
+    return run, sum(pool.nbytes for pool in held["pools"]), copies
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contiguous:
+    """One new token a row over caches `[B, S, K, H]`, all rows equally long, by cuDNN."""
+
+    position: Int[Array, ""]
+
+    def __call__(
+        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple[tuple[jax.Array, jax.Array], ...]
+    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
+        keys, values = state[index]
+        start = (0, self.position, 0, 0)
+        keys, values = (jax.lax.dynamic_update_slice(old, new, start) for old, new in ((keys, k), (values, v)))
+        batch, length, kv_heads, groups, head_dim = q.shape
+        lengths = jnp.full((batch,), self.position + 1, jnp.int32)
+        out = jax.nn.dot_product_attention(
+            q.reshape(batch, length, kv_heads * groups, head_dim), keys, values, scale=attention_scale(head_dim),
+            key_value_seq_lengths=lengths, implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
+        )  # fmt: skip
+        return out.reshape(q.shape), (*state[:index], (keys, values), *state[index + 1 :])
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+def _contiguous_block(
+    spec: ModelSpec,
+    weights: tuple[jax.Array, ...],
+    caches: tuple[tuple[jax.Array, jax.Array], ...],
+    first: Int[Array, ""],
+    cos: Float[Array, "1 steps half"],
+    sin: Float[Array, "1 steps half"],
+) -> tuple[Any, Int[Array, "B"]]:
+    model = spec.merge(weights)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        caches, token = carry
+        cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
+        hidden, caches = model(token[:, None], cos_i, sin_i, _Contiguous(first + i), caches)
+        return caches, jnp.argmax(model.logits(hidden[:, 0]), axis=-1).astype(jnp.int32)
+
+    token = jnp.zeros((caches[0][0].shape[0],), jnp.int32)
+    return jax.lax.fori_loop(0, cos.shape[1], step, (caches, token))
+
+
+def _contiguous_runner(
+    spec: ModelSpec, weights: tuple[jax.Array, ...], batch: int, context: int
+) -> Callable[[int], None]:
+    config = spec.config
+    shape = (batch, context, config.num_kv_heads, config.head_dim)
+    make = jax.jit(lambda key: jax.random.normal(key, shape, weights[0].dtype))
+    keys = jax.random.split(jax.random.key(1), 2 * config.num_layers)
+    held: dict[str, Pools | Any] = {
+        "caches": tuple((make(keys[2 * i]), make(keys[2 * i + 1])) for i in range(config.num_layers))
+    }
+    numbers = context - _STEPS + np.arange(_STEPS)[None]
+    cos, sin = map(
+        jnp.asarray, rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, numbers, numbers + 1)
+    )
+
+    def run(count: int) -> None:
+        token: Any = None
+        for _ in range(count):
+            held["caches"], token = _contiguous_block(
+                spec, weights, held["caches"], jnp.int32(context - _STEPS), cos, sin
+            )
+        jax.block_until_ready(token)
+
+    return run

@@ -1,0 +1,200 @@
+"""The ops on NVIDIA Hopper and newer: what `reference` says, in two launches of Pallas Mosaic GPU kernels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from pallas_kernels.mosaic_gpu.attend import SCORE_ROW, attend
+from pallas_kernels.mosaic_gpu.common import COLUMNS, multiprocessors, target
+from pallas_kernels.mosaic_gpu.finish import finish
+from pallas_kernels.mosaic_gpu.plan import Tiling
+from pallas_kernels.mosaic_gpu.select import CHUNK
+from pallas_kernels.reference import other_heads, page_limits
+from pallas_kernels.types import Heads, PageScores, Rule, Selection
+
+_PAGE_SIZES = (16, 32, 64, 128)
+_HEAD_DIMS = (64, 128)
+
+
+def _tiling(q: jax.Array, kv_pages: jax.Array, dense: int, sparse: int, selected: int) -> Tiling:
+    """The static facts of a call.
+
+    Raises:
+        NotImplementedError: a case that the kernels do not cover.
+    """
+    batch, kv_heads, groups, head_dim = q.shape
+    page_size = kv_pages.shape[2]
+    blocks = multiprocessors()
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pages.dtype != q.dtype:
+        raise NotImplementedError(
+            f"mosaic_gpu takes bfloat16 or float16 queries over a cache of the same type, "
+            f"not {q.dtype} over {kv_pages.dtype}"
+        )
+    if head_dim not in _HEAD_DIMS or page_size not in _PAGE_SIZES or groups > COLUMNS:
+        raise NotImplementedError(
+            f"mosaic_gpu takes head_dim 64 or 128, pages of 16, 32, 64 or 128 tokens and up to {COLUMNS} query heads "
+            f"a KV head, not head_dim {head_dim}, pages of {page_size} and {groups}"
+        )
+    return Tiling(batch, kv_heads, dense, sparse, selected, page_size, blocks)
+
+
+def _order(heads: Heads, kv_heads: int) -> Heads | None:
+    """All KV heads, those that retrieve first; None where that is their own order."""
+    if heads.shape[0] == 0:
+        return None
+    if isinstance(heads, Tracer):
+        return jnp.concatenate([heads.astype(jnp.int32), other_heads(heads, kv_heads)])
+    # Known while tracing: no launch for it.
+    named = np.asarray(heads)
+    order = np.concatenate([named, np.setdiff1d(np.arange(kv_heads), named)]).astype(np.int32)
+    return None if np.array_equal(order, np.arange(kv_heads)) else order
+
+
+def _named(heads: Heads, kv_heads: int) -> Heads | None:
+    """The heads of a call; None where they are all heads in their own order."""
+    if not isinstance(heads, Tracer) and np.array_equal(np.asarray(heads), np.arange(kv_heads)):
+        return None
+    return heads.astype(np.int32)
+
+
+def dense_decode(
+    q: Float[Array, "B K G H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    heads: Int[Heads, "R"],
+    *,
+    scale: float,
+    page_scores: PageScores | None = None,
+) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]:
+    """Attention over the whole cache, and page scores from the same pass."""
+    tiling = _tiling(q, kv_pages, heads.shape[0], 0, 0)
+    sums, stats, scores = attend(
+        q,
+        kv_pages,
+        page_table,
+        lengths,
+        _named(heads, q.shape[1]),
+        None,
+        None,
+        tiling=tiling,
+        scale=scale,
+        page_scores=page_scores,
+        score_rows=-(-page_table.shape[1] // SCORE_ROW),
+        target=target(),
+    )
+    shape = (q.shape[0], heads.shape[0], *q.shape[2:])
+    # The output has only the heads that were asked for, in their order.
+    out, _, _ = finish(lengths, None, tiling=tiling, pieces=(sums, stats), shape=shape, dtype=q.dtype, target=target())
+    if scores is not None:
+        scores = scores.reshape(*scores.shape[:2], -1)[:, :, : page_table.shape[1]]
+    assert out is not None
+    return out, scores
+
+
+def sparse_decode(
+    q: Float[Array, "B K G H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    selection: Selection,
+    heads: Int[Heads, "R"],
+    *,
+    scale: float,
+) -> Float[Array, "B R G H"]:
+    """Attention over the selected pages."""
+    tiling = _tiling(q, kv_pages, 0, heads.shape[0], selection.pages.shape[2])
+    sums, stats, _ = attend(
+        q, kv_pages, page_table, lengths, _named(heads, q.shape[1]), selection.pages, selection.counts, tiling=tiling,
+        scale=scale, page_scores=None, score_rows=0, target=target(),
+    )  # fmt: skip
+    shape = (q.shape[0], heads.shape[0], *q.shape[2:])
+    out, _, _ = finish(lengths, None, tiling=tiling, pieces=(sums, stats), shape=shape, dtype=q.dtype, target=target())
+    assert out is not None
+    return out
+
+
+def _limits(
+    page_scores: jax.Array, lengths: jax.Array, page_size: int, budget: int, sink: int, recent: int, rule: Rule,
+    amount: float,
+) -> jax.Array:  # fmt: skip
+    used = ((lengths + page_size - 1) // page_size).astype(jnp.int32)
+    page = jnp.arange(page_scores.shape[2], dtype=jnp.int32)
+    forced = ((page < sink) | (page >= used[:, None] - recent)) & (page < used[:, None])
+    return page_limits(page_scores, used, forced, budget_pages=budget, rule=rule, amount=amount)
+
+
+def select_pages(
+    page_scores: Float32[Array, "B R P"],
+    lengths: Int[Array, "B"],
+    *,
+    page_size: int,
+    budget_pages: int,
+    sink_pages: int,
+    recent_pages: int,
+    rule: Rule = "budget",
+    amount: float = 0.0,
+) -> tuple[Int32[Array, "B R M"], Int32[Array, "B R"]]:
+    """Exact top pages."""
+    multiprocessors()
+    batch, rows, capacity = page_scores.shape
+    limits = None
+    if rule != "budget":
+        limits = _limits(page_scores, lengths, page_size, budget_pages, sink_pages, recent_pages, rule, amount)
+    padding = -capacity % CHUNK
+    scores = jnp.pad(page_scores, ((0, 0), (0, 0), (0, padding))).reshape(batch, rows, -1, SCORE_ROW)
+    tiling = Tiling(batch, rows, rows, 0, 0, page_size, 1)
+    _, pages, counts = finish(
+        lengths, None, tiling=tiling, scores=scores, limits=limits, target=target(),
+        selected=budget_pages, sink_pages=sink_pages, recent_pages=recent_pages,
+    )  # fmt: skip
+    assert pages is not None
+    assert counts is not None
+    return pages, counts
+
+
+def hybrid_decode(
+    q: Float[Array, "B K G H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    selection: Selection,
+    heads: Int[Heads, "R"],
+    *,
+    scale: float,
+    budget_pages: int,
+    sink_pages: int,
+    recent_pages: int,
+    rule: Rule = "budget",
+    amount: float = 0.0,
+    page_scores: PageScores = "max",
+) -> tuple[Float[Array, "B K G H"], Selection]:
+    """All roles of a layer in one launch, then merge and selection in another."""
+    kv_heads, page_size = q.shape[1], kv_pages.shape[2]
+    dense = heads.shape[0]
+    tiling = _tiling(q, kv_pages, dense, kv_heads - dense, selection.pages.shape[2])
+    order = _order(heads, kv_heads)
+    sums, stats, scores = attend(
+        q, kv_pages, page_table, lengths, order, selection.pages, selection.counts, tiling=tiling, scale=scale,
+        page_scores=page_scores, score_rows=-(-page_table.shape[1] // CHUNK) * (CHUNK // SCORE_ROW), target=target(),
+    )  # fmt: skip
+    merged = {"tiling": tiling, "pieces": (sums, stats), "shape": q.shape, "dtype": q.dtype, "target": target()}
+    if dense == 0:
+        out, _, _ = finish(lengths, order, **merged)
+        assert out is not None
+        return out, selection
+    assert scores is not None
+    limits = None
+    if rule != "budget":
+        flat = scores.reshape(*scores.shape[:2], -1)[:, :, : page_table.shape[1]]
+        limits = _limits(flat, lengths, page_size, budget_pages, sink_pages, recent_pages, rule, amount)
+    out, pages, counts = finish(
+        lengths, order, **merged, scores=scores, limits=limits, selection=tuple(selection),
+        selected=budget_pages, sink_pages=sink_pages, recent_pages=recent_pages,
+    )  # fmt: skip
+    assert out is not None
+    assert pages is not None
+    assert counts is not None
+    return out, Selection(pages, counts)

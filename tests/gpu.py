@@ -1,0 +1,46 @@
+"""GPU kernels without a GPU: JAX's interpreter with race detection, and lowering for CUDA."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import finish, merge, plan
+from pallas_kernels.mosaic_gpu.common import targeting
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels traced inside run on a simulated GPU, where a race is an error, and unwritten memory is NaN.
+
+    Every load is a call back to Python here, so that less is unrolled; the code is the same.
+    """
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+    with pytest.MonkeyPatch.context() as patch, targeting(params):
+        patch.setattr(merge, "_AT_ONCE", 2)
+        for module in (merge, finish):
+            patch.setattr(module, "WARPGROUPS", 2)
+        patch.setattr(plan, "_HELD_ROWS", 4)
+        try:
+            yield
+            found = gpu_callbacks._races is not None and gpu_callbacks.get_races().races_found
+        finally:
+            gpu_callbacks.reset_gpu_interpret_mode_state()
+    assert not found, "the interpreter saw a data race; it is printed above"
+
+
+def run(op: Any, *args: Any, **static: Any) -> Any:
+    """One call of an op as a GPU kernel under the interpreter."""
+    with interpreted():
+        return jax.block_until_ready(jax.jit(lambda *args: op(*args, implementation="mosaic_gpu", **static))(*args))
+
+
+def lower(function: Any, *args: Any) -> str:
+    """The CUDA module of a function that is traced for a Hopper GPU; nothing is compiled by ptxas."""
+    with targeting("cuda"):
+        return jax.export.export(jax.jit(function), platforms=["cuda"])(*args).mlir_module()
