@@ -291,13 +291,14 @@ def mixed(rng: np.random.Generator, count: int) -> list[Fact]:
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
-def _question(rng: np.random.Generator, fact: Fact, restate: bool) -> Tokens:
+def ask(rng: np.random.Generator, fact: Fact, *, restate: bool = False) -> Tokens:
+    """A question about a fact, up to where its answer begins; `restate` has the answer begin as the fact does."""
     question = _pick(rng, language.FACTS[fact.kind].questions)
     asking = language.RESTATING[fact.kind] if restate else _pick(rng, language.ASKING)
     return _render(asking.replace("{question}", question), key=fact.key)
 
 
-def _document(rng: np.random.Generator, facts: list[Fact], total: int) -> tuple[np.ndarray, list[int]]:
+def hide(rng: np.random.Generator, facts: list[Fact], total: int) -> tuple[np.ndarray, list[int]]:
     """BOS, perhaps an introduction, and prose with the facts' statements between its sentences: `total` tokens.
 
     Also where each statement begins.
@@ -333,7 +334,7 @@ def documents(rng: np.random.Generator, length: int, facts: tuple[int, int], que
     answers: list[int] = []
     for i in range(1, questions + 1):
         fact = _pick(rng, hidden)
-        question = _question(rng, fact, restate=fact.kind in language.RESTATING and rng.random() < 0.2)
+        question = ask(rng, fact, restate=fact.kind in language.RESTATING and rng.random() < 0.2)
         answer = [*fact.answer, EOS]
         if len(tokens) + len(question) + len(answer) > room:
             break
@@ -341,7 +342,7 @@ def documents(rng: np.random.Generator, length: int, facts: tuple[int, int], que
         answers += [0] * len(question) + [i] * len(answer)
     if not tokens:
         raise ValueError(f"{len(hidden)} facts and a question do not fit into {length} tokens")
-    document, _ = _document(rng, hidden, length - len(tokens))
+    document, _ = hide(rng, hidden, length - len(tokens))
     return Example(np.concatenate([document, tokens]), np.concatenate([np.zeros_like(document), answers]))
 
 
@@ -364,10 +365,10 @@ def prompt(rng: np.random.Generator, kind: str, length: int, facts: int) -> Prom
     hidden = KINDS[kind](rng, facts)
     asked = int(rng.integers(len(hidden)))
     fact = hidden[asked]
-    question = _question(rng, fact, restate=False)
+    question = ask(rng, fact)
     if sum(len(fact.statement) for fact in hidden) + len(question) + _MARGIN > length:
         raise ValueError(f"{facts} facts and a question do not fit into {length} tokens")
-    document, starts = _document(rng, hidden, length - len(question))
+    document, starts = hide(rng, hidden, length - len(question))
     tokens = [*document.tolist(), *question]
     needle = (starts[asked], starts[asked] + len(fact.statement))
     return Prompt(tokens, language.text_of(tokens[1:]), language.text_of(fact.answer).strip(), needle)
