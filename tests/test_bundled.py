@@ -15,10 +15,11 @@ from lychee_jax.evaluation.passkey import Task, is_right, score
 from lychee_jax.generate import GenerateOptions
 from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
-from lychee_jax.loading import BUNDLED, load
+from lychee_jax.loading import BUNDLED, load, save
 from lychee_jax.selection import SelectionPolicy
 from lychee_jax.text import Tokenizer
 from lychee_jax.training import data, language, pretrain, profile_heads
+from lychee_jax.training.bundled_tokenizer import save_tokenizer
 from lychee_jax.training.loop import Functional
 
 
@@ -48,7 +49,7 @@ def test_the_head_map_belongs_to_the_model():
 
 
 def test_the_shipped_tokenizer_is_the_one_that_is_made(tmp_path: Path):
-    pretrain.save_tokenizer(tmp_path, pretrain.CONFIG.max_position_embeddings)
+    save_tokenizer(tmp_path, pretrain.CONFIG.max_position_embeddings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((BUNDLED / name).read_text())
 
@@ -162,7 +163,8 @@ def test_a_resumed_training_gives_the_same_weights_to_the_bit(tmp_path: Path):
 
 def test_a_trained_model_is_saved_as_hugging_face_would_have_it(tmp_path: Path):
     params = Functional(TINY.config).initial(0, 0.5)
-    pretrain.save_model(params, TINY.config, tmp_path)
+    save(tmp_path, TINY.config, params)
+    save_tokenizer(tmp_path, TINY.config.max_position_embeddings)
     loaded = load(tmp_path)
     assert loaded.config == TINY.config
     assert loaded.tokenizer is not None
