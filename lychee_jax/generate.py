@@ -132,6 +132,7 @@ class Caller:
         self.seconds = 0.0
 
     def __call__(self, program: Any, *args: Any) -> Any:
+        """What the program returns; its arrays may still be on their way."""
         known, started = program._cache_size(), time.perf_counter()
         with jax.default_matmul_precision(self.precision) if self.precision else contextlib.nullcontext():
             out = program(*args)
