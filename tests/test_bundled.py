@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.evaluation.passkey import Task, is_right, score
+from lychee_jax.evaluation.cases import Cell
+from lychee_jax.evaluation.passkey import STYLE, Passkey, is_right
+from lychee_jax.evaluation.runner import Plan
+from lychee_jax.evaluation.session import evaluate
+from lychee_jax.evaluation.ways import ways_of
 from lychee_jax.generate import GenerateOptions
 from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
@@ -98,20 +102,15 @@ def test_a_chat_is_the_trained_form(tokenizer: Tokenizer):
     assert tokenizer.encode_chat(text) == tokenizer.encode(text + "\nAnswer:")
 
 
-def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled: LoadedModel):
-    options = [
-        GenerateOptions(attention="dense", max_new_tokens=12, eos_ids=bundled.eos_ids),
-        GenerateOptions(
-            attention="hybrid",
-            heads=bundled.heads,
-            policy=SelectionPolicy(budget=512),
-            max_new_tokens=12,
-            eos_ids=bundled.eos_ids,
-        ),
-    ]
-    for entry in score(bundled, Task("passkey", 1024, 10, seed=1), options, samples=4, batch=4):
-        assert entry["exact_match"] >= 0.75, entry["errors"]
-        assert entry["prompt_tokens_mean"] == 1024
+def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled: LoadedModel, tmp_path: Path):
+    assert bundled.tokenizer is not None
+    task = Passkey(bundled.tokenizer, facts=10, seed=1, max_new_tokens=12)
+    options = GenerateOptions(heads=bundled.heads, eos_ids=bundled.eos_ids)
+    plan = Plan([Cell(task, 1024, 4)], ways_of(["dense", "hybrid"], ["512"]), options, batch=4)
+    report = evaluate(bundled, STYLE, plan, tmp_path, {})
+    assert [result.way for result in report.results] == ["dense", "hybrid@512"]
+    assert all(result.score >= 0.75 for result in report.results), report.markdown()
+    assert report.results[1].kv_read_share < 0.8
 
 
 def test_an_answer_ends_by_itself(bundled: LoadedModel):
@@ -129,12 +128,14 @@ def test_what_counts_as_right():
 
 
 def test_bad_tasks_are_refused(tokenizer: Tokenizer):
-    with pytest.raises(UserError, match="use one of passkey"):
-        Task("passkeys", 1024, 4).case(tokenizer, 0)
-    with pytest.raises(UserError, match="do not fit into 300 tokens"):
-        Task("passkey", 300, 40).case(tokenizer, 0)
+    with pytest.raises(UserError, match="use some of passkey"):
+        Passkey(tokenizer, "passkeys")
     with pytest.raises(UserError, match="at least 1 must be hidden"):
-        Task("passkey", 1024, 0).case(tokenizer, 0)
+        Passkey(tokenizer, facts=0)
+    with pytest.raises(UserError, match="do not fit into 300 tokens"):
+        Passkey(tokenizer, facts=40).case(300, None, 0)
+    with pytest.raises(UserError, match="none of them can be put at a depth"):
+        Passkey(tokenizer, "variable").case(2048, 0.5, 0)
 
 
 TINY = pretrain.Plan(
