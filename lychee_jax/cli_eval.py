@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,12 +146,230 @@ def eval_passkey(
     _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts})
 
 
-def _evaluate(loaded: LoadedModel, style: Style, plan: Plan, output: Path, settings: dict[str, object]) -> None:
+@eval_app.command("ruler")
+def eval_ruler(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,…",
+            help="[b]all[/b] 13, [b]free[/b] (the six that need no data), or names: niah_single_1 to 3, "
+            "niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "free",
+    lengths: LengthsOption = "8192",
+    samples: SamplesOption = 20,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Holds PaulGrahamEssays.json, squad.json and hotpotqa.json, as RULER's scripts fetch them.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    chat: ChatOption = False,
+    seed: SeedOption = 42,
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    attention: AttentionOption = "dense,hybrid",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: BudgetOption = "1/8",
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    rule: shared.RuleOption = "budget",
+    ratio: shared.RatioOption = 0.125,
+    top_p_mass: shared.TopPMassOption = 0.95,
+    threshold: shared.ThresholdOption = 0.001,
+    page_score: shared.PageScoreOption = "max",
+    correct_every: shared.CorrectEveryOption = 0,
+    decode_last: DecodeLastOption = 0,
+    batch: BatchOption = 8,
+    output: OutputOption = Path("eval-ruler"),
+) -> None:
+    """RULER (arXiv 2404.06654): 13 tasks of retrieval, tracing, counting and question answering.
+
+    Lengths include the tokens to be generated. Published figures use 500 samples of each task.
+
+    [b]Example[/b]
+
+    [cyan]lychee eval ruler --model my-8b --chat --tasks all --data ruler-data --lengths 32768 --budget 1024,4096[/cyan]
+    """
+    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.ruler import NEED_NO_DATA, STYLE, TASKS, Ruler
+    from lychee_jax.evaluation.ruler_data import Files
+    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.ways import ways_of
+
+    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    sizes, groups = _whole_numbers("--lengths", lengths), {"all": TASKS, "free": NEED_NO_DATA}
+    names = [name for word in _names("--tasks", tasks) for name in groups.get(word, (word,))]
+    options = _options(
+        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
+    )
+    loaded, files = load_model(model, dtype), Files(data)
+    made = [Ruler(tokenizer_of(loaded), name, files, seed, chat) for name in names]
+    cells = [Cell(task, length, samples) for length in sizes for task in made]
+    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch, decode_last)
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": chat})
+
+
+@eval_app.command("longbench")
+def eval_longbench(
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Holds LongBench's JSONL files, one a task: data.zip of the dataset THUDM/LongBench, unpacked.",
+            rich_help_panel=_ASKED,
+        ),
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,…",
+            show_default="the paper's eight",
+            help="Of multifieldqa_en, narrativeqa, qasper, 2wikimqa, hotpotqa, qmsum, triviaqa, "
+            "passage_retrieval_en, and trec.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "",
+    lengths: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,…",
+            show_default="the model's limit",
+            help="Tokens of a prompt at most; longer ones lose their middle.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "",
+    samples: Annotated[
+        int, typer.Option(metavar="N", help="The first N lines of each file at most.", rich_help_panel=_ASKED)
+    ] = 200,
+    chat: ChatOption = False,
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    attention: AttentionOption = "dense,hybrid",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: BudgetOption = "1/8",
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    rule: shared.RuleOption = "budget",
+    ratio: shared.RatioOption = 0.125,
+    top_p_mass: shared.TopPMassOption = 0.95,
+    threshold: shared.ThresholdOption = 0.001,
+    page_score: shared.PageScoreOption = "max",
+    correct_every: shared.CorrectEveryOption = 0,
+    decode_last: DecodeLastOption = 0,
+    batch: BatchOption = 8,
+    output: OutputOption = Path("eval-longbench"),
+) -> None:
+    """LongBench v1 (arXiv 2308.14508), the eight tasks on which LycheeDecode reports, with their metrics.
+
+    [b]Example[/b]
+
+    [cyan]lychee eval longbench --model my-8b --chat --data longbench --budget 1024,4096 --decode-last 32[/cyan]
+    """
+    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.longbench import STYLE, TASKS, LongBench
+    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.ways import ways_of
+    from lychee_jax.evaluation.wording import LONGBENCH
+
+    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    options = _options(
+        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
+    )
+    names = _names("--tasks", tasks) if tasks else list(TASKS)
+    sizes = _whole_numbers("--lengths", lengths) if lengths else []
+    loaded = load_model(model, dtype)
+    made = [LongBench(tokenizer_of(loaded), name, data, chat) for name in names]
+    # One limit for all tasks, so that the table has one row a way.
+    sizes = sizes or [loaded.config.max_tokens - max(LONGBENCH[name].max_new_tokens for name in names)]
+    cells = [Cell(task, length, min(samples, len(task.lines))) for length in sizes for task in made]
+    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch, decode_last)
+    _evaluate(loaded, STYLE, plan, output, {"chat": chat})
+
+
+@eval_app.command("perplexity")
+def eval_perplexity(
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="documents with questions in the bundled model's language",
+            help="A UTF-8 text; may be given several times.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    lengths: LengthsOption = "4096,8192",
+    scored: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Tokens after each length that are decoded one by one and scored.", rich_help_panel=_ASKED
+        ),
+    ] = 256,
+    samples: Annotated[
+        int, typer.Option(metavar="N", help="Windows of each text and length.", rich_help_panel=_ASKED)
+    ] = 8,
+    seed: SeedOption = 0,
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    attention: AttentionOption = "dense,hybrid",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: BudgetOption = "1/8",
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    rule: shared.RuleOption = "budget",
+    ratio: shared.RatioOption = 0.125,
+    top_p_mass: shared.TopPMassOption = 0.95,
+    threshold: shared.ThresholdOption = 0.001,
+    page_score: shared.PageScoreOption = "max",
+    correct_every: shared.CorrectEveryOption = 0,
+    batch: BatchOption = 8,
+    output: OutputOption = Path("eval-perplexity"),
+) -> None:
+    """Perplexity of any text, token by token through the decode path: dense against hybrid.
+
+    Each window is a stretch of `--lengths` tokens that is read densely, and `--scored` tokens that are decoded.
+
+    [b]Example[/b]
+
+    [cyan]lychee eval perplexity --model my-8b --text book.txt --lengths 8192,32768 --budget 1024,4096[/cyan]
+    """
+    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.perplexity import STYLE, FilePerplexity, OwnPerplexity
+    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.ways import ways_of
+
+    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    sizes = _whole_numbers("--lengths", lengths)
+    if scored < 1:
+        raise UserError(f"--scored is {scored}; at least one token must be scored")
+    options = _options(
+        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
+    )
+    loaded = load_model(model, dtype)
+    tokenizer = tokenizer_of(loaded)
+    made: list[Task] = [FilePerplexity(tokenizer, path, scored, samples) for path in text or ()]
+    made = made or [OwnPerplexity(tokenizer, scored, seed)]
+    cells = [Cell(task, length, samples) for task in made for length in sizes]
+    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch)
+    settings = {"seed": seed, "scored": scored, **({"windows": samples} if text else {})}
+    _evaluate(loaded, STYLE, plan, output, settings)
+
+
+def _evaluate(loaded: LoadedModel, style: Style, plan: Plan, output: Path, settings: Mapping[str, object]) -> None:
     """Run with a progress bar, then print the table and where everything is."""
     from lychee_jax.evaluation.session import evaluate
 
     with _progress(plan) as on_progress:
-        report = evaluate(loaded, style, plan, output, settings, on_progress)
+        report = evaluate(loaded, style, plan, output, dict(settings), on_progress)
     print(report.markdown())
     print(f"\n{output}: results.json, results.md, results.png, answers.jsonl, prompts.jsonl")
 

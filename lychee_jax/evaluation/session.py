@@ -48,6 +48,8 @@ def evaluate(
         raise UserError("a task, a length or a depth is given twice" if keys else "there is nothing to evaluate")
     if (longest := max(cell.length for cell in plan.cells)) > (limit := model.config.max_tokens):
         raise UserError(f"a length of {longest:,} tokens is above the model's limit of {limit:,}")
+    for cell in plan.cells:  # a missing file or a length that is too short must not show after hours
+        cell.task.case(cell.length, cell.depth, 0)
     about = {"model": model.path.resolve().name, "fingerprint": model.config.fingerprint()}
     fixed = {
         "benchmark": style.name,
