@@ -1,5 +1,5 @@
 """The compiled programs of inference, and the only jit boundaries: prefill a chunk, take the first token, decode a
-block of tokens, feed a block of given tokens, correct the cache. Everything static about them is hashable; arrays never
+block of tokens, feed a block of given tokens, correct the cache, watch a step. Everything static about them is hashable; arrays never
 decide a shape.
 """
 
@@ -250,3 +250,37 @@ def feed_block(
     empty = Fed(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
     pools, last, fed = jax.lax.fori_loop(jnp.int32(0), jnp.max(counts).astype(jnp.int32), step, (pools, last, empty))
     return pools, last, fed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """A decode step that keeps the selection which every layer hands up."""
+
+    decode: Decode
+
+    def __call__(self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """As the step does it."""
+        inner, seen = state
+        out, inner = self.decode(index, q, k, v, inner)
+        return out, (inner, (*seen, inner.selection.pages))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def watch_step(
+    spec: ModelSpec,
+    plan: DecodePlan,
+    weights: tuple[jax.Array, ...],
+    pools: Pools,
+    last: Float[Array, "B E"],
+    positions: Int[Array, "B"],
+    active: Bool[Array, "B"],
+    page_table: Int[Array, "B P"],
+    cos: Float32[Array, "B 1 half"],
+    sin: Float32[Array, "B 1 half"],
+) -> Int32[Array, "L B K M"]:
+    """The pages that every layer hands up while the likeliest token after `last` is fed. The pools stay as they are."""
+    model = spec.merge(weights)
+    token = jnp.argmax(model.logits(last), axis=-1).astype(jnp.int32)
+    way = Decode(page_table, positions, active, plan.head_map, plan.policy, plan.implementation)
+    _, (_, seen) = model(token[:, None], cos, sin, _Watched(way), (way.start(pools), ()))
+    return jnp.stack(seen)
