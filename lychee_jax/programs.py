@@ -1,6 +1,6 @@
 """The compiled programs of inference, and the only jit boundaries: prefill a chunk, take the first token, decode a
-block of tokens, feed a block of given tokens, correct the cache, watch a step. Everything static about them is hashable; arrays never
-decide a shape.
+block of tokens, feed a block of given tokens, correct the cache, watch a step. Everything static about them is
+hashable; arrays never decide a shape.
 """
 
 import dataclasses
