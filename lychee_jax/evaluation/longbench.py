@@ -1,4 +1,6 @@
-"""LongBench v1 (Bai et al., arXiv 2308.14508): the eight English tasks on which LycheeDecode and TidalDecode report.
+"""LongBench v1 (Bai et al., arXiv 2308.14508): the eight English tasks that TidalDecode's public code runs.
+
+LycheeDecode reports an average over eight tasks beside TidalDecode's, which are taken to be the same.
 
 The data are the user's: one JSONL file a task, as in the archive `data.zip` of the dataset THUDM/LongBench on Hugging
 Face. Prompts longer than the length lose their middle. To let sparse heads matter for short answers too, TidalDecode
@@ -27,7 +29,7 @@ STYLE = Style("longbench", "% of the task's metric", "task", average=True)
 TASKS = (
     "multifieldqa_en", "narrativeqa", "qasper", "2wikimqa", "hotpotqa", "qmsum", "triviaqa", "passage_retrieval_en",
 )  # fmt: skip
-"""The eight tasks of the papers."""
+"""The eight tasks."""
 
 EXTRA_TASKS = ("trec",)
 """Further ones: question classification."""
