@@ -114,6 +114,7 @@ def test_the_documents_show_commands():
     assert {"eval", "generate", "convert", "bench", "heads"} <= {shlex.split(line)[1] for line in LYCHEE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", LYCHEE)
 def test_a_command_that_is_shown_runs(line: str, workplace: Path, monkeypatch, capfd):
     monkeypatch.chdir(workplace)

@@ -68,7 +68,9 @@ def plot_heatmaps(values: Mapping[Key, float], path: Path, *, title: str, unit: 
             axes = grid[i, j]
             axes.imshow(np.asarray(cells), cmap=_SCALE, vmin=0, vmax=100, aspect="auto")
             for row, column in np.argwhere(~np.isnan(cells)):
-                axes.text(column, row, f"{cells[row][column]:.0f}", ha="center", va="center", fontsize=8, color=_INK)
+                score = cells[row][column]
+                ink = _INK if 15 < score < 85 else "white"  # the ends of the scale are dark
+                axes.text(column, row, f"{score:.0f}", ha="center", va="center", fontsize=8, color=ink)
             axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
             axes.set_yticks(range(len(depths)), ["any" if depth is None else f"{depth:.0%}" for depth in depths])
             axes.tick_params(labelsize=8, colors=_INK, length=0)
