@@ -78,6 +78,7 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "heads.json").write_text(json.dumps(HEADS))
     (folder / "question.txt").write_text("Where is the fox?")
     (folder / "book.txt").write_text("The old fox ran to the river. " * 700)
+    shutil.copy(ROOT / "LICENSE", folder)
     (folder / "ids.json").write_text("[5, 6, 7]")
     (folder / "ruler-data").mkdir()
     rng = random.Random(0)
