@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test lint types docs format clean
 
 demo: $(VENV)/installed
 	$(BIN)/lychee demo --output demo-output
@@ -20,12 +20,15 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/pyright
 
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) build demo-output .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 or newer was found; install one, or name it: make demo PYTHON=/path/to/python3.12" >&2; exit 2; }

@@ -205,7 +205,7 @@ class Gated:
 
         @jax.checkpoint
         def rows(queries: jax.Array, below: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return _gated_block(queries, k, v, below, first, z, self.policy, self.page_size, first_layer=index == 0)
+            return gated_block(queries, k, v, below, first, z, self.policy, self.page_size, first_layer=index == 0)
 
         firsts = block * jnp.arange(blocks, dtype=jnp.int32)
         out, mask = jax.lax.map(lambda xs: rows(*xs), (split(q, 1), split(inherited, 2), firsts))
@@ -214,7 +214,7 @@ class Gated:
         return out[:, :length], mask[:, :, :length]
 
 
-def _gated_block(
+def gated_block(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

@@ -15,6 +15,7 @@ import typer
 from typer.main import get_command
 
 from lychee_jax import cli_options as shared
+from lychee_jax.cli_eval import eval_app
 from lychee_jax.cli_generate import generate, load_model
 from lychee_jax.errors import UserError
 
@@ -36,6 +37,7 @@ heads_app = typer.Typer(help="Look at a head map: which KV heads retrieve.", ric
 bench_app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
 app.add_typer(heads_app, name="heads")
 app.add_typer(bench_app, name="bench")
+app.add_typer(eval_app, name="eval")
 app.command()(generate)
 
 

@@ -141,14 +141,14 @@ def _exam(rng: np.random.Generator, length: int) -> tuple[str, list[tuple[str, d
     order = rng.permutation([kind for kind, facts in made.items() for _ in facts])
     facts = [next(waiting[str(kind)]) for kind in order]
     try:
-        document, starts = data._document(rng, facts, length)
+        document, starts = data.hide(rng, facts, length)
     except ValueError as error:
         raise UserError(f"a document of {length} tokens is too short for {len(facts)} facts") from error
     places: list[int] = []
     for kind, (_, asked) in _FACTS.items():
         short = [place for place, fact in enumerate(facts) if fact.kind == kind and len(fact.answer) < _NEW_TOKENS]
         places += rng.choice(short, size=asked, replace=False).tolist()
-    questions = [language.text_of(data._question(rng, facts[place], restate=False)) for place in places]
+    questions = [language.text_of(data.ask(rng, facts[place])) for place in places]
     return language.text_of(document[1:]), [
         (question, facts[place], starts[place]) for question, place in zip(questions, places, strict=True)
     ]

@@ -39,10 +39,10 @@ AttentionMode = Literal["auto", "hybrid", "dense"]
 _CHUNK_TOKENS = {"cpu": 512, "gpu": 4096, "tpu": 2048}
 # Rows that a decode program has at least; the others are idle. XLA's CPU backend multiplies a single row by another
 # routine than several, and a row must not come out differently when it is alone. On GPUs XLA makes sums of products out
-# of the products with a single row and fuses them into whatever follows: a step of an 8 B model took 8.8 ms, not 5.
+# of the products with a single row and fuses them into whatever follows: a step of an 8 B model took 8.8 ms, not 5.2.
 _LEAST_ROWS = {"cpu": 2, "gpu": 2}
 # Decode steps that one program runs before the host hears of them.
-_BLOCK_STEPS = 8
+BLOCK_STEPS = 8
 # `auto` is dense below this many tokens, and below 5/4 of the budget: up to the budget both ways read the same, and
 # hybrid decoding selects besides. The CPU's figure is measured (docs/results.md); of the others nothing is known yet.
 _DENSE_BELOW = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
@@ -122,7 +122,7 @@ class Prefilled:
     compile_s: float
 
 
-class _Caller:
+class Caller:
     """Calls programs, and adds up the seconds of calls that had to compile: dispatch alone takes under a millisecond.
 
     Float32 models multiply in full float32: accelerators would round the factors to bfloat16 or TF32.
@@ -133,6 +133,7 @@ class _Caller:
         self.seconds = 0.0
 
     def __call__(self, program: Any, *args: Any) -> Any:
+        """What the program returns; its arrays may still be on their way."""
         known, started = program._cache_size(), time.perf_counter()
         with jax.default_matmul_precision(self.precision) if self.precision else contextlib.nullcontext():
             out = program(*args)
@@ -168,6 +169,16 @@ class _Progress:
 def idle_rows(batch: int) -> int:
     """How many rows a decode program on this machine needs besides `batch` real ones."""
     return max(0, _LEAST_ROWS.get(jax.default_backend(), 1) - batch)
+
+
+def takes_dense_steps(options: GenerateOptions, lengths: np.ndarray) -> np.ndarray:
+    """Which rows take dense steps at these lengths; the choice for a row never depends on other rows."""
+    if options.attention == "dense" or options.heads is None or options.heads.is_dense:
+        return np.full(lengths.shape, options.attention != "hybrid" or options.heads is None)
+    if options.attention == "hybrid":
+        return np.zeros(lengths.shape, bool)
+    budget = options.policy.budget
+    return lengths < max(_DENSE_BELOW.get(jax.default_backend(), 1024), budget + budget // 4)
 
 
 class Engine:
@@ -215,7 +226,7 @@ class Engine:
         self.check_prompts(prompts, max_new_tokens)
         if page_size < 1:
             raise UserError(f"page size is {page_size}; it must be at least 1")
-        started, call = time.perf_counter(), _Caller(self.dtype)
+        started, call = time.perf_counter(), Caller(self.dtype)
         rows = [list(prompt) for prompt in prompts]
         shared = self._shared_tokens(rows, page_size)
         idle = idle_rows(len(rows))
@@ -257,7 +268,7 @@ class Engine:
 
     def _feed(
         self,
-        call: _Caller,
+        call: Caller,
         pools: Pools,
         table: jax.Array,
         row: list[int],
@@ -273,7 +284,7 @@ class Engine:
             count = min(chunk, end - start)
             tokens = np.zeros((1, chunk), np.int32)
             tokens[0, :count] = row[start : start + count]
-            cos, sin = self._rotary(start + np.arange(chunk)[None], np.asarray([len(row)]))
+            cos, sin = self.rotary(start + np.arange(chunk)[None], np.asarray([len(row)]))
             pools, last = call(
                 prefill_chunk, self.spec, self.weights, pools, table, tokens, cos, sin,
                 np.asarray([start], np.int32), np.asarray([count], np.int32),
@@ -281,27 +292,32 @@ class Engine:
             progress.sent(last, count)
         return pools, last
 
-    def _rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    def rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines `[B, T, half]` at `positions [B, T]` of texts of `lengths` tokens."""
         config = self.config
         cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions, lengths)
         return jnp.asarray(cos), jnp.asarray(sin)
 
     def decode(self, prefilled: Prefilled, options: GenerateOptions, *, keep: bool = False) -> "Stream":
         """Generate from a filled cache. With `keep`, the cache is copied first and can be decoded again."""
-        if options.page_size != prefilled.page_size:
-            raise UserError(f"the cache has pages of {prefilled.page_size} tokens, not {options.page_size}")
         if options.max_new_tokens > prefilled.capacity:
             raise UserError(
                 f"the cache has room for {prefilled.capacity} new tokens; {options.max_new_tokens} were asked for"
             )
+        return Stream(self, prefilled, self.claim(prefilled, options, keep=keep), options)
+
+    def claim(self, prefilled: Prefilled, options: GenerateOptions, *, keep: bool) -> Pools:
+        """Take the pools out of a filled cache, or copies of them with `keep`, for decoding with these options."""
+        if options.page_size != prefilled.page_size:
+            raise UserError(f"the cache has pages of {prefilled.page_size} tokens, not {options.page_size}")
         if options.heads is not None:
             options.heads.check(self.config)
         if prefilled.pools is None:
             raise UserError("this cache was decoded already; prefill again, or decode it with keep=True")
-        pools = tuple(jnp.copy(pool) for pool in prefilled.pools) if keep else prefilled.pools
-        if not keep:
-            prefilled.pools = None
-        return Stream(self, prefilled, pools, options)
+        if keep:
+            return tuple(jnp.copy(pool) for pool in prefilled.pools)
+        pools, prefilled.pools = prefilled.pools, None
+        return pools
 
     def stream(
         self,
@@ -344,7 +360,7 @@ class Stream(Iterator[Step]):
         self._logprobs: list[list[float]] = [[] for _ in range(batch)]
         self._pages_read = 0
         self._pages_held = 0
-        self._call = _Caller(engine.dtype)
+        self._call = Caller(engine.dtype)
         self._compiled_before = prefilled.compile_s
         self._finished_at = self._decoding_since = time.perf_counter()
         self._sampling = options.sampling.arrays()
@@ -394,16 +410,6 @@ class Stream(Iterator[Step]):
             },
         )
 
-    def _is_dense(self, lengths: np.ndarray) -> np.ndarray:
-        """Which rows take dense steps at these lengths; the choice for a row never depends on other rows."""
-        options = self._options
-        if options.attention == "dense" or options.heads is None or options.heads.is_dense:
-            return np.full(lengths.shape, options.attention != "hybrid" or options.heads is None)
-        if options.attention == "hybrid":
-            return np.zeros(lengths.shape, bool)
-        budget = options.policy.budget
-        return lengths < max(_DENSE_BELOW.get(jax.default_backend(), 1024), budget + budget // 4)
-
     def _generate(self, prefilled: Prefilled) -> Iterator[Step]:
         engine, options = self._engine, self._options
         kind = options.sampling.kind
@@ -428,7 +434,7 @@ class Stream(Iterator[Step]):
         self._decoding_since, self._compiled_before = self._finished_at, self._compiled_before + self._call.seconds
         self._call.seconds = 0.0
         waiting: collections.deque[tuple[int, int, tuple[Block, ...]]] = collections.deque()
-        sent, size = 1, options.correct_every or _BLOCK_STEPS
+        sent, size = 1, options.correct_every or BLOCK_STEPS
         while self._running.any() and (waiting or sent < options.max_new_tokens):
             # Two blocks are on their way while the host reads: the device never waits for it.
             while sent < options.max_new_tokens and len(waiting) < 2:
@@ -443,8 +449,8 @@ class Stream(Iterator[Step]):
         engine, options = self._engine, self._options
         begin = np.maximum(self._prompt_lengths + first - 1, 0)
         positions = begin[:, None] + np.arange(size)
-        cos, sin = engine._rotary(positions, positions + 1)
-        dense = self._is_dense(begin + 1)
+        cos, sin = engine.rotary(positions, positions + 1)
+        dense = takes_dense_steps(options, begin + 1)
         fed = rows.token
         blocks = []
         for is_dense in (True, False):

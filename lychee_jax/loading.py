@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from checkpoints_convert import store
 from checkpoints_convert.convert import FORMAT
+from checkpoints_convert.export import export_hugging_face
 from checkpoints_convert.keys import abstract_decoder, dotted, keys
 from checkpoints_convert.source import INDEX, MARKER, SINGLE, describe, first_line
 from checkpoints_convert.weights import Weights, cast, check_dtype
@@ -24,7 +25,7 @@ from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import Generation, LoadedModel
 from lychee_jax.model import Decoder
 
-__all__ = ["BUNDLED", "Generation", "LoadedModel", "load"]
+__all__ = ["BUNDLED", "Generation", "LoadedModel", "load", "save"]
 
 BUNDLED = Path(__file__).parent / "bundled"
 """The model that the package brings along."""
@@ -64,6 +65,20 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> LoadedMode
     eos_ids = _eos_ids(folder, config)
     config = dataclasses.replace(config, dtype=dtype)
     return LoadedModel(folder, config, _fill(config, arrays), heads, eos_ids)
+
+
+def save(folder: Path, config: ModelConfig, params: Mapping[str, Float[jax.Array, ...]]) -> None:
+    """Write weights that were trained here as a Hugging Face checkpoint, which `load` reads.
+
+    Args:
+        folder: made if it is missing.
+        config: of the Llama family, with the default rope and no biases; its dtype is the one that is written.
+        params: dotted path → array, every parameter of the decoder.
+
+    Raises:
+        UserError: a config that is not written here.
+    """
+    export_hugging_face(folder, config, {name: np.asarray(value) for name, value in params.items()})
 
 
 def _fill(config: ModelConfig, arrays: Iterator[tuple[str, Float[np.ndarray, ...]]]) -> Decoder:

@@ -1,13 +1,22 @@
 """Pictures, written as PNG files without a display."""
 
-from pathlib import Path
+from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
 
 from lychee_jax.heads import HeadMap
+
+if TYPE_CHECKING:
+    from lychee_jax.reading import Reading
 
 _RETRIEVAL, _SPARSE, _LINK, _INK = "#b3202f", "#f3dcd4", "#d98c7e", "#33272a"
 _CELL = 0.34  # inches
@@ -62,6 +71,41 @@ def plot_heads(head_map: HeadMap, path: str | Path, *, sparse_share: float | Non
         ],
         loc="lower left", bbox_to_anchor=(left / width, 0.1 / height), frameon=False, fontsize=8, labelcolor=_INK,
         borderaxespad=0.0, borderpad=0.0, handlelength=1.4,
+    )  # fmt: skip
+    figure.savefig(path, format="png")
+
+
+def plot_reading(reading: Reading, path: str | Path, *, marks: Mapping[str, int] | None = None) -> None:
+    """Draw what every head read in one step as a PNG: a row for each KV head, layer 0 on top, pages in order.
+
+    `marks` names token positions to be pointed at, such as where an answer stands.
+    """
+    layers, heads, pages = reading.pages.shape
+    roles = [int(head in reading.head_map.retrieval[layer]) for layer in range(layers) for head in range(heads)]
+    rows = reading.pages.reshape(layers * heads, pages).astype(int) * (1 + np.asarray(roles)[:, None])
+    figure = Figure(figsize=(9.5, 1.6 + 0.085 * len(rows)), dpi=140, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(rows, aspect="auto", interpolation="nearest", cmap=ListedColormap(["#faf7f5", _LINK, _RETRIEVAL]),
+                vmin=0, vmax=2, extent=(0, pages, len(rows), 0))  # fmt: skip
+    for layer in range(1, layers):
+        axes.axhline(layer * heads, color=_INK, linewidth=0.4)
+    axes.set_yticks([layer * heads + heads / 2 for layer in range(layers)], [str(layer) for layer in range(layers)])
+    axes.set_ylabel("layer, with its KV heads", fontsize=9, color=_INK)
+    axes.set_xlabel(f"page of {reading.page_size} tokens, of {reading.length:,} tokens", fontsize=9, color=_INK)
+    axes.tick_params(length=0, labelsize=8, colors=_INK)
+    for label, position in (marks or {}).items():
+        axes.axvline(position / reading.page_size, color="#2b5d8c", linewidth=1.0, linestyle="--")
+        axes.text(position / reading.page_size, -0.6, label, fontsize=8, color="#2b5d8c", ha="center", parse_math=False)
+    axes.set_title(
+        f"One decode step reads {reading.share:.0%} of the cache", fontsize=11, color=_INK, pad=18, loc="left"
+    )
+    figure.legend(
+        handles=[
+            Patch(facecolor=_RETRIEVAL, label="retrieval head: reads all pages and picks"),
+            Patch(facecolor=_LINK, label="sparse head: reads what was picked below"),
+        ],
+        loc="outside lower left", ncols=2, frameon=False, fontsize=8, labelcolor=_INK,
     )  # fmt: skip
     figure.savefig(path, format="png")
 

@@ -1,5 +1,6 @@
 """The compiled programs of inference, and the only jit boundaries: prefill a chunk, take the first token, decode a
-block of tokens, correct the cache. Everything static about them is hashable; arrays never decide a shape.
+block of tokens, feed a block of given tokens, correct the cache, watch a step. Everything static about them is
+hashable; arrays never decide a shape.
 """
 
 import dataclasses
@@ -201,3 +202,85 @@ def decode_block(
     empty = Block(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
     _, pools, rows, block = jax.lax.while_loop(more, step, (jnp.int32(0), pools, rows, empty))
     return pools, rows, block
+
+
+class Fed(NamedTuple):
+    """What a block of given tokens tells the host; where a row took no part, zeros."""
+
+    logprobs: Float32[Array, "steps B"]
+    pages_read: Int32[Array, "steps B"]
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools",))
+def feed_block(
+    spec: ModelSpec,
+    plan: DecodePlan,
+    weights: tuple[jax.Array, ...],
+    pools: Pools,
+    last: Float[Array, "B E"],
+    tokens: Int[Array, "B steps"],
+    positions: Int[Array, "B"],
+    counts: Int[Array, "B"],
+    page_table: Int[Array, "B P"],
+    cos: Float32[Array, "B steps half"],
+    sin: Float32[Array, "B steps half"],
+) -> tuple[Pools, Float[Array, "B E"], Fed]:
+    """Decode steps whose tokens are given instead of sampled: `counts[b]` of them, the first at `positions[b]`.
+
+    `last [B, E]` holds the hidden states before the first token, and comes back as those after the last one. A token's
+    log-probability is what the model gave it before it was fed. The pools are donated, as in `decode_block`.
+    """
+    model = spec.merge(weights)
+
+    def step(i: jax.Array, carry: Any) -> Any:
+        pools, last, fed = carry
+        on = i < counts
+        token = jax.lax.dynamic_index_in_dim(tokens, i, axis=1)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(model.logits(last), axis=-1), token, axis=-1)[:, 0]
+        way = Decode(page_table, positions + i, on, plan.head_map, plan.policy, plan.implementation)
+        cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
+        hidden, state = model(token, cos_i, sin_i, way, way.start(pools))
+        fed = Fed(
+            fed.logprobs.at[i].set(jnp.where(on, logprob, 0.0)),
+            fed.pages_read.at[i].set(jnp.where(on, state.pages_read, 0)),
+        )
+        return state.pools, jnp.where(on[:, None], hidden[:, 0], last), fed
+
+    shape = (plan.steps, counts.shape[0])
+    empty = Fed(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
+    pools, last, fed = jax.lax.fori_loop(jnp.int32(0), jnp.max(counts).astype(jnp.int32), step, (pools, last, empty))
+    return pools, last, fed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """A decode step that keeps the selection which every layer hands up."""
+
+    decode: Decode
+
+    def __call__(self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        """As the step does it."""
+        inner, seen = state
+        out, inner = self.decode(index, q, k, v, inner)
+        return out, (inner, (*seen, inner.selection.pages))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+def watch_step(
+    spec: ModelSpec,
+    plan: DecodePlan,
+    weights: tuple[jax.Array, ...],
+    pools: Pools,
+    last: Float[Array, "B E"],
+    positions: Int[Array, "B"],
+    active: Bool[Array, "B"],
+    page_table: Int[Array, "B P"],
+    cos: Float32[Array, "B 1 half"],
+    sin: Float32[Array, "B 1 half"],
+) -> Int32[Array, "L B K M"]:
+    """The pages that every layer hands up while the likeliest token after `last` is fed. The pools stay as they are."""
+    model = spec.merge(weights)
+    token = jnp.argmax(model.logits(last), axis=-1).astype(jnp.int32)
+    way = Decode(page_table, positions, active, plan.head_map, plan.policy, plan.implementation)
+    _, (_, seen) = model(token[:, None], cos, sin, _Watched(way), (way.start(pools), ()))
+    return jnp.stack(seen)

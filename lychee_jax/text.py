@@ -49,13 +49,14 @@ class Tokenizer:
         """Token ids as the tokenizer makes them by default (with BOS, if it adds one)."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a chat, up to where the assistant's answer begins.
+    def encode_chat(self, messages: str | Sequence[Mapping[str, str]], *, answer: str = "") -> list[int]:
+        """Token ids of a chat, up to where the assistant's answer begins, or goes on after `answer`.
 
         The template writes BOS itself where the model wants one, so the tokenizer adds none.
 
         Args:
             messages: `[{"role": "user", "content": …}, …]`, or the text of one message of the user.
+            answer: words that are put into the assistant's mouth.
 
         Raises:
             UserError: the checkpoint has no chat template, or its template refuses the messages.
@@ -68,7 +69,7 @@ class Tokenizer:
             text = self._backend.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except Exception as error:  # templates are programs: they fail in their own ways
             raise UserError(f"the chat template refused the messages: {_first_line(error)}") from error
-        return self._encode(text, add_special_tokens=False)
+        return self._encode(text + answer, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -137,6 +137,6 @@ def test_hard_gates_are_hybrid_decoding() -> None:
         return jax.nn.log_softmax(model.logits(hidden), axis=-1)
 
     positions = np.arange(len(tokens))[None]
-    got = np.asarray(logprobs(jnp.asarray(tokens[None], jnp.int32), *engine._rotary(positions, positions + 1)))[0]
+    got = np.asarray(logprobs(jnp.asarray(tokens[None], jnp.int32), *engine.rotary(positions, positions + 1)))[0]
     chosen = got[np.arange(len(tokens) - 1), tokens[1:]]
     np.testing.assert_allclose(chosen, want.logprobs, atol=2e-4)

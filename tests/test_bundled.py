@@ -11,14 +11,19 @@ from hypothesis import strategies as st
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.evaluation.passkey import Task, is_right, score
+from lychee_jax.evaluation.cases import Cell
+from lychee_jax.evaluation.passkey import STYLE, Passkey, is_right
+from lychee_jax.evaluation.runner import Plan
+from lychee_jax.evaluation.session import evaluate
+from lychee_jax.evaluation.ways import ways_of
 from lychee_jax.generate import GenerateOptions
 from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
-from lychee_jax.loading import BUNDLED, load
+from lychee_jax.loading import BUNDLED, load, save
 from lychee_jax.selection import SelectionPolicy
 from lychee_jax.text import Tokenizer
 from lychee_jax.training import data, language, pretrain, profile_heads
+from lychee_jax.training.bundled_tokenizer import save_tokenizer
 from lychee_jax.training.loop import Functional
 
 
@@ -48,7 +53,7 @@ def test_the_head_map_belongs_to_the_model():
 
 
 def test_the_shipped_tokenizer_is_the_one_that_is_made(tmp_path: Path):
-    pretrain.save_tokenizer(tmp_path, pretrain.CONFIG.max_position_embeddings)
+    save_tokenizer(tmp_path, pretrain.CONFIG.max_position_embeddings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert json.loads((tmp_path / name).read_text()) == json.loads((BUNDLED / name).read_text())
 
@@ -97,20 +102,15 @@ def test_a_chat_is_the_trained_form(tokenizer: Tokenizer):
     assert tokenizer.encode_chat(text) == tokenizer.encode(text + "\nAnswer:")
 
 
-def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled: LoadedModel):
-    options = [
-        GenerateOptions(attention="dense", max_new_tokens=12, eos_ids=bundled.eos_ids),
-        GenerateOptions(
-            attention="hybrid",
-            heads=bundled.heads,
-            policy=SelectionPolicy(budget=512),
-            max_new_tokens=12,
-            eos_ids=bundled.eos_ids,
-        ),
-    ]
-    for entry in score(bundled, Task("passkey", 1024, 10, seed=1), options, samples=4, batch=4):
-        assert entry["exact_match"] >= 0.75, entry["errors"]
-        assert entry["prompt_tokens_mean"] == 1024
+def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled: LoadedModel, tmp_path: Path):
+    assert bundled.tokenizer is not None
+    task = Passkey(bundled.tokenizer, facts=10, seed=1, max_new_tokens=12)
+    options = GenerateOptions(heads=bundled.heads, eos_ids=bundled.eos_ids)
+    plan = Plan([Cell(task, 1024, 4)], ways_of(["dense", "hybrid"], ["512"]), options, batch=4)
+    report = evaluate(bundled, STYLE, plan, tmp_path, {})
+    assert [result.way for result in report.results] == ["dense", "hybrid@512"]
+    assert all(result.score >= 0.75 for result in report.results), report.markdown()
+    assert report.results[1].kv_read_share < 0.8
 
 
 def test_an_answer_ends_by_itself(bundled: LoadedModel):
@@ -128,12 +128,14 @@ def test_what_counts_as_right():
 
 
 def test_bad_tasks_are_refused(tokenizer: Tokenizer):
-    with pytest.raises(UserError, match="use one of passkey"):
-        Task("passkeys", 1024, 4).case(tokenizer, 0)
-    with pytest.raises(UserError, match="do not fit into 300 tokens"):
-        Task("passkey", 300, 40).case(tokenizer, 0)
+    with pytest.raises(UserError, match="use some of passkey"):
+        Passkey(tokenizer, "passkeys")
     with pytest.raises(UserError, match="at least 1 must be hidden"):
-        Task("passkey", 1024, 0).case(tokenizer, 0)
+        Passkey(tokenizer, facts=0)
+    with pytest.raises(UserError, match="do not fit into 300 tokens"):
+        Passkey(tokenizer, facts=40).case(300, None, 0)
+    with pytest.raises(UserError, match="none of them can be put at a depth"):
+        Passkey(tokenizer, "variable").case(2048, 0.5, 0)
 
 
 TINY = pretrain.Plan(
@@ -162,7 +164,8 @@ def test_a_resumed_training_gives_the_same_weights_to_the_bit(tmp_path: Path):
 
 def test_a_trained_model_is_saved_as_hugging_face_would_have_it(tmp_path: Path):
     params = Functional(TINY.config).initial(0, 0.5)
-    pretrain.save_model(params, TINY.config, tmp_path)
+    save(tmp_path, TINY.config, params)
+    save_tokenizer(tmp_path, TINY.config.max_position_embeddings)
     loaded = load(tmp_path)
     assert loaded.config == TINY.config
     assert loaded.tokenizer is not None

@@ -113,3 +113,19 @@ def test_answer_losses_count_whole_answers():
     right = np.log(np.exp(9.0) + 15) - 9.0
     assert metrics["answer_loss"] == pytest.approx((2 * right + right + 9.0) / 3, rel=1e-3)
     assert metrics["prose_loss"] == pytest.approx(right, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["passkey", "long-passkey", "only-passkey", "lookup"])
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_what_is_asked_for_stands_at_its_depth(kind: str, depth: float):
+    prompt = data.prompt(rng(5), kind, 2000, 6, depth=depth)
+    first, end = prompt.needle
+    assert len(prompt.tokens) == 2000
+    assert prompt.answer in language.text_of(prompt.tokens[first:end])
+    # Other facts lie before it or behind it, and sentences end where they end.
+    assert abs(first - depth * (2000 - 50)) < 6 * 50
+
+
+def test_a_depth_outside_the_text_is_refused():
+    with pytest.raises(ValueError, match=r"depth 1\.5 is not between 0 and 1"):
+        data.prompt(rng(0), "passkey", 900, 4, depth=1.5)

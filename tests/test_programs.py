@@ -1,5 +1,6 @@
 """The compiled programs: what they copy, what they hold, how often they compile, and who waits for whom."""
 
+import itertools
 import re
 from typing import Any
 
@@ -31,7 +32,7 @@ def engine():
     return Engine(Decoder(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def _lower_decode(engine, head_map):
+def _lower_decode(engine, head_map, program="decode"):
     pools = make_pools(CONFIG, BATCH * PAGES + BATCH, PAGE, engine.dtype)
     rows = Rows(
         jnp.zeros(BATCH, jnp.int32), jnp.full(BATCH, 100), jnp.ones(BATCH, bool), jnp.zeros(BATCH, jnp.int32), None
@@ -39,6 +40,13 @@ def _lower_decode(engine, head_map):
     plan = DecodePlan(head_map, POLICY, SamplingParams().kind, 8, None)
     table = jnp.zeros((BATCH, PAGES), jnp.int32)
     angles = jnp.zeros((BATCH, 8, CONFIG.head_dim // 2))
+    if program == "feed":
+        steps = jnp.zeros((BATCH, 8), jnp.int32)
+        compiled = programs.feed_block.lower(
+            engine.spec, plan, engine.weights, pools, jnp.zeros((BATCH, CONFIG.hidden_size)), steps, rows.positions,
+            jnp.full(BATCH, 8), table, angles, angles,
+        ).compile()  # fmt: skip
+        return compiled, pools[0]
     compiled = programs.decode_block.lower(
         engine.spec, plan, engine.weights, pools, rows, table, angles, angles, jnp.ones(BATCH, bool),
         SamplingParams().arrays(), jnp.full(4, -1, jnp.int32), jnp.int32(8),
@@ -59,10 +67,12 @@ def _compiled(*jitted: Any) -> tuple[int, ...]:
     return tuple(each._cache_size() for each in jitted)
 
 
-@pytest.mark.parametrize("roles", ["dense", "hybrid", "all"])
-def test_the_decode_loop_copies_no_pool(engine, roles):
+@pytest.mark.parametrize(
+    ("program", "roles"), [("decode", "all"), *itertools.product(["decode", "feed"], ["dense", "hybrid"])]
+)
+def test_the_decode_loop_copies_no_pool(engine, program, roles):
     head_map = {"dense": None, "hybrid": HeadMap.none(CONFIG), "all": HeadMap.all(CONFIG)}[roles]
-    compiled, pool = _lower_decode(engine, head_map)
+    compiled, pool = _lower_decode(engine, head_map, program)
     text = _text(compiled)
     shape = f"f32[{','.join(map(str, pool.shape))}]"
     assert shape in text, "the pool must be in the program, or this test looks for the wrong thing"

@@ -291,31 +291,45 @@ def mixed(rng: np.random.Generator, count: int) -> list[Fact]:
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
-def _question(rng: np.random.Generator, fact: Fact, restate: bool) -> Tokens:
+def ask(rng: np.random.Generator, fact: Fact, *, restate: bool = False) -> Tokens:
+    """A question about a fact, up to where its answer begins; `restate` has the answer begin as the fact does."""
     question = _pick(rng, language.FACTS[fact.kind].questions)
     asking = language.RESTATING[fact.kind] if restate else _pick(rng, language.ASKING)
     return _render(asking.replace("{question}", question), key=fact.key)
 
 
-def _document(rng: np.random.Generator, facts: list[Fact], total: int) -> tuple[np.ndarray, list[int]]:
+def hide(
+    rng: np.random.Generator, facts: list[Fact], total: int, *, pin: tuple[int, float] | None = None
+) -> tuple[np.ndarray, list[int]]:
     """BOS, perhaps an introduction, and prose with the facts' statements between its sentences: `total` tokens.
 
-    Also where each statement begins.
+    Also where each statement begins. Facts stand in their order; `pin` puts one of them (its index) behind a share of
+    the prose, whatever the order.
     """
     opening = [BOS, *(_render(_pick(rng, language.INTRODUCTIONS)) if rng.random() < 0.5 else [])]
     statements = sum(len(fact.statement) for fact in facts)
     prose = _PROSE.sentences(rng, total - len(opening) - statements)
     gaps = np.sort(rng.integers(len(prose) + 1, size=len(facts)))
+    order = list(range(len(facts)))
+    if pin is not None:
+        pinned, depth = pin
+        ends = np.concatenate([[0], np.cumsum((prose >= 0).sum(axis=1))])
+        gap = int(np.abs(ends - depth * ends[-1]).argmin())
+        gaps = np.delete(gaps, pinned)
+        place = int(np.searchsorted(gaps, gap))
+        gaps = np.insert(gaps, place, gap)
+        order.remove(pinned)
+        order.insert(place, pinned)
     parts: list[np.ndarray] = [np.array(opening)]
-    starts: list[int] = []
+    starts = [0] * len(facts)
     length = len(opening)
-    for block, fact in itertools.zip_longest(np.split(prose, gaps), facts):
+    for block, index in itertools.zip_longest(np.split(prose, gaps), order):
         parts.append(block[block >= 0])
         length += len(parts[-1])
-        if fact is not None:
-            starts.append(length)
-            parts.append(np.array(fact.statement))
-            length += len(fact.statement)
+        if index is not None:
+            starts[index] = length
+            parts.append(np.array(facts[index].statement))
+            length += len(facts[index].statement)
     document = np.concatenate(parts)
     document[1] = _PROSE.bare[document[1]]
     return document, starts
@@ -333,7 +347,7 @@ def documents(rng: np.random.Generator, length: int, facts: tuple[int, int], que
     answers: list[int] = []
     for i in range(1, questions + 1):
         fact = _pick(rng, hidden)
-        question = _question(rng, fact, restate=fact.kind in language.RESTATING and rng.random() < 0.2)
+        question = ask(rng, fact, restate=fact.kind in language.RESTATING and rng.random() < 0.2)
         answer = [*fact.answer, EOS]
         if len(tokens) + len(question) + len(answer) > room:
             break
@@ -341,7 +355,7 @@ def documents(rng: np.random.Generator, length: int, facts: tuple[int, int], que
         answers += [0] * len(question) + [i] * len(answer)
     if not tokens:
         raise ValueError(f"{len(hidden)} facts and a question do not fit into {length} tokens")
-    document, _ = _document(rng, hidden, length - len(tokens))
+    document, _ = hide(rng, hidden, length - len(tokens))
     return Example(np.concatenate([document, tokens]), np.concatenate([np.zeros_like(document), answers]))
 
 
@@ -356,18 +370,25 @@ def copying(rng: np.random.Generator, length: int, segment: int = 48) -> Example
     return Example(tokens, answers)
 
 
-def prompt(rng: np.random.Generator, kind: str, length: int, facts: int) -> Prompt:
+def prompt(rng: np.random.Generator, kind: str, length: int, facts: int, *, depth: float | None = None) -> Prompt:
     """A document with so many facts of one kind and one question at its end: exactly `length` tokens, BOS included.
 
-    Raises ValueError if that many facts do not fit.
+    What is asked for stands anywhere, or behind a share of the text, `depth`.
+
+    Raises ValueError if that many facts do not fit, for a depth outside [0, 1], or one for variables: each of them must
+    stand behind the one that it refers to.
     """
+    if depth is not None and not 0.0 <= depth <= 1.0:
+        raise ValueError(f"depth {depth:g} is not between 0 and 1")
+    if depth is not None and kind == "variable":
+        raise ValueError("variables refer to one another, so none of them can be put at a depth")
     hidden = KINDS[kind](rng, facts)
     asked = int(rng.integers(len(hidden)))
     fact = hidden[asked]
-    question = _question(rng, fact, restate=False)
+    question = ask(rng, fact)
     if sum(len(fact.statement) for fact in hidden) + len(question) + _MARGIN > length:
         raise ValueError(f"{facts} facts and a question do not fit into {length} tokens")
-    document, starts = _document(rng, hidden, length - len(question))
+    document, starts = hide(rng, hidden, length - len(question), pin=None if depth is None else (asked, depth))
     tokens = [*document.tolist(), *question]
     needle = (starts[asked], starts[asked] + len(fact.statement))
     return Prompt(tokens, language.text_of(tokens[1:]), language.text_of(fact.answer).strip(), needle)

@@ -298,24 +298,19 @@ def main(
     minutes: Annotated[float | None, typer.Option(help="Stop after about so many minutes; run again to go on.")] = None,
 ) -> None:
     """Train the bundled model on an accelerator (about ten minutes on an H200) and write it to OUTPUT/model."""
+    # The top floor, which may leave the house; all above trains without it.
+    from lychee_jax.loading import save
+
     plan = Plan(seed=seed)
     params = pretrain(output, plan, workers=workers, minutes=minutes)
     if params is None:
         typer.echo(f"not finished: the same command goes on from {output}", err=True)
         return
-    save_model(params, plan.config, output / "model")
+    save(output / "model", plan.config, params)
+    save_tokenizer(output / "model", plan.config.max_position_embeddings)
     for length in (2048, 16384, 32768):
         scores = exact_match(plan, params, length=length, samples=200, facts=16)
         typer.echo(f"exact match at {length} tokens: {json.dumps(scores)}")
-
-
-def save_model(params: Params, config: ModelConfig, folder: Path) -> None:
-    """Write the model and its tokenizer in Hugging Face format."""
-    # This program is a top floor, as the command line is: only it leaves the house.
-    from checkpoints_convert.export import export_hugging_face
-
-    export_hugging_face(folder, config, {name: np.asarray(value) for name, value in params.items()})
-    save_tokenizer(folder, config.max_position_embeddings)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 from rich.progress import Progress
 
-from lychee_jax.attention import _gated_block
+from lychee_jax.attention import gated_block
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.heads import HeadMap
@@ -69,7 +69,7 @@ class Answering:
         if state is None:
             pages = -(-keys.shape[1] // self.page_size)
             state = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], pages), bool)
-        return _gated_block(
+        return gated_block(
             q, keys, values, state, jnp.int32(first), self.roles[index], self.policy, self.page_size,
             first_layer=index == 0,
         )  # fmt: skip

@@ -1,0 +1,458 @@
+"""`lychee eval`: benchmarks of what a model answers, in several ways to attend at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lychee_jax import cli_options as shared
+from lychee_jax.cli_generate import load_model
+from lychee_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.report import Style
+    from lychee_jax.evaluation.runner import Plan
+    from lychee_jax.generate import GenerateOptions
+    from lychee_jax.loaded import LoadedModel
+
+eval_app = typer.Typer(
+    help="Score what a model answers, dense and hybrid on the same prompts, in one run that can be resumed.",
+    rich_markup_mode="rich",
+)
+
+_ASKED, _RUN = "What is asked", "The run"
+
+LengthsOption = Annotated[
+    str, typer.Option("--lengths", metavar="N,N,…", help="Tokens of the prompts.", rich_help_panel=_ASKED)
+]
+SamplesOption = Annotated[
+    int, typer.Option(metavar="N", help="Prompts of each task, length and depth.", rich_help_panel=_ASKED)
+]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same prompts.", rich_help_panel=_ASKED)]
+ChatOption = Annotated[
+    bool,
+    typer.Option("--chat", help="Put prompts through the checkpoint's chat template.", rich_help_panel=_ASKED),
+]
+AttentionOption = Annotated[
+    str,
+    typer.Option(
+        "--attention",
+        metavar="A,B,…",
+        help="Some of [b]dense[/b], [b]hybrid[/b] and [b]auto[/b], all on the same prompts.",
+        rich_help_panel=shared.ATTENTION,
+    ),
+]
+BudgetOption = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        metavar="N,N,…",
+        help="Tokens that a sparse head reads at most: numbers, or shares of the length such as [b]1/8[/b].",
+        rich_help_panel=shared.ATTENTION,
+    ),
+]
+DecodeLastOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Feed the last N tokens of every prompt one by one through the decode path, so that sparse heads matter "
+        "for them too; 0: prompts are read densely.",
+        rich_help_panel=shared.ATTENTION,
+    ),
+]
+BatchOption = Annotated[
+    int, typer.Option(metavar="N", help="Prompts at a time; it changes no result.", rich_help_panel=_RUN)
+]
+OutputOption = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Where answers, prompts and the report go; a run that is there already is resumed.",
+        rich_help_panel=_RUN,
+    ),
+]
+
+
+@eval_app.command("passkey")
+def eval_passkey(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,…",
+            help="What is hidden: passkey, long-passkey, only-passkey, lookup, variable.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "passkey",
+    lengths: LengthsOption = "4096,8192,16384",
+    depths: Annotated[
+        str,
+        typer.Option(
+            metavar="D,D,…",
+            help="Where in the text it stands, 0 (start) to 1 (end); [b]any[/b]: anywhere.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "0,0.25,0.5,0.75,1",
+    samples: SamplesOption = 10,
+    facts: Annotated[
+        int, typer.Option(metavar="N", help="Facts hidden in a prompt, of which one is asked.", rich_help_panel=_ASKED)
+    ] = 16,
+    seed: SeedOption = 0,
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    attention: AttentionOption = "dense,hybrid",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: BudgetOption = "1/8",
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    rule: shared.RuleOption = "budget",
+    ratio: shared.RatioOption = 0.125,
+    top_p_mass: shared.TopPMassOption = 0.95,
+    threshold: shared.ThresholdOption = 0.001,
+    page_score: shared.PageScoreOption = "max",
+    correct_every: shared.CorrectEveryOption = 0,
+    decode_last: DecodeLastOption = 0,
+    batch: BatchOption = 8,
+    output: OutputOption = Path("eval-passkey"),
+) -> None:
+    """Facts hidden in long text: a grid of length and depth, with a heatmap.
+
+    [b]Example[/b]
+
+    [cyan]lychee eval passkey --lengths 4096,16384 --samples 20 --budget 1/8,1024[/cyan]
+    """
+    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.passkey import STYLE, Passkey
+    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.ways import ways_of
+
+    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    sizes, places = _whole_numbers("--lengths", lengths), _depths(depths)
+    options = _options(
+        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
+    )
+    loaded = load_model(model, dtype)
+    made = [Passkey(tokenizer_of(loaded), name, facts, seed) for name in _names("--tasks", tasks)]
+    cells = [Cell(task, length, samples, depth) for length in sizes for task in made for depth in places]
+    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch, decode_last)
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts})
+
+
+@eval_app.command("ruler")
+def eval_ruler(
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,…",
+            help="[b]all[/b] 13, [b]free[/b] (the six that need no data), or names: niah_single_1 to 3, "
+            "niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "free",
+    lengths: LengthsOption = "8192",
+    samples: SamplesOption = 20,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Holds PaulGrahamEssays.json, squad.json and hotpotqa.json, as RULER's scripts fetch them.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    chat: ChatOption = False,
+    seed: SeedOption = 42,
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    attention: AttentionOption = "dense,hybrid",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: BudgetOption = "1/8",
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    rule: shared.RuleOption = "budget",
+    ratio: shared.RatioOption = 0.125,
+    top_p_mass: shared.TopPMassOption = 0.95,
+    threshold: shared.ThresholdOption = 0.001,
+    page_score: shared.PageScoreOption = "max",
+    correct_every: shared.CorrectEveryOption = 0,
+    decode_last: DecodeLastOption = 0,
+    batch: BatchOption = 8,
+    output: OutputOption = Path("eval-ruler"),
+) -> None:
+    """RULER (arXiv 2404.06654): 13 tasks of retrieval, tracing, counting and question answering.
+
+    Lengths include the tokens to be generated. Published figures use 500 samples of each task.
+
+    [b]Example[/b]
+
+    [cyan]lychee eval ruler --model my-8b --chat --tasks all --data ruler-data --lengths 32768 --budget 1024,4096[/cyan]
+    """
+    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.ruler import NEED_NO_DATA, STYLE, TASKS, Ruler
+    from lychee_jax.evaluation.ruler_data import Files
+    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.ways import ways_of
+
+    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    sizes, groups = _whole_numbers("--lengths", lengths), {"all": TASKS, "free": NEED_NO_DATA}
+    names = [name for word in _names("--tasks", tasks) for name in groups.get(word, (word,))]
+    options = _options(
+        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
+    )
+    loaded, files = load_model(model, dtype), Files(data)
+    made = [Ruler(tokenizer_of(loaded), name, files, seed, chat) for name in names]
+    cells = [Cell(task, length, samples) for length in sizes for task in made]
+    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch, decode_last)
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": chat})
+
+
+@eval_app.command("longbench")
+def eval_longbench(
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Holds LongBench's JSONL files, one a task: data.zip of the dataset THUDM/LongBench, unpacked.",
+            rich_help_panel=_ASKED,
+        ),
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B,…",
+            show_default="all but trec",
+            help="Of multifieldqa_en, narrativeqa, qasper, 2wikimqa, hotpotqa, qmsum, triviaqa, "
+            "passage_retrieval_en, and trec.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "",
+    lengths: Annotated[
+        str,
+        typer.Option(
+            metavar="N,N,…",
+            show_default="the model's limit",
+            help="Tokens of a prompt at most; longer ones lose their middle.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = "",
+    samples: Annotated[
+        int, typer.Option(metavar="N", help="The first N lines of each file at most.", rich_help_panel=_ASKED)
+    ] = 200,
+    chat: ChatOption = False,
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    attention: AttentionOption = "dense,hybrid",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: BudgetOption = "1/8",
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    rule: shared.RuleOption = "budget",
+    ratio: shared.RatioOption = 0.125,
+    top_p_mass: shared.TopPMassOption = 0.95,
+    threshold: shared.ThresholdOption = 0.001,
+    page_score: shared.PageScoreOption = "max",
+    correct_every: shared.CorrectEveryOption = 0,
+    decode_last: DecodeLastOption = 0,
+    batch: BatchOption = 8,
+    output: OutputOption = Path("eval-longbench"),
+) -> None:
+    """LongBench v1 (arXiv 2308.14508): question answering, summaries and retrieval in real texts.
+
+    [b]Example[/b]
+
+    [cyan]lychee eval longbench --model my-8b --chat --data longbench --budget 1024,4096 --decode-last 32[/cyan]
+    """
+    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.longbench import STYLE, TASKS, LongBench
+    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.ways import ways_of
+    from lychee_jax.evaluation.wording import LONGBENCH
+
+    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    options = _options(
+        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
+    )
+    names = _names("--tasks", tasks) if tasks else list(TASKS)
+    sizes = _whole_numbers("--lengths", lengths) if lengths else []
+    loaded = load_model(model, dtype)
+    made = [LongBench(tokenizer_of(loaded), name, data, chat) for name in names]
+    # One limit for all tasks, so that the table has one row a way.
+    sizes = sizes or [loaded.config.max_tokens - max(LONGBENCH[name].max_new_tokens for name in names)]
+    cells = [Cell(task, length, min(samples, len(task.lines))) for length in sizes for task in made]
+    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch, decode_last)
+    _evaluate(loaded, STYLE, plan, output, {"chat": chat})
+
+
+@eval_app.command("perplexity")
+def eval_perplexity(
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            show_default="documents with questions in the bundled model's language",
+            help="A UTF-8 text; may be given several times.",
+            rich_help_panel=_ASKED,
+        ),
+    ] = None,
+    lengths: LengthsOption = "4096,8192",
+    scored: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Tokens after each length that are decoded one by one and scored.", rich_help_panel=_ASKED
+        ),
+    ] = 256,
+    samples: Annotated[
+        int, typer.Option(metavar="N", help="Windows of each text and length.", rich_help_panel=_ASKED)
+    ] = 8,
+    seed: SeedOption = 0,
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    attention: AttentionOption = "dense,hybrid",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: BudgetOption = "1/8",
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    rule: shared.RuleOption = "budget",
+    ratio: shared.RatioOption = 0.125,
+    top_p_mass: shared.TopPMassOption = 0.95,
+    threshold: shared.ThresholdOption = 0.001,
+    page_score: shared.PageScoreOption = "max",
+    correct_every: shared.CorrectEveryOption = 0,
+    batch: BatchOption = 8,
+    output: OutputOption = Path("eval-perplexity"),
+) -> None:
+    """Perplexity of any text, token by token through the decode path: dense against hybrid.
+
+    Each window is a stretch of `--lengths` tokens that is read densely, and `--scored` tokens that are decoded.
+
+    [b]Example[/b]
+
+    [cyan]lychee eval perplexity --model my-8b --text book.txt --lengths 8192,32768 --budget 1024,4096[/cyan]
+    """
+    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.perplexity import STYLE, FilePerplexity, OwnPerplexity
+    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.ways import ways_of
+
+    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    sizes = _whole_numbers("--lengths", lengths)
+    if scored < 1:
+        raise UserError(f"--scored is {scored}; at least one token must be scored")
+    options = _options(
+        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
+    )
+    loaded = load_model(model, dtype)
+    tokenizer = tokenizer_of(loaded)
+    made: list[Task] = [FilePerplexity(tokenizer, path, scored, samples) for path in text or ()]
+    made = made or [OwnPerplexity(tokenizer, scored, seed)]
+    cells = [Cell(task, length, samples) for task in made for length in sizes]
+    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch)
+    settings = {"seed": seed, "scored": scored, **({"windows": samples} if text else {})}
+    _evaluate(loaded, STYLE, plan, output, settings)
+
+
+def _evaluate(loaded: LoadedModel, style: Style, plan: Plan, output: Path, settings: Mapping[str, object]) -> None:
+    """Run with a progress bar, then print the table and where everything is."""
+    from lychee_jax.evaluation.session import evaluate
+
+    with _progress(plan) as on_progress:
+        report = evaluate(loaded, style, plan, output, dict(settings), on_progress)
+    print(report.markdown())
+    print(f"\n{output}: results.json, results.md, results.png, answers.jsonl, prompts.jsonl")
+
+
+@contextlib.contextmanager
+def _progress(plan: Plan) -> Iterator[Callable[[Cell, int], None]]:
+    """A bar over all answers on standard error."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("answers"),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=plan.answers)
+
+        def advance(cell: Cell, answers: int) -> None:
+            where = "" if cell.depth is None else f", depth {cell.depth:g}"
+            bar.update(task, advance=answers, description=f"{cell.task.name} at {cell.length:,}{where}")
+
+        yield advance
+
+
+def _options(
+    page_size: int,
+    sink: int,
+    recent: int,
+    rule: shared.Rule,
+    ratio: float,
+    top_p_mass: float,
+    threshold: float,
+    page_score: shared.PageScore,
+    correct_every: int,
+    implementation: shared.Implementation | None,
+) -> GenerateOptions:
+    """What all ways have in common. The budgets, checked where ways and lengths are known, leave room for anything."""
+    from lychee_jax.generate import GenerateOptions
+    from lychee_jax.selection import SelectionPolicy
+
+    if page_size < 1:
+        raise UserError(f"page size is {page_size}; it must be at least 1")
+    enough = (-(-max(sink, 0) // page_size) - (-max(recent, 0) // page_size) + 1) * page_size
+    policy = SelectionPolicy(enough, sink, recent, rule, ratio, top_p_mass, threshold, page_score)
+    return GenerateOptions(
+        policy=policy, page_size=page_size, correct_every=correct_every, implementation=implementation
+    )
+
+
+def _of_model(loaded: LoadedModel, options: GenerateOptions, heads: str | None) -> GenerateOptions:
+    """The options with the model's head map and ends of text."""
+    import dataclasses
+
+    return dataclasses.replace(options, heads=loaded.choose_heads(heads), eos_ids=loaded.eos_ids)
+
+
+def _names(option: str, text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise UserError(f"{option} is empty; separate several with commas")
+    return names
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    names = _names(option, text)
+    if bad := [name for name in names if not name.isdecimal() or int(name) < 1]:
+        raise UserError(f"{option} has {bad[0]!r}; give whole numbers above 0, separated by commas")
+    return [int(name) for name in names]
+
+
+def _depths(text: str) -> list[float | None]:
+    found: list[float | None] = []
+    for name in _names("--depths", text):
+        try:
+            depth = None if name == "any" else float(name)
+        except ValueError as error:
+            raise UserError(f"--depths has {name!r}; give numbers from 0 to 1, or any") from error
+        if depth is not None and not 0.0 <= depth <= 1.0:
+            raise UserError(f"--depths has {name}; give numbers from 0 to 1, or any")
+        found.append(depth)
+    return found

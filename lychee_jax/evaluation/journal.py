@@ -1,0 +1,98 @@
+"""The folder of an evaluation: results line by line as they come, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lychee_jax.errors import UserError
+from lychee_jax.evaluation.cases import Case, Cell
+
+SETTINGS, ANSWERS, PROMPTS = "settings.json", "answers.jsonl", "prompts.jsonl"
+
+type Record = dict[str, Any]
+
+
+class Journal:
+    """`settings.json`, `answers.jsonl` (a line for each prompt and way) and `prompts.jsonl` in one folder.
+
+    Other files in the folder are left alone. What a case is called: task, length, depth, index.
+    """
+
+    def __init__(self, folder: Path, settings: Record) -> None:
+        """Open a folder, or make it.
+
+        Raises:
+            UserError: a file is in the way, or the folder holds a run with other settings.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {folder} is a file; give a folder")
+        _claim(folder, json.loads(json.dumps(settings)))
+        self.folder = folder
+        self.records = _lines(folder / ANSWERS)
+        self._done = {(*_name(record), record["way"]) for record in self.records}
+        self._kept = {_name(record) for record in _lines(folder / PROMPTS)}
+
+    def has(self, cell: Cell, index: int, way: str) -> bool:
+        """Whether this answer is there already."""
+        return (*cell.key, index, way) in self._done
+
+    def keep_prompt(self, cell: Cell, index: int, case: Case) -> None:
+        """Keep what was asked, once for all ways."""
+        name = (*cell.key, index)
+        if name not in self._kept:
+            self._kept.add(name)
+            _append(self.folder / PROMPTS, [{**_fields(cell, index), "prompt": case.prompt}])
+
+    def add(self, cell: Cell, way: str, answers: list[tuple[int, Record]]) -> None:
+        """Keep the answers of a batch, on the disk when this returns."""
+        records = [{**_fields(cell, index), "way": way, **answer} for index, answer in answers]
+        _append(self.folder / ANSWERS, records)
+        self.records += records
+        self._done |= {(*_name(record), way) for record in records}
+
+
+def _fields(cell: Cell, index: int) -> Record:
+    task, length, depth = cell.key
+    return {"task": task, "length": length, "depth": depth, "index": index}
+
+
+def _name(record: Record) -> tuple[Any, ...]:
+    return record["task"], record["length"], record["depth"], record["index"]
+
+
+def _claim(folder: Path, settings: Record) -> None:
+    file = folder / SETTINGS
+    if file.exists():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is no JSON; remove the folder or give another --output") from error
+        other = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+        if other:
+            changes = ", ".join(f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in other)
+            raise UserError(f"--output {folder} holds a run with other settings ({changes}); give another folder")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _lines(file: Path) -> list[Record]:
+    """The objects of a file; a last line that an interrupt cut off is removed from it."""
+    if not file.exists():
+        return []
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with file.open("r+b") as handle:
+            handle.truncate(len(whole))
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{file} has a line that is no JSON; remove it or give another --output") from error
+
+
+def _append(file: Path, records: list[Record]) -> None:
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

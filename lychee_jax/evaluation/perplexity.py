@@ -1,0 +1,110 @@
+"""Perplexity through the decode path: a stretch of text is read densely, and what follows is fed token by token.
+
+Only so do sparse heads matter: reading is dense in every way. The score of a window is its mean negative
+log-likelihood in nats, and the table shows the exponential of the mean over all windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+
+from lychee_jax.errors import UserError
+from lychee_jax.evaluation.cases import Case
+from lychee_jax.evaluation.report import Style
+from lychee_jax.text import Tokenizer
+from lychee_jax.training import data, language
+
+STYLE = Style("perplexity", "token perplexity, lower is better", "length", shown=math.exp, digits=4)
+
+_OWN_FACTS = (8, 16)
+_OWN_QUESTIONS = 16  # few, so that facts are asked for that no earlier answer repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePerplexity:
+    """Windows of a text file, spread evenly over it; `scored` tokens follow each length."""
+
+    tokenizer: Tokenizer
+    path: Path
+    scored: int
+    windows: int
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        return self.path.name
+
+    @functools.cached_property
+    def tokens(self) -> list[int]:
+        """The whole file.
+
+        Raises:
+            UserError: it cannot be read, or is no UTF-8 text.
+        """
+        try:
+            return self.tokenizer.encode(self.path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+    def case(self, length: int, depth: float | None, index: int) -> Case:
+        """The window of this index; what the tokenizer puts in front of every text stands in front of it too.
+
+        Raises:
+            UserError: the text is too short.
+        """
+        front = self.tokenizer.encode("")
+        body = self.tokens[len(front) :]
+        need = length + self.scored - len(front)
+        if len(body) < need:
+            raise UserError(f"{self.path} has {len(body)} tokens; {length} and {self.scored} to score are more")
+        start = (len(body) - need) * index // max(1, self.windows - 1)
+        window = [*front, *body[start : start + need]]
+        return Case(self.tokenizer.decode(window), window[:length], [], 0, forced=window[length:])
+
+    def score(self, case: Case, answer: str, logprobs: list[float]) -> float:
+        """Mean negative log-likelihood of the scored tokens, in nats."""
+        return mean_nll(logprobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnPerplexity:
+    """Fresh documents of the bundled model's language; their questions and answers are what is scored."""
+
+    tokenizer: Tokenizer
+    scored: int
+    seed: int
+
+    name = "questions"
+
+    def case(self, length: int, depth: float | None, index: int) -> Case:
+        """A document of `length` + `scored` tokens with its questions at the end, answered.
+
+        Raises:
+            UserError: a model with other tokens, or too short a length.
+        """
+        rng = np.random.default_rng([self.seed, length, self.scored, index])
+        try:
+            document = data.documents(rng, length + self.scored, _OWN_FACTS, _OWN_QUESTIONS)
+        except ValueError as error:
+            raise UserError(f"length {length}: {error}") from error
+        tokens = document.tokens.tolist()
+        text = language.text_of(tokens[1:])
+        if self.tokenizer.encode(text) != tokens:
+            raise UserError("only the bundled model has tokens of its own language; give a text with --text FILE")
+        return Case(text, tokens[:length], [], 0, forced=tokens[length:])
+
+    def score(self, case: Case, answer: str, logprobs: list[float]) -> float:
+        """Mean negative log-likelihood of the scored tokens, in nats."""
+        return mean_nll(logprobs)
+
+
+def mean_nll(logprobs: list[float]) -> float:
+    """Mean negative log-likelihood, in nats a token."""
+    return -float(np.mean(logprobs))

@@ -1,0 +1,143 @@
+"""Runs the cells of an evaluation: prompts are read once, and the same cache answers in every way.
+
+What differs between the ways is decoding alone. A row comes out the same whatever stands beside it in a batch, so
+neither the batch size nor an interrupt changes a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lychee_jax.errors import UserError
+from lychee_jax.evaluation.cases import Case, Cell
+from lychee_jax.evaluation.journal import Journal
+from lychee_jax.evaluation.ways import Way
+from lychee_jax.forced import feed
+from lychee_jax.generate import GenerateOptions, Prefilled
+from lychee_jax.loaded import LoadedModel
+from lychee_jax.text import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        cells: in this order.
+        ways: all of them on every prompt.
+        options: heads, policy, page size, ends of text; attention, budget and lengths come from ways and cases.
+        batch: prompts at a time.
+        decode_last: so many last tokens of every prompt are fed one by one through the decode path, so that they too
+            are read in the way that is measured; 0: the whole prompt is read densely.
+    """
+
+    cells: Sequence[Cell]
+    ways: Sequence[Way]
+    options: GenerateOptions
+    batch: int = 8
+    decode_last: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers and budgets before anything is run."""
+        if self.batch < 1:
+            raise UserError(f"batch is {self.batch}; it must be at least 1")
+        if self.decode_last < 0:
+            raise UserError(f"decode-last is {self.decode_last}; it must be 0 (off) or a number of tokens")
+        for cell in self.cells:
+            if cell.samples < 1:
+                raise UserError(f"samples is {cell.samples}; it must be at least 1")
+            for way in self.ways:
+                way.options(self.options, cell.length, 1)
+
+    @property
+    def answers(self) -> int:
+        """How many there will be."""
+        return len(self.ways) * sum(cell.samples for cell in self.cells)
+
+
+def tokenizer_of(model: LoadedModel) -> Tokenizer:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: it has none.
+    """
+    if model.tokenizer is None:
+        raise UserError(f"{model.path} has no tokenizer, and evaluations are about text")
+    return model.tokenizer
+
+
+def run(model: LoadedModel, plan: Plan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
+    """Answer everything that the journal lacks; `on_progress(cell, answers)`, those at hand counted first."""
+    for cell in plan.cells:
+        groups: dict[tuple[Way, ...], list[int]] = {}
+        for index in range(cell.samples):
+            missing = tuple(way for way in plan.ways if not journal.has(cell, index, way.label))
+            on_progress(cell, len(plan.ways) - len(missing))
+            if missing:
+                groups.setdefault(missing, []).append(index)
+        for ways, indices in groups.items():
+            for first in range(0, len(indices), plan.batch):
+                _batch(model, plan, journal, cell, ways, indices[first : first + plan.batch], on_progress)
+
+
+def _batch(
+    model: LoadedModel,
+    plan: Plan,
+    journal: Journal,
+    cell: Cell,
+    ways: Sequence[Way],
+    indices: list[int],
+    on_progress: Callable[[Cell, int], None],
+) -> None:
+    cases = [_held_back(cell.task.case(cell.length, cell.depth, index), plan.decode_last) for index in indices]
+    for index, case in zip(indices, cases, strict=True):
+        journal.keep_prompt(cell, index, case)
+    room = max(len(case.forced) for case in cases) + max(case.max_new_tokens for case in cases)
+    filled = model.engine.prefill(
+        [case.tokens for case in cases], max_new_tokens=room, page_size=plan.options.page_size
+    )
+    for i, way in enumerate(ways):
+        options = way.options(plan.options, cell.length, max(case.max_new_tokens for case in cases))
+        found = _answer(model, filled, cases, options, keep=i + 1 < len(ways))
+        answers = [
+            {**record, "score": cell.task.score(case, record["answer"], record["forced_logprobs"])}
+            for case, record in zip(cases, found, strict=True)
+        ]
+        journal.add(cell, way.label, list(zip(indices, answers, strict=True)))
+        on_progress(cell, len(answers))
+
+
+def _held_back(case: Case, count: int) -> Case:
+    """The case with its last `count` prompt tokens to be decoded; at least one is read before."""
+    cut = max(1, len(case.tokens) - count)
+    return dataclasses.replace(case, tokens=case.tokens[:cut], forced=[*case.tokens[cut:], *case.forced])
+
+
+def _answer(
+    model: LoadedModel, filled: Prefilled, cases: list[Case], options: GenerateOptions, *, keep: bool
+) -> list[dict[str, Any]]:
+    """One record a case: the answer and what it cost."""
+    forced = feed(model.engine, filled, [case.forced for case in cases], options, keep=keep)
+    tokens: list[list[int]] = [[] for _ in cases]
+    share = forced.pages_read / forced.pages_held if forced.pages_held else 1.0
+    if any(case.max_new_tokens for case in cases):
+        # Where nothing was fed, the cache is still the first one.
+        stream = model.engine.decode(forced.filled, options, keep=keep and forced.filled is filled)
+        for _ in stream:
+            pass
+        result = stream.result()
+        tokens, share = result.tokens, float(result.attention["kv_read_share"])
+    tokenizer = tokenizer_of(model)
+    return [
+        {
+            "answer": tokenizer.decode(row),
+            "references": case.references,
+            "prompt_tokens": len(case.tokens) + len(case.forced),
+            "new_tokens": len(row),
+            "forced_logprobs": [round(value, 6) for value in logprobs],
+            "kv_read_share": share,
+        }
+        for case, row, logprobs in zip(cases, tokens, forced.logprobs, strict=True)
+    ]

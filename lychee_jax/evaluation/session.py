@@ -1,0 +1,81 @@
+"""One evaluation from start to end: a folder is opened or resumed, what it lacks is run, and the report is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from lychee_jax.errors import UserError
+from lychee_jax.evaluation.cases import Cell
+from lychee_jax.evaluation.journal import Journal, Record
+from lychee_jax.evaluation.report import Report, Style
+from lychee_jax.evaluation.runner import Plan, run
+from lychee_jax.generate import GenerateOptions
+from lychee_jax.heads import HeadMap
+from lychee_jax.loaded import LoadedModel
+
+
+def evaluate(
+    model: LoadedModel,
+    style: Style,
+    plan: Plan,
+    output: Path,
+    settings: Record,
+    on_progress: Callable[[Cell, int], None] = lambda cell, answers: None,
+) -> Report:
+    """Run a plan in the folder `output`, which is made, or resumed if it holds a run with the same settings.
+
+    Tasks, lengths, samples, attentions and budgets may grow from run to run; the report is about all of the folder.
+
+    Args:
+        model: that answers.
+        style: of the benchmark.
+        plan: what to run.
+        output: the folder.
+        settings: the benchmark's own numbers that decide its prompts; plain data.
+        on_progress: called with a cell and how many of its answers have come.
+
+    Raises:
+        UserError: no cells, two of the same name, or a folder that holds something else.
+    """
+    keys = [cell.key for cell in plan.cells]
+    if not keys or len(set(keys)) < len(keys):
+        raise UserError("a task, a length or a depth is given twice" if keys else "there is nothing to evaluate")
+    if (longest := max(cell.length for cell in plan.cells)) > (limit := model.config.max_tokens):
+        raise UserError(f"a length of {longest:,} tokens is above the model's limit of {limit:,}")
+    for cell in plan.cells:  # a missing file or a length that is too short must not show after hours
+        cell.task.case(cell.length, cell.depth, 0)
+    about = {"model": model.path.resolve().name, "fingerprint": model.config.fingerprint()}
+    fixed = {
+        "benchmark": style.name,
+        **about,
+        **_attention(model, plan.options),
+        "decode_last": plan.decode_last,
+        **settings,
+    }
+    journal = Journal(output, fixed)
+    run(model, plan, journal, on_progress)
+    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    report = Report.of(style, {**about, **machine, "settings": fixed}, journal.records)
+    report.save(output)
+    return report
+
+
+def _attention(model: LoadedModel, options: GenerateOptions) -> Record:
+    """What decides the answers beside attention and budget; the head map by its roles."""
+    heads = options.heads or HeadMap.all(model.config)
+    policy = dataclasses.asdict(options.policy)
+    del policy["budget"]
+    return {
+        "dtype": str(model.engine.dtype),
+        "heads": f"{heads.num_retrieval} of {heads.num_layers * heads.num_kv_heads} retrieve",
+        "heads_sha256": hashlib.sha256(json.dumps(heads.retrieval).encode()).hexdigest()[:16],
+        "page_size": options.page_size,
+        **policy,
+        "correct_every": options.correct_every,
+    }
