@@ -146,68 +146,54 @@ def _kernel(plan: Plan, *refs: Any) -> None:
     q, pool, out = (next(refs_in) for _ in range(3))
     lse = next(refs_in) if plan.parts > 1 else None
     scores = next(refs_in) if plan.scores else None
-    buffer, top, total, mix, parity, arrived = refs_in
+    *buffers, top, total, mix, parity, arrived = refs_in
 
     core, row = pl.program_id(0), pl.program_id(1)
     here = _Row(plan, core, row, heads, limits, table, chosen)
     there = _Row(plan, core, jnp.minimum(row + 1, plan.batch - 1), heads, limits, next_table, next_chosen)
 
     def copy(slot, place, head, page):
-        return pltpu.make_async_copy(pool.at[page, head], buffer.at[slot, place], arrived.at[slot])
+        return pltpu.make_async_copy(pool.at[page, head], buffers[slot].at[place], arrived.at[slot])
 
-    def fetch(which: _Row, item, step, slot):
-        """Start a step that may be partial. What no page fills is zeroed: stale values would meet zero weights."""
-        count = which.pages(item) - step * plan.step_pages
+    def fetch(which: _Row, item, step, slot, count):
+        """Start a step of `count` pages. Straight code, so that its scalar work shares bundles with vector work."""
         locate, head = which.locate(item, step), which.head(item)
+        for place in range(plan.step_pages):
 
-        def one(place, carry):
             @pl.when(place < count)
-            def _():
+            def _(place=place):
                 copy(slot, place, head, locate(place)).start()
 
-            @pl.when(place >= count)
-            def _():
-                buffer[slot, place] = jnp.zeros(buffer.shape[2:], buffer.dtype)
-
-            return carry
-
-        jax.lax.fori_loop(0, plan.step_pages, one, 0)
-
-    def fetch_whole(item, step, slot):
-        locate, head = here.locate(item, step), here.head(item)
-        for place in range(plan.step_pages):
-            copy(slot, place, head, locate(place)).start()
-
     def wait(item, step, slot):
-        count = here.pages(item) - step * plan.step_pages
+        buffer = buffers[slot]
+        count = jnp.minimum(here.pages(item) - step * plan.step_pages, plan.step_pages)
 
-        @pl.when(count >= plan.step_pages)
+        @pl.when(count == plan.step_pages)
         def _():  # the semaphore counts bytes: one wait for all of them
-            pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], arrived.at[slot]).wait()
+            pltpu.make_async_copy(buffer, buffer, arrived.at[slot]).wait()
 
         @pl.when(count < plan.step_pages)
         def _():
             jax.lax.fori_loop(0, count, lambda place, c: (copy(slot, place, 0, 0).wait(), c)[1], 0)
 
+            def clear(place, carry):  # stale values would meet zero weights, and may be NaN
+                buffer[place] = jnp.zeros(buffer.shape[1:], buffer.dtype)
+                return carry
+
+            jax.lax.fori_loop(count, plan.step_pages, clear, 0)
+
         tail = here.tokens(item) % plan.page_size
 
-        @pl.when((count <= plan.step_pages) & (tail > 0))
-        def _():  # slots past the length may hold NaN, and NaN times a weight of zero is NaN
-            page = buffer[slot, count - 1]
+        @pl.when((step + 1 == here.steps(item)) & (tail > 0))
+        def _():  # the same holds for slots past the length
+            page = buffer[count - 1]
             slots = jax.lax.broadcasted_iota(jnp.int32, page.shape, 0)
-            buffer[slot, count - 1] = jnp.where(slots < tail, page, jnp.zeros_like(page))
+            buffer[count - 1] = jnp.where(slots < tail, page, jnp.zeros_like(page))
 
     def compute(item, step, slot):
         query = q[0, here.head(item)]
         left = here.tokens(item) - step * (plan.step_pages * plan.page_size)
-        columns = []
-        for stream in range(_STREAMS):
-            pages = buffer.at[slot, pl.ds(stream * plan.stream_pages, plan.stream_pages)]
-            shape = (plan.stream_tokens, plan.width)
-            keys = pages[:, :, : plan.width].reshape(shape)
-            values = pages[:, :, plan.head_dim * 2 - plan.width :].reshape(shape)
-            columns += _attend(plan, query, keys, values, left - stream * plan.stream_tokens, step == 0,
-                               top.at[stream], total.at[stream], mix.at[stream])  # fmt: skip
+        columns = _attend(plan, query, buffers[slot], left, step == 0, top, total, mix)
         if scores is not None:
             _place_scores(plan, columns, here.first_step() + step, scores.at[0, 0, item])
 
@@ -221,72 +207,83 @@ def _kernel(plan: Plan, *refs: Any) -> None:
         if lse is not None:
             lse[0, 0, item] = jnp.where(norm > 0.0, best * plan.scale + jnp.log(norm), MASKED)
 
-    start = row == 0
-
-    @pl.when(start)
+    @pl.when(row == 0)
     def _():
         parity[0] = 0
-        fetch(here, 0, 0, 0)
+        fetch(here, 0, 0, 0, here.pages(0))
 
-    def body(state):
-        item, step, slot = state
+    def turn(item, step, slot):
         last = step + 1 == here.steps(item)
         next_item = jnp.where(last, item + 1, item)
         next_step = jnp.where(last, 0, step + 1)
         in_row = next_item < plan.items
         known = jnp.minimum(next_item, plan.items - 1)
-        whole = in_row & (here.pages(known) - next_step * plan.step_pages >= plan.step_pages)
+
+        @pl.when(~in_row & (row + 1 < plan.batch))
+        def _():
+            fetch(there, 0, 0, 1 - slot, there.pages(0))
+
         wait(item, step, slot)
-
-        @pl.when(whole)
-        def _():
-            fetch_whole(known, next_step, 1 - slot)
-            compute(item, step, slot)
-
-        @pl.when(~whole)
-        def _():
-            @pl.when(in_row)
-            def _():
-                fetch(here, known, next_step, 1 - slot)
-
-            @pl.when(~in_row & (row + 1 < plan.batch))
-            def _():
-                fetch(there, 0, 0, 1 - slot)
-
-            compute(item, step, slot)
+        fetch(here, known, next_step, 1 - slot, jnp.where(in_row, here.pages(known) - next_step * plan.step_pages, 0))
+        compute(item, step, slot)
 
         @pl.when(last)
         def _():
             finish(item)
 
-        return next_item, next_step, 1 - slot
+    def body(state):
+        item, step, slot = state
+        for value in range(2):
+            pl.when(slot == value)(lambda value=value: turn(item, step, value))
+        last = step + 1 == here.steps(item)
+        return jnp.where(last, item + 1, item), jnp.where(last, 0, step + 1), 1 - slot
 
     _, _, slot = jax.lax.while_loop(lambda state: state[0] < plan.items, body, (0, 0, parity[0]))
     parity[0] = slot
 
 
-def _attend(plan: Plan, query, keys, values, left, fresh, top, total, mix) -> list[Any]:
-    """Fold one stream of a step into its state. Returns columns of page scores, see `_page_scores`."""
+def _attend(plan: Plan, query, buffer, left, fresh, top, total, mix) -> list[Any]:
+    """Fold a step into the streams' states, all streams at once. Returns columns of page scores, see `_page_scores`."""
     precision = jax.lax.Precision.HIGHEST if plan.exact else jax.lax.Precision.DEFAULT
-    scores = jax.lax.dot_general(
-        query, keys, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    columns = [] if plan.scores is None else _page_scores(plan, scores, left)
-    position = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    scores = jnp.where(position < left, scores, MASKED)
-    old = jnp.where(fresh, MASKED, top[...])
-    new = jnp.maximum(old, jnp.max(scores, axis=1, keepdims=True))
     # The scale is folded into the exponent: 2^((s − top) · scale · log2 e).
     factor = plan.scale * math.log2(math.e)
-    weights = jnp.exp2((scores - new[:, :1]) * factor)
-    shrink = jnp.exp2((old - new) * factor)
-    product = jax.lax.dot_general(
-        weights.astype(values.dtype), values, (((1,), (0,)), ((), ())), precision=precision,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    top[...] = new
-    total[...] = jnp.where(fresh, 0.0, total[...]) * shrink + jnp.sum(weights, axis=1, keepdims=True)
-    mix[...] = jnp.where(fresh, 0.0, mix[...]) * shrink[:, : plan.width] + product
+    shape = (plan.stream_tokens, plan.width)
+
+    def lanes(stream, first):
+        return buffer[pl.ds(stream * plan.stream_pages, plan.stream_pages), :, pl.ds(first, plan.width)].reshape(shape)
+
+    def left_of(stream):
+        return left - stream * plan.stream_tokens
+
+    scores = [
+        jax.lax.dot_general(
+            query, lanes(stream, 0), (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+        )
+        for stream in range(_STREAMS)
+    ]
+    position = jax.lax.broadcasted_iota(jnp.int32, scores[0].shape, 1)
+    masked = [jnp.where(position < left_of(stream), s, MASKED) for stream, s in enumerate(scores)]
+    old = [jnp.where(fresh, MASKED, top[stream]) for stream in range(_STREAMS)]
+    new = [jnp.maximum(o, jnp.max(s, axis=1, keepdims=True)) for o, s in zip(old, masked, strict=True)]
+    columns = [
+        column
+        for stream in range(_STREAMS)
+        for column in ([] if plan.scores is None else _page_scores(plan, scores[stream], left_of(stream)))
+    ]
+    weights = [jnp.exp2((s - n[:, :1]) * factor) for s, n in zip(masked, new, strict=True)]
+    products = [
+        jax.lax.dot_general(
+            w.astype(buffer.dtype), lanes(stream, 2 * plan.head_dim - plan.width), (((1,), (0,)), ((), ())),
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        for stream, w in enumerate(weights)
+    ]
+    for stream in range(_STREAMS):
+        shrink = jnp.exp2((old[stream] - new[stream]) * factor)
+        mass = jnp.sum(weights[stream], axis=1, keepdims=True)
+        top[stream] = new[stream]
+        total[stream] = jnp.where(fresh, 0.0, total[stream]) * shrink + mass
+        mix[stream] = jnp.where(fresh, 0.0, mix[stream]) * shrink[:, : plan.width] + products[stream]
     return columns
 
 
@@ -384,7 +381,7 @@ def attend(
     if page_scores is not None:
         outs.append(((1, 1, plan.items, plan.score_rows, _LANES), jnp.float32))
     state = (_STREAMS, plan.queries)
-    buffer = pltpu.VMEM((2, plan.step_pages, *kv_pages.shape[2:]), kv_pages.dtype)
+    buffer = pltpu.VMEM((plan.step_pages, *kv_pages.shape[2:]), kv_pages.dtype)
     result = pl.pallas_call(
         lambda *refs: _kernel(plan, *refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -401,6 +398,7 @@ def attend(
             ],
             out_specs=[pl.BlockSpec(block, lambda core, row, *_: (core, row, 0, 0, 0)) for block, _ in outs],
             scratch_shapes=[
+                buffer,
                 buffer,
                 pltpu.VMEM((*state, _LANES), jnp.float32),
                 pltpu.VMEM((*state, _LANES), jnp.float32),
