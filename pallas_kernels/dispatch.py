@@ -7,6 +7,7 @@ input and is never swallowed.
 
 import contextlib
 import contextvars
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,13 @@ from pallas_kernels.types import PageScores, Rule, Selection
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 
+
+def _lazy(package: str, op: str) -> Callable[..., Any]:
+    """An op of a package of kernels that is imported when the op first runs."""
+    return lambda *args, **options: getattr(importlib.import_module(package), op)(*args, **options)
+
+
+_NAMES = ("dense_decode", "sparse_decode", "select_pages", "hybrid_decode")
 _OPS: dict[str, dict[str, Callable[..., Any]]] = {
     "xla": {
         "dense_decode": reference.dense_decode,
@@ -25,6 +33,7 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
         "select_pages": reference.select_pages,
         "hybrid_decode": reference.hybrid_decode,
     },
+    "mosaic_tpu": {name: _lazy("pallas_kernels.mosaic_tpu", name) for name in _NAMES},
 }
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("mosaic_tpu", "xla"),

@@ -8,6 +8,7 @@ when the item ends.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -360,6 +361,20 @@ def attend(
         sparse=chosen is not None, exact=kv_pages.dtype == jnp.float32, cores=chip.cores(),
     )  # fmt: skip
     _check(plan, q, kv_pages, page_table, chosen)
+    return _launch(plan, q, kv_pages, page_table, limits, chosen, heads)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # layers share one trace, which takes longer than the compiler does
+def _launch(
+    plan: Plan,
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    limits: jax.Array,
+    chosen: jax.Array | None,
+    heads: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    batch, groups, head_dim = plan.batch, plan.groups, plan.head_dim
     padding = ((0, 0), (0, 0), (0, plan.queries - groups), (0, plan.width - head_dim))
     query = jnp.pad(q.astype(kv_pages.dtype), padding)
 
@@ -378,7 +393,7 @@ def attend(
     outs = [(item_out, jnp.float32)]
     if plan.parts > 1:
         outs.append(((1, 1, plan.items, plan.queries, _LANES), jnp.float32))
-    if page_scores is not None:
+    if plan.scores is not None:
         outs.append(((1, 1, plan.items, plan.score_rows, _LANES), jnp.float32))
     state = (_STREAMS, plan.queries)
     buffer = pltpu.VMEM((plan.step_pages, *kv_pages.shape[2:]), kv_pages.dtype)

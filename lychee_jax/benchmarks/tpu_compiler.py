@@ -1,0 +1,92 @@
+"""The real TPU compiler without a TPU: the `libtpu` wheel compiles for a chip that is only described."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from lychee_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU as one JAX device sees it.
+
+    Attributes:
+        topology: the smallest slice that libtpu describes.
+        clock_ghz: assumed, inferred from the peak rates that are published.
+        bandwidth: bytes per second of one TensorCore, as `pltpu.get_tpu_info_for_chip` states.
+        cores: TensorCores of one device.
+        memory: bytes that a program may use, what the runtime keeps left out.
+    """
+
+    name: str
+    topology: str
+    clock_ghz: float
+    bandwidth: float
+    cores: int
+    memory: int
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", "v5e:2x2", 1.50, 820e9, 1, int(15.75 * 2**30)),
+        Chip("v5p", "v5p:2x2x1", 1.75, 1230e9, 2, int(95.0 * 2**30)),
+        Chip("v6e", "v6e:2x2", 1.75, 1640e9, 1, int(31.2 * 2**30)),
+    )
+}
+
+
+def installed() -> bool:
+    """Whether the compiler is there; it is never initialised as a backend."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def prepare_process() -> None:
+    """Let libtpu be loaded by several processes, and let it look for no chips, nor for a cloud. Before its first use."""
+    for name, value in {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def described(chip: Chip) -> Iterator[jax.sharding.NamedSharding]:
+    """Inside the block programs are traced for one device of `chip`; yields the sharding their arguments must have.
+
+    Raises:
+        UserError: libtpu is not installed.
+    """
+    from jax.experimental import topologies
+
+    if not installed():
+        raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
+    prepare_process()
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("chips",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compile_for(chip: Chip, program: Any, *args: Any) -> jax.stages.Compiled:
+    """Compile a jitted function for `chip`; arrays among `args` are given by anything with a shape and a dtype."""
+    with described(chip) as sharding:
+
+        def place(leaf: Any) -> Any:
+            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return program.lower(*jax.tree.map(place, args)).compile()
