@@ -66,18 +66,28 @@ def prepare_process() -> None:
 def described(chip: Chip) -> Iterator[jax.sharding.NamedSharding]:
     """Inside the block programs are traced for one device of `chip`; yields the sharding their arguments must have.
 
+    JAX's persistent cache is off meanwhile: it writes what was compiled for a described chip, and cannot read it back.
+
     Raises:
         UserError: libtpu is not installed.
     """
     from jax.experimental import topologies
+    from jax.experimental.compilation_cache import compilation_cache
 
     if not installed():
         raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
     prepare_process()
     topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("chips",))
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    cached = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether it is in use is remembered
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()
 
 
 def compile_for(chip: Chip, program: Any, *args: Any) -> jax.stages.Compiled:

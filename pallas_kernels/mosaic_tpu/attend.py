@@ -26,6 +26,10 @@ _SUBLANES = 8
 # Tokens of a stream in a step, at most, and streams: the schedules of v5e, v5p and v6e are shortest with these.
 _STREAM_TOKENS = 1024
 _STREAMS = 4
+# Pages of a stream in a step, at most: every one of them is a copy to start, in code of its own.
+_STREAM_PAGES = 32
+# Pages that a loop starts at once, where nothing else is there to do meanwhile.
+_GROUP = 8
 # Scalar memory is 1 MiB; the compiler wants some of it.
 _SMEM_BYTES = 960 * 1024
 
@@ -46,6 +50,7 @@ class Plan:
     sparse: bool
     exact: bool  # float32 products
     cores: int
+    ahead: bool  # a row's last step fetches the first of the next row, whose pages are known then
 
     @property
     def parts(self) -> int:
@@ -70,8 +75,8 @@ class Plan:
     @property
     def stream_tokens(self) -> int:
         """Tokens of one stream in one step: a power of two of lanes, no more than the longest list needs."""
-        tokens = max(_LANES, self.page_size)
-        while tokens < _STREAM_TOKENS and tokens * _STREAMS < self.capacity * self.page_size:
+        tokens, most = _LANES, min(_STREAM_TOKENS, _STREAM_PAGES * self.page_size)
+        while tokens < most and tokens * _STREAMS < self.capacity * self.page_size:
             tokens *= 2
         return tokens
 
@@ -142,8 +147,10 @@ class _Row:
 
 def _kernel(plan: Plan, *refs: Any) -> None:
     refs_in = iter(refs)
-    heads, limits, table, next_table = (next(refs_in) for _ in range(4))
-    chosen, next_chosen = (next(refs_in), next(refs_in)) if plan.sparse else (None, None)
+    heads, limits, table = (next(refs_in) for _ in range(3))
+    next_table = next(refs_in) if plan.ahead else None
+    chosen = next(refs_in) if plan.sparse else None
+    next_chosen = next(refs_in) if plan.sparse and plan.ahead else None
     q, pool, out = (next(refs_in) for _ in range(3))
     lse = next(refs_in) if plan.parts > 1 else None
     scores = next(refs_in) if plan.scores else None
@@ -156,14 +163,21 @@ def _kernel(plan: Plan, *refs: Any) -> None:
     def copy(slot, place, head, page):
         return pltpu.make_async_copy(pool.at[page, head], buffers[slot].at[place], arrived.at[slot])
 
-    def fetch(which: _Row, item, step, slot, count):
-        """Start a step of `count` pages. Straight code, so that its scalar work shares bundles with vector work."""
+    def fetch(which: _Row, item, step, slot, count, *, group=plan.step_pages):
+        """Start a step of `count` pages, `group` of them in one straight piece of code."""
         locate, head = which.locate(item, step), which.head(item)
-        for place in range(plan.step_pages):
 
-            @pl.when(place < count)
-            def _(place=place):
-                copy(slot, place, head, locate(place)).start()
+        def some(first):
+            for place in range(group):
+
+                @pl.when(first + place < count)
+                def _(place=first + place):
+                    copy(slot, place, head, locate(place)).start()
+
+        if group == plan.step_pages:
+            some(0)
+        else:
+            pl.loop(0, pl.cdiv(jnp.minimum(count, plan.step_pages), group))(lambda i: some(i * group))
 
     def wait(item, step, slot):
         buffer = buffers[slot]
@@ -208,10 +222,10 @@ def _kernel(plan: Plan, *refs: Any) -> None:
         if lse is not None:
             lse[0, 0, item] = jnp.where(norm > 0.0, best * plan.scale + jnp.log(norm), MASKED)
 
-    @pl.when(row == 0)
+    @pl.when((row == 0) | (not plan.ahead))
     def _():
         parity[0] = 0
-        fetch(here, 0, 0, 0, here.pages(0))
+        fetch(here, 0, 0, 0, here.pages(0), group=min(_GROUP, plan.step_pages))
 
     def turn(item, step, slot):
         last = step + 1 == here.steps(item)
@@ -220,11 +234,14 @@ def _kernel(plan: Plan, *refs: Any) -> None:
         in_row = next_item < plan.items
         known = jnp.minimum(next_item, plan.items - 1)
 
-        @pl.when(~in_row & (row + 1 < plan.batch))
-        def _():
-            fetch(there, 0, 0, 1 - slot, there.pages(0))
+        if plan.ahead:
+
+            @pl.when(~in_row & (row + 1 < plan.batch))
+            def _():
+                fetch(there, 0, 0, 1 - slot, there.pages(0), group=min(_GROUP, plan.step_pages))
 
         wait(item, step, slot)
+        # Straight code: its scalar work shares bundles with the vector work below.
         fetch(here, known, next_step, 1 - slot, jnp.where(in_row, here.pages(known) - next_step * plan.step_pages, 0))
         compute(item, step, slot)
 
@@ -355,12 +372,14 @@ def attend(
     """
     batch, kv_heads, groups, head_dim = q.shape
     page_size = kv_pages.shape[2]
+    limit_words, row_words = _smem_words(page_table, limits, chosen)
     plan = Plan(
         batch=batch, kv_heads=kv_heads, heads=heads.shape[0], groups=groups, page_size=page_size, head_dim=head_dim,
         capacity=page_table.shape[1] if chosen is None else chosen.shape[2], scale=scale, scores=page_scores,
         sparse=chosen is not None, exact=kv_pages.dtype == jnp.float32, cores=chip.cores(),
+        ahead=batch > 1 and 4 * (limit_words + 4 * row_words) <= _SMEM_BYTES,
     )  # fmt: skip
-    _check(plan, q, kv_pages, page_table, chosen)
+    _check(plan, q, kv_pages, page_table, limits, chosen)
     return _launch(plan, q, kv_pages, page_table, limits, chosen, heads)
 
 
@@ -397,6 +416,8 @@ def _launch(
         outs.append(((1, 1, plan.items, plan.score_rows, _LANES), jnp.float32))
     state = (_STREAMS, plan.queries)
     buffer = pltpu.VMEM((plan.step_pages, *kv_pages.shape[2:]), kv_pages.dtype)
+    # XLA would copy a small pool to the vector memory first.
+    pool = pltpu.with_memory_space_constraint(kv_pages, pltpu.HBM)
     result = pl.pallas_call(
         lambda *refs: _kernel(plan, *refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -406,10 +427,10 @@ def _launch(
                 *(
                     pl.BlockSpec(block, index, memory_space=pltpu.SMEM)
                     for _, block in smem
-                    for index in (row, following)
+                    for index in ((row, following) if plan.ahead else (row,))
                 ),
                 pl.BlockSpec((1, *query.shape[1:]), lambda core, row, *_: (row, 0, 0, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pltpu.HBM),
             ],
             out_specs=[pl.BlockSpec(block, lambda core, row, *_: (core, row, 0, 0, 0)) for block, _ in outs],
             scratch_shapes=[
@@ -428,7 +449,7 @@ def _launch(
             vmem_limit_bytes=_vmem_bytes(plan, query, kv_pages),
         ),
         name="sparse_decode" if plan.sparse else "dense_decode",
-    )(heads, limits, *(array for array, _ in smem for _ in range(2)), query, kv_pages)
+    )(heads, limits, *(array for array, _ in smem for _ in range(1 + plan.ahead)), query, pool)
     return _gather(plan, q, page_table, limits, list(result))
 
 
@@ -468,15 +489,19 @@ def _vmem_bytes(plan: Plan, query, kv_pages) -> int:
     return buffers + 2 * blocks + (6 << 20)
 
 
-def _check(plan: Plan, q, kv_pages, page_table, chosen) -> None:
+def _smem_words(page_table, limits, chosen) -> tuple[int, int]:
+    """Words of scalar memory: held throughout, and for the lists of one row (which Pallas buffers twice)."""
+    lists = page_table.shape[1] + (0 if chosen is None else math.prod(chosen.shape[1:]))
+    return math.prod(limits.shape), lists
+
+
+def _check(plan: Plan, q, kv_pages, page_table, limits, chosen) -> None:
     if kv_pages.dtype not in (jnp.bfloat16, jnp.float32) or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"mosaic_tpu reads bfloat16 and float32, not {kv_pages.dtype} with {q.dtype} queries")
     if plan.head_dim not in (64, 128):
         raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {plan.head_dim}")
     if plan.page_size not in (16, 32, 64, 128):
         raise NotImplementedError(f"mosaic_tpu covers page sizes 16, 32, 64 and 128, not {plan.page_size}")
-    words = plan.batch * (plan.kv_heads if plan.sparse else 1) + 4 * page_table.shape[1]
-    if chosen is not None:
-        words += 4 * math.prod(chosen.shape[1:])
-    if 4 * words > _SMEM_BYTES:
+    limit_words, row_words = _smem_words(page_table, limits, chosen)
+    if 4 * (limit_words + 2 * row_words) > _SMEM_BYTES:
         raise NotImplementedError(f"page tables of {page_table.shape[1]} entries do not fit the scalar memory")
