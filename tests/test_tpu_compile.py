@@ -16,9 +16,10 @@ import pallas_kernels as ops
 from lychee_jax import programs
 from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
-from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for
+from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, sharding
 from lychee_jax.cache import CacheLayout
 from lychee_jax.heads import HeadMap
+from lychee_jax.layouts import weight_format
 from lychee_jax.model import Decoder
 from lychee_jax.programs import DecodePlan, ModelSpec, Rows
 from lychee_jax.sampling import SamplingParams
@@ -129,17 +130,21 @@ def test_the_dense_decode_loop_compiles_and_fits(chip: str, model: str, batch: i
     check_memory(CHIPS[chip], compiled, pool, layers)
 
 
-def abstract(model: str, batch: int, context: int) -> tuple[ModelSpec, Any, Any, Any]:
-    """A model, its pools and its page table, as shapes."""
+def abstract(chip: Chip, model: str, batch: int, context: int) -> tuple[ModelSpec, Any, Any, Any]:
+    """A model with its weights laid out as on a TPU, its pools and its page table, as shapes."""
     config = MODELS[model]
     spec, weights = ModelSpec.split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
+    weights = tuple(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_format(config, leaf.shape, sharding(chip)))
+        for leaf in weights
+    )
     layout = CacheLayout.plan([context] * batch, PAGE)
     pool = array(layout.num_pages, config.num_kv_heads, PAGE, 2 * config.head_dim, dtype=jnp.dtype("bfloat16"))
     return spec, weights, (pool,) * config.num_layers, array(*layout.page_table.shape)
 
 
 def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: bool) -> tuple[Any, Any, int]:
-    spec, weights, pools, table = abstract(model, batch, context)
+    spec, weights, pools, table = abstract(chip, model, batch, context)
     config = spec.config
     roles = None
     if hybrid:
@@ -156,3 +161,22 @@ def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: 
         )  # fmt: skip
     assert {name for _, name in calls} == {"mosaic_tpu"}
     return compiled, pools[0], config.num_layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chip", "model", "context"),
+    [(V6E, "llama-3-8b", 65536), (V5P, "qwen2.5-7b", 131072), (V5E, "qwen2.5-3b", 65536), (V5E, "bundled", 65536)],
+)
+def test_prefill_compiles_and_fits(chip: str, model: str, context: int) -> None:
+    """A chunk of 2048 tokens by JAX's splash attention over a cache of any length."""
+    spec, weights, pools, table = abstract(CHIPS[chip], model, 1, context)
+    tokens = 2048
+    angles = array(1, tokens, spec.config.head_dim // 2, dtype=jnp.float32)
+    with ops.recorded() as calls:
+        compiled = compile_for(
+            CHIPS[chip], programs.prefill_chunk, spec, weights, pools, table, array(1, tokens), angles, angles,
+            array(1), array(1), "mosaic_tpu",
+        )  # fmt: skip
+    assert set(calls) == {("block_attention", "mosaic_tpu")}
+    check_memory(CHIPS[chip], compiled, pools[0], spec.config.num_layers)

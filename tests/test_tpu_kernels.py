@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels as ops
+from lychee_jax.prefill import extend_attention
 
 from . import oracle
 from .test_ops import KV_HEADS, Cache, Shape, make_cache, padded, some_pages
@@ -235,3 +236,29 @@ def test_the_interpreter_sees_a_copy_that_is_not_waited_for() -> None:
 
     with pytest.raises(Exception, match="race"), interpreted():
         jax.block_until_ready(jax.jit(call)(jnp.ones((8, 128))))
+
+
+@pytest.mark.parametrize(("head_dim", "groups", "length"), [(64, 2, 128), (128, 1, 256)])
+def test_prefill_of_a_chunk_over_its_past(head_dim: int, groups: int, length: int) -> None:
+    """JAX's splash attention for the chunk and for blocks of the past, merged: three lengths of past, NaN beyond them."""
+    rng = np.random.default_rng(0)
+    page, kv_heads, starts = 64, 2, [0, 64 * 65 + 64, 128]
+    cache = make_cache(Shape(page, head_dim, groups, BF16), lengths=starts)
+    pool, table = cache.kv_pages[:, :kv_heads], cache.page_table
+    B = len(starts)
+    q = (2 * rng.standard_normal((B, length, kv_heads, groups, head_dim))).astype(jnp.bfloat16)
+    k, v = rng.standard_normal((2, B, length, kv_heads, head_dim)).astype(jnp.bfloat16)
+    scale = head_dim**-0.5
+    with interpreted(), ops.recorded() as calls:
+        out = jax.block_until_ready(
+            jax.jit(lambda *args: extend_attention(*args, scale=scale, implementation="mosaic_tpu"))(
+                *map(jnp.asarray, (q, k, v, pool, table)), jnp.array(starts, jnp.int32)
+            )
+        )
+    assert set(calls) == {("block_attention", "mosaic_tpu")}
+    for b, head, t in [(0, 0, 0), (0, 1, length - 1), (1, 0, 0), (1, 1, 77), (1, 0, length - 1), (2, 1, 5)]:
+        past_k, past_v = oracle.read_cache(pool, table, b, starts[b], head)
+        keys = np.concatenate([past_k, k[b, : t + 1, head].astype(np.float64)])
+        values = np.concatenate([past_v, v[b, : t + 1, head].astype(np.float64)])
+        want = oracle.attend(q[b, t, head].astype(np.float64), keys, values, scale)
+        np.testing.assert_allclose(np.asarray(out[b, t, head], np.float64), want, atol=2e-2)

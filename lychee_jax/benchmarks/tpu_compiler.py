@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -62,41 +63,54 @@ def prepare_process() -> None:
         os.environ.setdefault(name, value)
 
 
-@contextlib.contextmanager
-def described(chip: Chip) -> Iterator[jax.sharding.NamedSharding]:
-    """Inside the block programs are traced for one device of `chip`; yields the sharding their arguments must have.
+@functools.cache
+def _mesh(chip: Chip) -> jax.sharding.Mesh:
+    from jax.experimental import topologies
 
-    JAX's persistent cache is off meanwhile: it writes what was compiled for a described chip, and cannot read it back.
+    prepare_process()
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
+    return jax.sharding.Mesh(np.array(topology.devices[:1]), ("chips",))
+
+
+def sharding(chip: Chip) -> jax.sharding.NamedSharding:
+    """Of an array on one device of `chip`.
 
     Raises:
         UserError: libtpu is not installed.
     """
-    from jax.experimental import topologies
-    from jax.experimental.compilation_cache import compilation_cache
-
     if not installed():
         raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
-    prepare_process()
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("chips",))
+    return jax.sharding.NamedSharding(_mesh(chip), jax.sharding.PartitionSpec())
+
+
+@contextlib.contextmanager
+def described(chip: Chip) -> Iterator[None]:
+    """Inside the block kernels are traced for `chip`.
+
+    JAX's persistent cache is off meanwhile: it writes what was compiled for a described chip, and cannot read it back.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+
     cached = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # whether it is in use is remembered
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            yield jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        with jax.sharding.use_abstract_mesh(sharding(chip).mesh.abstract_mesh):
+            yield
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
         compilation_cache.reset_cache()
 
 
 def compile_for(chip: Chip, program: Any, *args: Any) -> jax.stages.Compiled:
-    """Compile a jitted function for `chip`; arrays among `args` are given by anything with a shape and a dtype."""
-    with described(chip) as sharding:
+    """Compile a jitted function for `chip`; arrays among `args` are given by anything with a shape and a dtype, and go
+    where they say or else to one device in the default layout.
+    """
 
-        def place(leaf: Any) -> Any:
-            if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-                return leaf
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    def place(leaf: Any) -> Any:
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype") or getattr(leaf, "sharding", None) is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(chip))
 
+    with described(chip):
         return program.lower(*jax.tree.map(place, args)).compile()
