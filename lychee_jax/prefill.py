@@ -89,7 +89,7 @@ def _extend_by_kernel(
     scale: float,
     implementation: str | None,
 ) -> jax.Array:
-    """`extend_attention`, block after block by the platform's kernel; raises NotImplementedError where it does not fit."""
+    """`extend_attention`, block after block by the platform's kernel; NotImplementedError where it does not fit."""
     head_dim = q.shape[-1]
     block = _block_tokens(kv_pages, _KERNEL_BLOCK)
     queries = q.transpose(0, 2, 3, 1, 4)

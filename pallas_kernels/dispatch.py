@@ -205,7 +205,7 @@ def block_attention(
 ) -> tuple[Float[Array, "B K G T H"], Float32[Array, "B K G T"]]:
     """Attention of many queries over one block of keys, and its natural log-sum-exps, by which blocks are merged.
 
-    Every query sees the first `valid[b]` keys; with None, T = S and query t sees keys 0 … t. There is no XLA form of it:
-    who calls it has one (`lychee_jax.prefill`), and takes it upon NotImplementedError.
+    Every query sees the first `valid[b]` keys; with None, T = S and query t sees keys 0 … t. There is no XLA form of
+    it: who calls it has one (`lychee_jax.prefill`), and takes it upon NotImplementedError.
     """
     return _run("block_attention", implementation, q, k, v, valid, scale=scale)

@@ -34,7 +34,7 @@ pytestmark = [
 PAGE = 64
 
 
-def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def array(*shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 

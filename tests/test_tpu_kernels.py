@@ -132,7 +132,10 @@ def check_select(scores: np.ndarray, counts: list[int], rule: oracle.Rule, page_
         ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), page_size=page_size,
         budget_pages=rule.budget, sink_pages=rule.sink, recent_pages=rule.recent, rule=rule.name, amount=rule.amount,
     )  # fmt: skip
-    picked = [[oracle.pick(head[:count].astype(np.float64), rule) for head in row] for row, count in zip(scores, counts, strict=True)]
+    picked = [
+        [oracle.pick(head[:count].astype(np.float64), rule) for head in row]
+        for row, count in zip(scores, counts, strict=True)
+    ]
     assert min(p.margin for row in picked for p in row) > 0.0 or rule.name == "budget"
     expected = padded([[p.pages for p in row] for row in picked], rule.budget)
     np.testing.assert_array_equal(pages, expected.pages)
@@ -240,7 +243,7 @@ def test_the_interpreter_sees_a_copy_that_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize(("head_dim", "groups", "length"), [(64, 2, 128), (128, 1, 256)])
 def test_prefill_of_a_chunk_over_its_past(head_dim: int, groups: int, length: int) -> None:
-    """JAX's splash attention for the chunk and for blocks of the past, merged: three lengths of past, NaN beyond them."""
+    """JAX's splash attention for the chunk and for blocks of the past, merged: three lengths of past, NaN beyond."""
     rng = np.random.default_rng(0)
     page, kv_heads, starts = 64, 2, [0, 64 * 65 + 64, 128]
     cache = make_cache(Shape(page, head_dim, groups, BF16), lengths=starts)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from lychee_jax.errors import UserError
+from lychee_jax.tpu_environment import has_tpu, without_tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +49,12 @@ def installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def prepare_process() -> None:
-    """Let libtpu be loaded by several processes, and let it look for no chips, nor for a cloud. Before its first use."""
-    for name, value in {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }.items():
-        os.environ.setdefault(name, value)
-
-
 @functools.cache
 def _mesh(chip: Chip) -> jax.sharding.Mesh:
     from jax.experimental import topologies
 
-    prepare_process()
+    if not has_tpu():
+        without_tpu()
     topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
     return jax.sharding.Mesh(np.array(topology.devices[:1]), ("chips",))
 

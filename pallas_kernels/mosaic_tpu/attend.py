@@ -29,7 +29,7 @@ _STREAMS = 4
 # Pages of a stream in a step, at most: every one of them is a copy to start, in code of its own.
 _STREAM_PAGES = 32
 # Pages that a loop starts at once, where nothing else is there to do meanwhile.
-_GROUP = 8
+GROUP = 8
 # Scalar memory is 1 MiB; the compiler wants some of it.
 _SMEM_BYTES = 960 * 1024
 
@@ -45,12 +45,12 @@ class Plan:
     page_size: int
     head_dim: int
     capacity: int  # pages that an item's list can have
-    scale: float
-    scores: PageScores | None
     sparse: bool
-    exact: bool  # float32 products
     cores: int
-    ahead: bool  # a row's last step fetches the first of the next row, whose pages are known then
+    scale: float = 1.0
+    scores: PageScores | None = None
+    exact: bool = False  # float32 products
+    ahead: bool = False  # a row's last step fetches the first of the next row, whose pages are known then
 
     @property
     def parts(self) -> int:
@@ -225,7 +225,7 @@ def _kernel(plan: Plan, *refs: Any) -> None:
     @pl.when((row == 0) | (not plan.ahead))
     def _():
         parity[0] = 0
-        fetch(here, 0, 0, 0, here.pages(0), group=min(_GROUP, plan.step_pages))
+        fetch(here, 0, 0, 0, here.pages(0), group=min(GROUP, plan.step_pages))
 
     def turn(item, step, slot):
         last = step + 1 == here.steps(item)
@@ -238,7 +238,7 @@ def _kernel(plan: Plan, *refs: Any) -> None:
 
             @pl.when(~in_row & (row + 1 < plan.batch))
             def _():
-                fetch(there, 0, 0, 1 - slot, there.pages(0), group=min(_GROUP, plan.step_pages))
+                fetch(there, 0, 0, 1 - slot, there.pages(0), group=min(GROUP, plan.step_pages))
 
         wait(item, step, slot)
         # Straight code: its scalar work shares bundles with the vector work below.
@@ -249,15 +249,15 @@ def _kernel(plan: Plan, *refs: Any) -> None:
         def _():
             finish(item)
 
-    def body(state):
+    def body(state: Any) -> Any:
         item, step, slot = state
         for value in range(2):
             pl.when(slot == value)(lambda value=value: turn(item, step, value))
         last = step + 1 == here.steps(item)
         return jnp.where(last, item + 1, item), jnp.where(last, 0, step + 1), 1 - slot
 
-    _, _, slot = jax.lax.while_loop(lambda state: state[0] < plan.items, body, (0, 0, parity[0]))
-    parity[0] = slot
+    state: Any = (0, 0, parity[0])
+    parity[0] = jax.lax.while_loop(lambda state: state[0] < plan.items, body, state)[2]
 
 
 def _attend(plan: Plan, query, buffer, left, fresh, top, total, mix) -> list[Any]:
@@ -291,9 +291,12 @@ def _attend(plan: Plan, query, buffer, left, fresh, top, total, mix) -> list[Any
     weights = [jnp.exp2((s - n[:, :1]) * factor) for s, n in zip(masked, new, strict=True)]
     products = [
         jax.lax.dot_general(
-            w.astype(buffer.dtype), lanes(stream, 2 * plan.head_dim - plan.width), (((1,), (0,)), ((), ())),
-            precision=precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
+            w.astype(buffer.dtype),
+            lanes(stream, 2 * plan.head_dim - plan.width),
+            (((1,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
         for stream, w in enumerate(weights)
     ]
     for stream in range(_STREAMS):
@@ -365,7 +368,7 @@ def attend(
     scale: float,
     page_scores: PageScores | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Attention `[B, R, G, H]`, and page scores `[B, R, P]`, of `heads [R]` over the first `limits` tokens of their lists.
+    """Attention `[B, R, G, H]` and page scores `[B, R, P]` of `heads [R]` over the first `limits` tokens of lists.
 
     The list of an item is the row's page table (`chosen` None, `limits [B]`), or the entries of it that `chosen [B, K,
     M]` names, with `limits [B, K]`.
@@ -405,7 +408,7 @@ def _launch(
         del core
         return jnp.minimum(row + 1, batch - 1), 0, 0
 
-    smem = [(page_table[:, None, :], (1, 1, page_table.shape[1]))]
+    smem: list[tuple[jax.Array, tuple[int, ...]]] = [(page_table[:, None, :], (1, 1, page_table.shape[1]))]
     if chosen is not None:
         smem.append((chosen, (1, *chosen.shape[1:])))
     item_out = (1, 1, plan.items, plan.queries, plan.width)
@@ -445,7 +448,8 @@ def _launch(
         ),
         out_shape=[jax.ShapeDtypeStruct((plan.cores, batch, *block[2:]), dtype) for block, dtype in outs],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), disable_bounds_checks=True,
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,
             vmem_limit_bytes=_vmem_bytes(plan, query, kv_pages),
         ),
         name="sparse_decode" if plan.sparse else "dense_decode",

@@ -25,7 +25,9 @@ _BITS = 2
 _LOWEST, _HIGHEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 
 
-def _kernel(budget: int, sinks: int, recents: int, chunk: int, scores: Any, limits: Any, used: Any, pages: Any, keys: Any) -> None:
+def _kernel(
+    budget: int, sinks: int, recents: int, chunk: int, scores: Any, limits: Any, used: Any, pages: Any, keys: Any
+) -> None:
     chunks = keys.shape[0]
     limit, end = limits[:, :1], used[:, :1]
     lane = jax.lax.broadcasted_iota(jnp.int32, (_SUBLANES, chunk), 1)
@@ -124,6 +126,11 @@ def _kernel(budget: int, sinks: int, recents: int, chunk: int, scores: Any, limi
     jax.lax.fori_loop(0, -(-budget // places), place, jnp.full((_SUBLANES, _LANES), -1, jnp.int32))
 
 
+def trips(budget_pages: int) -> list[int]:
+    """How often the kernel's loops run, in their order, where the pages are one chunk."""
+    return [32 // _BITS, -(-budget_pages // _PLACES)]
+
+
 def _tile_sum(values):
     """Sum `[8, n · 128]` over its tiles, pairwise, so that the additions do not wait for each other."""
     parts = [values[:, first : first + _LANES] for first in range(0, values.shape[1], _LANES)]
@@ -190,7 +197,8 @@ def _launch(
         out_shape=jax.ShapeDtypeStruct((rows + padding, width), jnp.int32),
         scratch_shapes=[pltpu.VMEM((chunks, _SUBLANES, chunk), jnp.int32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), disable_bounds_checks=True,
+            dimension_semantics=("parallel",),
+            disable_bounds_checks=True,
             vmem_limit_bytes=(3 * chunks * chunk + 2 * width) * _SUBLANES * 4 + (8 << 20),
         ),
         name="select_pages",
