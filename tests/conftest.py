@@ -12,7 +12,7 @@ if importlib.util.find_spec("libtpu") and not has_tpu():
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jaxtyping  # noqa: E402
+import jaxtyping
 
 # Before the first import of the packages: annotations are checked at every call of every public array function.
 jaxtyping.install_import_hook(["lychee_jax", "pallas_kernels", "checkpoints_convert"], "beartype.beartype")

@@ -75,10 +75,12 @@ def test_every_op_compiles(
     check_memory(chip, compiled, pool, 0)
 
 
-def check_memory(chip: Chip, compiled: Any, pool: Any, donated: int) -> None:
-    """It fits the chip, no temporary is as large as a pool, and pools are only ever written in place."""
+def check_memory(chip: Chip, compiled: Any, pool: Any, donated: int, temporaries: int | None = None) -> None:
+    """It fits the chip, all temporaries together are smaller than a pool (or `temporaries` bytes), and pools are only
+    ever written in place.
+    """
     memory, size = compiled.memory_analysis(), math.prod(pool.shape) * pool.dtype.itemsize
-    assert memory.temp_size_in_bytes < size
+    assert memory.temp_size_in_bytes < (temporaries or size)
     assert memory.alias_size_in_bytes >= donated * size
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes <= chip.memory
@@ -169,7 +171,10 @@ def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: 
     [(V6E, "llama-3-8b", 65536), (V5P, "qwen2.5-7b", 131072), (V5E, "qwen2.5-3b", 65536), (V5E, "bundled", 65536)],
 )
 def test_prefill_compiles_and_fits(chip: str, model: str, context: int) -> None:
-    """A chunk of 2048 tokens by JAX's splash attention over a cache of any length."""
+    """A chunk of 2048 tokens by JAX's splash attention over a cache of any length.
+
+    The activations of so many tokens outweigh the pool of a model with few KV heads.
+    """
     spec, weights, pools, table = abstract(CHIPS[chip], model, 1, context)
     tokens = 2048
     angles = array(1, tokens, spec.config.head_dim // 2, dtype=jnp.float32)
@@ -179,4 +184,4 @@ def test_prefill_compiles_and_fits(chip: str, model: str, context: int) -> None:
             array(1), array(1), "mosaic_tpu",
         )  # fmt: skip
     assert set(calls) == {("block_attention", "mosaic_tpu")}
-    check_memory(CHIPS[chip], compiled, pools[0], spec.config.num_layers)
+    check_memory(CHIPS[chip], compiled, pools[0], spec.config.num_layers, temporaries=1 << 30)
