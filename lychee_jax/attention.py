@@ -92,6 +92,7 @@ class Extend:
     starts: Int[Array, "B"]
     counts: Int[Array, "B"]
     aligned: bool
+    implementation: str | None = None
 
     def __call__(
         self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple[jax.Array, ...]
@@ -104,7 +105,10 @@ class Extend:
         k, v = k.astype(pool.dtype), v.astype(pool.dtype)
         append = append_pages if self.aligned else append_tokens
         pool = append(pool, self.page_table, self.starts, self.counts, jnp.concatenate([k, v], axis=-1))
-        out = extend_attention(q, k, v, pool, self.page_table, self.starts, scale=attention_scale(q.shape[-1]))
+        out = extend_attention(
+            q, k, v, pool, self.page_table, self.starts, scale=attention_scale(q.shape[-1]),
+            implementation=self.implementation,
+        )  # fmt: skip
         return out, (*state[:index], pool, *state[index + 1 :])
 
 

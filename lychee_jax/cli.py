@@ -18,6 +18,7 @@ from lychee_jax import cli_options as shared
 from lychee_jax.cli_eval import eval_app
 from lychee_jax.cli_generate import generate, load_model
 from lychee_jax.errors import UserError
+from lychee_jax.tpu_environment import has_tpu, without_tpu
 
 app = typer.Typer(
     name="lychee",
@@ -148,6 +149,26 @@ def bench_decode(
     print(json.dumps(dataclasses.asdict(report)) if as_json else report)
 
 
+@bench_app.command("tpu")
+def bench_tpu(
+    chip: Annotated[Literal["v5e", "v5p", "v6e", "all"], typer.Option(help="To compile for; none is needed.")] = "all",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there.")] = None,
+) -> None:
+    """Predict the TPU kernels' times from the compiler's own schedule, on any Linux machine.
+
+    Needs libtpu (pip install libtpu), which compiles for TPUs without one. What is assumed stands below the table.
+    """
+    from checkpoints_convert.progress import progress_bar
+    from lychee_jax.benchmarks import tpu_schedule
+
+    chips = ["v5e", "v5p", "v6e"] if chip == "all" else [chip]
+    with progress_bar() as progress:
+        report = tpu_schedule.run(chips, on_row=lambda done, total: progress("compile", done, total))
+    if json_file is not None:
+        json_file.write_text(json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n")
+    print(report, end="")
+
+
 @app.command()
 def demo(
     output: Annotated[
@@ -204,5 +225,7 @@ def _prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("USE_TORCH", "0")
+    if not has_tpu():  # libtpu may be there to compile with; it would complain on standard error
+        without_tpu()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")

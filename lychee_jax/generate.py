@@ -16,6 +16,7 @@ import numpy as np
 from lychee_jax.cache import CacheLayout, make_pools, next_power_of_two, pages_for
 from lychee_jax.errors import UserError
 from lychee_jax.heads import HeadMap
+from lychee_jax.layouts import place_weights
 from lychee_jax.model import Decoder
 from lychee_jax.programs import (
     Block,
@@ -186,7 +187,8 @@ class Engine:
 
     def __init__(self, model: Decoder):
         self.config = model.config
-        self.spec, self.weights = ModelSpec.split(model)
+        self.spec, weights = ModelSpec.split(model)
+        self.weights = place_weights(model.config, weights)
 
     @property
     def dtype(self) -> np.dtype:

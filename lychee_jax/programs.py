@@ -78,7 +78,7 @@ class Block(NamedTuple):
     pages_read: Int32[Array, "steps B"]
 
 
-@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("pools",))
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"), donate_argnames=("pools",))
 def prefill_chunk(
     spec: ModelSpec,
     weights: tuple[jax.Array, ...],
@@ -89,9 +89,10 @@ def prefill_chunk(
     sin: Float32[Array, "#B T half"],
     starts: Int[Array, "B"],
     counts: Int[Array, "B"],
+    implementation: str | None = None,
 ) -> tuple[Pools, Float[Array, "B E"]]:
     """Feed `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states."""
-    way = Extend(page_table, starts, counts, aligned=True)
+    way = Extend(page_table, starts, counts, aligned=True, implementation=implementation)
     hidden, pools = spec.merge(weights)(tokens, cos, sin, way, pools)
     return pools, jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
 

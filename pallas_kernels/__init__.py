@@ -1,7 +1,23 @@
 """Array ops of hybrid-head decoding (LycheeDecode, arXiv 2602.04541); they know no model, no config, no head map."""
 
-from pallas_kernels.dispatch import dense_decode, hybrid_decode, recorded, select_pages, sparse_decode
+from pallas_kernels.dispatch import (
+    block_attention,
+    dense_decode,
+    hybrid_decode,
+    recorded,
+    select_pages,
+    sparse_decode,
+)  # fmt: skip
 from pallas_kernels.reference import MASKED
 from pallas_kernels.types import Selection
 
-__all__ = ["MASKED", "Selection", "dense_decode", "hybrid_decode", "recorded", "select_pages", "sparse_decode"]
+__all__ = [
+    "MASKED",
+    "Selection",
+    "block_attention",
+    "dense_decode",
+    "hybrid_decode",
+    "recorded",
+    "select_pages",
+    "sparse_decode",
+]

@@ -34,6 +34,7 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
         "hybrid_decode": reference.hybrid_decode,
     },
     "mosaic_gpu": {name: _lazy("pallas_kernels.mosaic_gpu", name) for name in _NAMES},
+    "mosaic_tpu": {name: _lazy("pallas_kernels.mosaic_tpu", name) for name in (*_NAMES, "block_attention")},
 }
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("mosaic_tpu", "xla"),
@@ -82,7 +83,7 @@ def _run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any
         if calls is not None:
             calls.append((op, name))
         return result
-    raise AssertionError("the XLA implementation is always a candidate")
+    raise NotImplementedError(f"{op} has no implementation for {jax.default_backend()}")
 
 
 def _check_pool(q: Array, kv_pages: Array, page_table: Array, lengths: Array, heads: Heads) -> None:
@@ -192,3 +193,20 @@ def hybrid_decode(
         budget_pages=budget_pages, sink_pages=sink_pages, recent_pages=recent_pages, rule=rule, amount=amount,
         page_scores=page_scores,
     )  # fmt: skip
+
+
+def block_attention(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    valid: Int[Array, "B"] | None,
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B K G T H"], Float32[Array, "B K G T"]]:
+    """Attention of many queries over one block of keys, and its natural log-sum-exps, by which blocks are merged.
+
+    Every query sees the first `valid[b]` keys; with None, T = S and query t sees keys 0 … t. There is no XLA form of
+    it: who calls it has one (`lychee_jax.prefill`), and takes it upon NotImplementedError.
+    """
+    return _run("block_attention", implementation, q, k, v, valid, scale=scale)

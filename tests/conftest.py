@@ -1,7 +1,16 @@
 """Every test runs with jaxtyping shapes checked by beartype, strict dtype promotion and warnings as errors."""
 
+import importlib.util
 import os
 from pathlib import Path
+
+from lychee_jax.tpu_environment import has_tpu, without_tpu
+
+# libtpu is here to compile with: where there is no TPU it must not be tried as a backend. Before JAX is imported.
+if importlib.util.find_spec("libtpu") and not has_tpu():
+    without_tpu()
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jaxtyping
 

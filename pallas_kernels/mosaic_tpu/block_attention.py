@@ -1,0 +1,43 @@
+"""`block_attention` on TPU: JAX's own splash attention kernel, for the many queries of a prefill."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+_QUERY_BLOCK = 512
+_KEY_BLOCK = 1024
+_LANES = 128
+
+
+def block_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.block_attention`. The scale is folded into the queries, in their own precision."""
+    batch, kv_heads, groups, queries, head_dim = q.shape
+    keys = k.shape[2]
+    if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
+        raise NotImplementedError("mosaic_tpu reads blocks of bfloat16: splash attention rounds float32 products")
+    if head_dim not in (64, 128):
+        raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {head_dim}")
+    if queries % _LANES or keys % _LANES or queries % min(queries, _QUERY_BLOCK) or keys % min(keys, _KEY_BLOCK):
+        raise NotImplementedError(f"mosaic_tpu takes whole blocks, not {queries} queries and {keys} keys")
+    shape = (queries, keys)
+    mask = masks.CausalMask(shape) if valid is None else masks.FullMask(shape)
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * (kv_heads * groups)),
+        block_sizes=splash.BlockSizes(block_q=min(queries, _QUERY_BLOCK), block_kv=min(keys, _KEY_BLOCK)),
+        head_shards=1, q_seq_shards=1, save_residuals=True,
+    )  # fmt: skip
+    query = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(batch, kv_heads * groups, queries, head_dim)
+    outs, sums = [], []
+    for row in range(batch):  # the prefill's batches are of one row
+        segments = None
+        if valid is not None:
+            # Keys past the row's valid ones belong to a segment that no query is of.
+            beyond = (jnp.arange(keys, dtype=jnp.int32) >= valid[row]).astype(jnp.int32)
+            segments = splash.SegmentIds(jnp.zeros((queries,), jnp.int32), beyond)
+        out, (lse,) = kernel(query[row], k[row], v[row], segments)
+        outs.append(out)
+        sums.append(lse)
+    return jnp.stack(outs).reshape(q.shape), jnp.stack(sums).reshape(q.shape[:-1])

@@ -1,0 +1,29 @@
+"""`sparse_decode` on TPU: the pages that a selection names, each fetched by its id."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mosaic_tpu.attend import attend
+from pallas_kernels.types import Selection
+
+
+def sparse_decode(
+    q: jax.Array,
+    kv_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    selection: Selection,
+    heads: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """See `reference.sparse_decode`."""
+    page_size = kv_pages.shape[2]
+    used = (lengths + page_size - 1) // page_size
+    inside = (selection.pages >= 0) & (selection.pages < used[:, None, None])
+    count = jnp.sum(inside, axis=-1, dtype=jnp.int32)
+    # Ids ascend, so that only the last one can be the row's last page, which may be partial.
+    last = jnp.any(selection.pages == used[:, None, None] - 1, axis=-1) & (count > 0)
+    missing = (used * page_size - lengths)[:, None]
+    tokens = count * page_size - jnp.where(last, missing, 0)
+    return attend(q, kv_pages, page_table, tokens, selection.pages, heads, scale=scale, page_scores=None)[0]

@@ -1,0 +1,187 @@
+"""Everything that runs on a TPU, compiled by the real TPU compiler for chips that are not here.
+
+Shapes only, no weights: what is looked at is whether it compiles, what it holds in memory, and what it copies.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import pallas_kernels as ops
+from lychee_jax import programs
+from lychee_jax.benchmarks import tpu_compiler
+from lychee_jax.benchmarks.shapes import MODELS
+from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, sharding
+from lychee_jax.cache import CacheLayout
+from lychee_jax.heads import HeadMap
+from lychee_jax.layouts import weight_format
+from lychee_jax.model import Decoder
+from lychee_jax.programs import DecodePlan, ModelSpec, Rows
+from lychee_jax.sampling import SamplingParams
+from lychee_jax.selection import SelectionPolicy
+from pallas_kernels import Selection
+
+pytestmark = [
+    pytest.mark.libtpu,
+    pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu, the TPU compiler, is not installed here"),
+]
+
+PAGE = 64
+
+
+def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "group", "head_dim", "page_size", "context", "dtype"),
+    [
+        (1, 8, 4, 128, 64, 131072, "bfloat16"),
+        (3, 4, 7, 128, 16, 4096, "bfloat16"),
+        (64, 2, 8, 128, 128, 8192, "float32"),
+        (2, 32, 1, 128, 32, 16384, "bfloat16"),
+        (1, 4, 2, 64, 64, 1 << 20, "bfloat16"),
+        (1, 4, 2, 64, 16, 1 << 20, "float32"),
+    ],
+)  # fmt: skip
+def test_every_op_compiles(
+    chip: Chip, batch: int, kv_heads: int, group: int, head_dim: int, page_size: int, context: int, dtype: str
+) -> None:
+    """Through `hybrid_decode`, which is made of the other three: the roles of one layer with an odd number of heads."""
+    pages, budget = context // page_size, 4096 // page_size
+
+    def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any) -> Any:
+        return ops.hybrid_decode(
+            q, pool, table, lengths, Selection(chosen, counts), jnp.array([kv_heads - 1], jnp.int32),
+            scale=head_dim**-0.5, budget_pages=budget, sink_pages=2, recent_pages=4, implementation="mosaic_tpu",
+        )  # fmt: skip
+
+    pool = array(min(batch * pages, 1 << 16) + batch, kv_heads, page_size, 2 * head_dim, dtype=dtype)
+    with ops.recorded() as calls:
+        compiled = compile_for(
+            chip, jax.jit(layer), array(batch, kv_heads, group, head_dim, dtype=dtype), pool, array(batch, pages),
+            array(batch), array(batch, kv_heads, budget), array(batch, kv_heads),
+        )  # fmt: skip
+    assert calls == [("hybrid_decode", "mosaic_tpu")]
+    text = compiled.as_text() or ""
+    for name in ("dense_decode", "sparse_decode", "select_pages"):
+        assert re.search(rf"{name}\S* = \(?\S+ .*custom-call\(", text), f"no {name} kernel in the program"
+    check_memory(chip, compiled, pool, 0)
+
+
+def check_memory(chip: Chip, compiled: Any, pool: Any, donated: int, temporaries: int | None = None) -> None:
+    """It fits the chip, all temporaries together are smaller than a pool (or `temporaries` bytes), and pools are only
+    ever written in place.
+    """
+    memory, size = compiled.memory_analysis(), math.prod(pool.shape) * pool.dtype.itemsize
+    assert memory.temp_size_in_bytes < (temporaries or size)
+    assert memory.alias_size_in_bytes >= donated * size
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes <= chip.memory
+    names = {"bfloat16": "bf16", "float32": "f32"}
+    shape = f"{names[pool.dtype.name]}[{','.join(map(str, pool.shape))}]"
+    text = compiled.as_text()
+    assert shape in text, "the pool must be in the program, or this looks for the wrong thing"
+    # Also as part of a tuple, as asynchronous copies have it.
+    made = re.findall(rf"= \(?[^=]*?{re.escape(shape)}[^=]*? ([a-z][a-z0-9-]*)\(", text)
+    assert set(made) <= {"parameter", "get-tuple-element", "bitcast", "fusion", "scatter", "while", "tuple"}
+    assert made.count("scatter") == donated
+    assert made.count("fusion") == donated, "only the fusions around the scatters"
+
+
+V6E, V5P, V5E = "v6e", "v5p", "v5e"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chip", "model", "batch", "context"),
+    [
+        (V6E, "llama-3-8b", 1, 65536),
+        (V6E, "llama-3-8b", 4, 16384),
+        (V6E, "qwen3-8b", 1, 65536),
+        (V6E, "qwen3-8b", 4, 16384),
+        (V6E, "qwen2.5-7b", 1, 131072),
+        (V6E, "qwen2.5-7b", 4, 32768),
+        (V5P, "llama-3-8b", 1, 131072),
+        (V5P, "llama-3-8b", 4, 131072),
+        (V5P, "qwen3-8b", 1, 131072),
+        (V5P, "qwen3-8b", 4, 65536),
+        (V5P, "qwen2.5-7b", 1, 131072),
+        (V5P, "qwen2.5-7b", 4, 131072),
+        (V5E, "qwen2.5-3b", 1, 65536),
+        (V5E, "qwen2.5-3b", 4, 32768),
+        *((chip, "bundled", batch, 65536) for chip in (V6E, V5P, V5E) for batch in (1, 4)),
+    ],
+)
+def test_the_whole_decode_loop_compiles_and_fits(chip: str, model: str, batch: int, context: int) -> None:
+    """One retrieval head a layer, as learned maps have it, and all of them in layer 0."""
+    compiled, pool, layers = compile_decode(CHIPS[chip], model, batch, context, hybrid=True)
+    check_memory(CHIPS[chip], compiled, pool, layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "model", "batch", "context"), [(V6E, "llama-3-8b", 1, 65536)])
+def test_the_dense_decode_loop_compiles_and_fits(chip: str, model: str, batch: int, context: int) -> None:
+    compiled, pool, layers = compile_decode(CHIPS[chip], model, batch, context, hybrid=False)
+    check_memory(CHIPS[chip], compiled, pool, layers)
+
+
+def abstract(chip: Chip, model: str, batch: int, context: int) -> tuple[ModelSpec, Any, Any, Any]:
+    """A model with its weights laid out as on a TPU, its pools and its page table, as shapes."""
+    config = MODELS[model]
+    spec, weights = ModelSpec.split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
+    weights = tuple(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_format(config, leaf.shape, sharding(chip)))
+        for leaf in weights
+    )
+    layout = CacheLayout.plan([context] * batch, PAGE)
+    pool = array(layout.num_pages, config.num_kv_heads, PAGE, 2 * config.head_dim, dtype=jnp.dtype("bfloat16"))
+    return spec, weights, (pool,) * config.num_layers, array(*layout.page_table.shape)
+
+
+def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: bool) -> tuple[Any, Any, int]:
+    spec, weights, pools, table = abstract(chip, model, batch, context)
+    config = spec.config
+    roles = None
+    if hybrid:
+        every = tuple(range(config.num_kv_heads))
+        rest = tuple((layer % config.num_kv_heads,) for layer in range(1, config.num_layers))
+        roles = HeadMap(config.num_layers, config.num_kv_heads, (every, *rest))
+    plan = DecodePlan(roles, SelectionPolicy(), SamplingParams().kind, 8, "mosaic_tpu")
+    rows = Rows(array(batch), array(batch), array(batch, dtype=bool), array(batch), None)
+    angles = array(batch, 8, config.head_dim // 2, dtype=jnp.float32)
+    with ops.recorded() as calls:
+        compiled = compile_for(
+            chip, programs.decode_block, spec, plan, weights, pools, rows, table, angles, angles,
+            array(batch, dtype=bool), SamplingParams().arrays(), array(4), array(),
+        )  # fmt: skip
+    assert {name for _, name in calls} == {"mosaic_tpu"}
+    return compiled, pools[0], config.num_layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chip", "model", "context"),
+    [(V6E, "llama-3-8b", 65536), (V5P, "qwen2.5-7b", 131072), (V5E, "qwen2.5-3b", 65536), (V5E, "bundled", 65536)],
+)
+def test_prefill_compiles_and_fits(chip: str, model: str, context: int) -> None:
+    """A chunk of 2048 tokens by JAX's splash attention over a cache of any length.
+
+    The activations of so many tokens outweigh the pool of a model with few KV heads.
+    """
+    spec, weights, pools, table = abstract(CHIPS[chip], model, 1, context)
+    tokens = 2048
+    angles = array(1, tokens, spec.config.head_dim // 2, dtype=jnp.float32)
+    with ops.recorded() as calls:
+        compiled = compile_for(
+            CHIPS[chip], programs.prefill_chunk, spec, weights, pools, table, array(1, tokens), angles, angles,
+            array(1), array(1), "mosaic_tpu",
+        )  # fmt: skip
+    assert set(calls) == {("block_attention", "mosaic_tpu")}
+    check_memory(CHIPS[chip], compiled, pools[0], spec.config.num_layers, temporaries=1 << 30)

@@ -1,0 +1,36 @@
+"""TPU kernels without a TPU: JAX's interpreter with every check that it has."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.mosaic_tpu import chip
+
+
+@contextlib.contextmanager
+def interpreted(cores: int = 1) -> Iterator[None]:
+    """Kernels traced inside run on a simulated TPU of `cores` TensorCores, where a race, a read out of bounds and the
+    use of memory that nothing was written to are errors, the last by its NaN.
+    """
+    params = pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=cores
+    )
+    with pytest.MonkeyPatch.context() as patch, pltpu.force_tpu_interpret_mode(params):
+        patch.setattr(chip, "cores", lambda: cores)
+        try:
+            yield
+        finally:
+            found = interpreter.races is not None and interpreter.races.races_found
+            pltpu.reset_tpu_interpret_mode_state()
+    assert not found, "the interpreter saw a data race; it is printed above"
+
+
+def run(op: Any, *args: Any, cores: int = 1, **static: Any) -> Any:
+    """One call of an op as a TPU kernel under the interpreter."""
+    with interpreted(cores):
+        return jax.block_until_ready(jax.jit(lambda *args: op(*args, implementation="mosaic_tpu", **static))(*args))
