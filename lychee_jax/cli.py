@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ import typer
 from typer.main import get_command
 
 from lychee_jax import cli_options as shared
+from lychee_jax.cli_bench import app as bench_app
 from lychee_jax.cli_eval import eval_app
 from lychee_jax.cli_generate import generate, load_model
 from lychee_jax.errors import UserError
@@ -35,7 +34,6 @@ app = typer.Typer(
     [cyan]lychee generate --model my-8b --chat -p "Who wrote Faust?"[/cyan]""",
 )
 heads_app = typer.Typer(help="Look at a head map: which KV heads retrieve.", rich_markup_mode="rich")
-bench_app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
 app.add_typer(heads_app, name="heads")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
@@ -123,52 +121,6 @@ def heads_plot(
     print(target)
 
 
-@bench_app.command("decode")
-def bench_decode(
-    model: shared.ModelOption = None,
-    dtype: shared.DtypeOption = None,
-    implementation: shared.ImplementationOption = None,
-    heads: shared.HeadsOption = None,
-    page_size: shared.PageSizeOption = 64,
-    budget: shared.BudgetOption = 2048,
-    sink: shared.SinkOption = 128,
-    recent: shared.RecentOption = 256,
-    context: Annotated[int, typer.Option(metavar="N", help="Tokens in the cache when decoding starts.")] = 32768,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
-) -> None:
-    """Time a decoded token, dense and hybrid, in the same run; attention alone as well."""
-    from lychee_jax.benchmarks import decode
-    from lychee_jax.generate import GenerateOptions
-    from lychee_jax.selection import SelectionPolicy
-
-    policy = SelectionPolicy(budget, sink, recent)
-    options = GenerateOptions("hybrid", policy=policy, page_size=page_size, implementation=implementation)
-    loaded = load_model(model, dtype)
-    options = dataclasses.replace(options, heads=loaded.choose_heads(heads))
-    report = decode.run(loaded, options, context=context)
-    print(json.dumps(dataclasses.asdict(report)) if as_json else report)
-
-
-@bench_app.command("tpu")
-def bench_tpu(
-    chip: Annotated[Literal["v5e", "v5p", "v6e", "all"], typer.Option(help="To compile for; none is needed.")] = "all",
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there.")] = None,
-) -> None:
-    """Predict the TPU kernels' times from the compiler's own schedule, on any Linux machine.
-
-    Needs libtpu (pip install libtpu), which compiles for TPUs without one. What is assumed stands below the table.
-    """
-    from checkpoints_convert.progress import progress_bar
-    from lychee_jax.benchmarks import tpu_schedule
-
-    chips = ["v5e", "v5p", "v6e"] if chip == "all" else [chip]
-    with progress_bar() as progress:
-        report = tpu_schedule.run(chips, on_row=lambda done, total: progress("compile", done, total))
-    if json_file is not None:
-        json_file.write_text(json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False) + "\n")
-    print(report, end="")
-
-
 @app.command()
 def demo(
     output: Annotated[
@@ -201,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except NotImplementedError as error:  # a kernel that was asked for by name does not cover the case
+        return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             return _fail(f"not enough memory: {error}")
@@ -225,6 +179,7 @@ def _prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("USE_TORCH", "0")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # JAX leaves a quarter of a GPU unused by default
     if not has_tpu():  # libtpu may be there to compile with; it would complain on standard error
         without_tpu()
     if isinstance(sys.stdout, io.TextIOWrapper):

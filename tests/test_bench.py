@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lychee_jax import cli
-from lychee_jax.benchmarks import decode
+from lychee_jax.benchmarks import decode, shapes, step
+from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load
 
@@ -99,8 +100,76 @@ def test_impossible_context_is_refused(model, options, context, message):
 
 def test_command_prints_one_object(folder, capsys):
     arguments = ["--context", "120", "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16"]
-    status = cli.main(["bench", "decode", "--model", str(folder), "--json", *arguments])
+    status = cli.main(["bench", "decode", "--model", str(folder), "--json", "-", *arguments])
     printed = json.loads(capsys.readouterr().out)
     assert status == 0
     assert (printed["context"], printed["budget"], printed["retrieval_heads"]) == (120, 64, 3)
     assert printed["speedup"]["step"] == pytest.approx(printed["step_ms"]["dense"] / printed["step_ms"]["hybrid"])
+
+
+SMALL = ["--context", "256", "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16"]
+
+
+def test_a_shape_is_measured_without_a_model(monkeypatch, tmp_path, capsys):
+    """The whole step of random weights: a row for each batch, the rivals of the same run beside it."""
+    config = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 128)  # a longer context is made room for
+    monkeypatch.setitem(shapes.MODELS, "llama-3-8b", config)
+    target = tmp_path / "rows.json"
+    shape = ["--shape", "llama-3-8b", "--retrieval-heads", "3", "--batch", "1,2", "--dtype", "float32"]
+    assert cli.main(["bench", "decode", *shape, "--json", str(target), *SMALL]) == 0
+    assert "hybrid" in capsys.readouterr().out
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["batch"], row["retrieval_heads"], row["kv_heads"], row["pages"]) for row in rows] == [
+        (1, 3, 6, 4),
+        (2, 3, 6, 4),
+    ]
+    for row in rows:
+        assert row["us"] == statistics.median(row["samples_us"]) > 0
+        assert row["rivals"].keys() == {"dense", "dense_cudnn"}
+        assert row["pool_copies"] == 0
+        weights = row["weight_bytes"] - 64 * 32 * 4
+        read = row["batch"] * (3 * 16 + 3 * 4) * 16 * 2 * 16 * 4
+        assert row["roofline_us"] == pytest.approx(1e6 * (weights + read) / 4.6e12)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_retrieval_heads_are_spread(count):
+    config = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 128)
+    head_map = step.spread_heads(config, count)
+    head_map.check(config)
+    assert head_map.num_retrieval == count
+
+
+def test_kernels_are_timed_beside_their_rivals(tmp_path, capsys):
+    target = tmp_path / "kernels.json"
+    arguments = ["--batch", "1", "--repeats", "2", "--dtype", "float32", "--context", "200", "--pages", "8"]
+    assert cli.main(["bench", "kernels", "--page-size", "16", "--json", str(target), *arguments]) == 0
+    assert "sparse_decode" in capsys.readouterr().out
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["name"], row["retrieval_heads"]) for row in rows] == [
+        ("sparse_decode", 0), ("dense_decode", 8), ("dense_decode", 1), ("hybrid_decode", 1), ("select_pages", 8)
+    ]  # fmt: skip
+    page = 16 * 2 * 128 * 4
+    for row, read in zip(rows, [8 * 8 * page, 8 * 13 * page, 13 * page, (13 + 7 * 8) * page, 8 * 13 * 4], strict=True):
+        assert row["roofline_us"] == pytest.approx(1e6 * read / 4.6e12)
+        assert row["rivals"]["xla"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "--batch", "2"], "--shape"),
+        (["decode", "--shape", "llama-3-8b", "--model", "x"], "exclude"),
+        (["decode", "--shape", "llama-3-8b", "--batch", "two"], "whole numbers"),
+        (["kernels", "--batch", "0"], "at least one"),
+        (["kernels", "--pages", "3"], "at least 7"),
+        (["kernels", "--implementation", "mosaic_gpu"], "Hopper"),
+    ],
+    ids=" ".join,
+)
+def test_impossible_benchmarks_are_refused(arguments, message, capsys):
+    assert cli.main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert len(captured.err.splitlines()) == 1

@@ -122,7 +122,7 @@ def _measure_batch(
     hybrid = functools.partial(
         pallas_kernels.hybrid_decode, selection=selection, heads=one, scale=shape.scale, **numbers
     )
-    cases: list[tuple[str, int, float, Callable[..., Any]]] = [
+    cases: list[tuple[str, int, int, Callable[..., Any]]] = [
         ("sparse_decode", 0, kv_heads * reads["sparse"], sparse),
         ("dense_decode", kv_heads, kv_heads * reads["dense"], functools.partial(dense, heads=every)),
         ("dense_decode", 1, reads["dense"], functools.partial(dense, heads=one)),
@@ -131,7 +131,7 @@ def _measure_batch(
     rows = []
 
     def add(
-        name: str, heads: int, read: float, time_of: Callable[[str | None], list[float]], others: dict[str, float]
+        name: str, heads: int, read: int, time_of: Callable[[str | None], list[float]], others: dict[str, float]
     ) -> None:
         report(f"{name}, {heads} retrieval heads, batch {batch}")
         samples = time_of(implementation)
@@ -206,3 +206,15 @@ def _dense_rivals(shape: Shape, batch: int, context: int, queries: list[jax.Arra
     ).items():
         found[name] = float(np.median(samples))
     return found
+
+
+def table(rows: Sequence[KernelRow]) -> str:
+    """For people."""
+    lines = [f"{'op':<14} {'batch':>5} {'retrieving':>10} {'µs':>9} {'bytes allow':>11} {'ratio':>6}  rivals (µs)"]
+    for row in rows:
+        rivals = ", ".join(f"{name} {us:.1f}" for name, us in row.rivals.items())
+        lines.append(
+            f"{row.name:<14} {row.batch:>5} {row.retrieval_heads:>10} {row.us:>9.1f} {row.roofline_us:>11.1f} "
+            f"{row.ratio_to_roofline:>6.2f}  {rivals}"
+        )
+    return "\n".join(lines)

@@ -99,6 +99,7 @@ def measure(
     A sample is the mean of 3 × 16 steps that are sent without waiting, as `generate` does.
     """
     policy = policy or SelectionPolicy()
+    config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context))
     spec, weights = random_model(config, dtype)
     weight_bytes = sum(leaf.nbytes for leaf in weights)
     read_bytes = weight_bytes
@@ -265,3 +266,17 @@ def _contiguous_runner(
         jax.block_until_ready(token)
 
     return run
+
+
+def table(rows: Sequence[StepRow]) -> str:
+    """For people."""
+    lines = [
+        f"{'model':<12} {'batch':>5} {'hybrid µs':>10} {'bytes allow':>11} {'ratio':>6}  dense (µs, and over hybrid)"
+    ]
+    for row in rows:
+        rivals = ", ".join(f"{name} {us:.0f} ({us / row.us:.2f}×)" for name, us in row.rivals.items())
+        lines.append(
+            f"{row.model:<12} {row.batch:>5} {row.us:>10.0f} {row.roofline_us:>11.0f} {row.ratio_to_roofline:>6.2f}  "
+            f"{rivals}"
+        )
+    return "\n".join(lines)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import chip
 from pallas_kernels.reference import MASKED
-from pallas_kernels.types import PageScores
+from pallas_kernels.types import Heads, PageScores
 
 _LANES = 128
 _SUBLANES = 8
@@ -363,7 +363,7 @@ def attend(
     page_table: jax.Array,
     limits: jax.Array,
     chosen: jax.Array | None,
-    heads: jax.Array,
+    heads: Heads,
     *,
     scale: float,
     page_scores: PageScores | None,
@@ -394,7 +394,7 @@ def _launch(
     page_table: jax.Array,
     limits: jax.Array,
     chosen: jax.Array | None,
-    heads: jax.Array,
+    heads: Heads,
 ) -> tuple[jax.Array, jax.Array | None]:
     batch, groups, head_dim = plan.batch, plan.groups, plan.head_dim
     padding = ((0, 0), (0, 0), (0, plan.queries - groups), (0, plan.width - head_dim))

@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.mosaic_tpu.attend import attend
-from pallas_kernels.types import PageScores
+from pallas_kernels.types import Heads, PageScores
 
 
 def dense_decode(
@@ -11,7 +11,7 @@ def dense_decode(
     kv_pages: jax.Array,
     page_table: jax.Array,
     lengths: jax.Array,
-    heads: jax.Array,
+    heads: Heads,
     *,
     scale: float,
     page_scores: PageScores | None = None,

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_tpu.dense_decode import dense_decode
 from pallas_kernels.mosaic_tpu.select import select_pages
 from pallas_kernels.mosaic_tpu.sparse_decode import sparse_decode
-from pallas_kernels.types import PageScores, Rule, Selection
+from pallas_kernels.types import Heads, PageScores, Rule, Selection
 
 
-def _others(heads: jax.Array, kv_heads: int) -> jax.Array:
+def _others(heads: Heads, kv_heads: int) -> jax.Array:
     """The KV heads that `heads` does not name, ascending; without a sort, which TPUs are slow at."""
     ids = jnp.arange(kv_heads, dtype=jnp.int32)
     free = jnp.all(ids[:, None] != heads[None, :], axis=1)
@@ -21,7 +21,7 @@ def _others(heads: jax.Array, kv_heads: int) -> jax.Array:
     return jnp.sum(jnp.where(free & (rank == places[:, None]), ids, 0), axis=1, dtype=jnp.int32)
 
 
-def _put(whole: jax.Array, heads: jax.Array, some: jax.Array) -> jax.Array:
+def _put(whole: jax.Array, heads: Heads, some: jax.Array) -> jax.Array:
     """`whole [B, K, …]` with `some [B, R, …]` at `heads`: selects, which fuse, where a scatter would be an op."""
     ids = jnp.arange(whole.shape[1], dtype=jnp.int32).reshape(1, -1, *[1] * (whole.ndim - 2))
     for index in range(heads.shape[0]):
@@ -35,7 +35,7 @@ def hybrid_decode(
     page_table: jax.Array,
     lengths: jax.Array,
     selection: Selection,
-    heads: jax.Array,
+    heads: Heads,
     *,
     scale: float,
     budget_pages: int,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_tpu.attend import attend
-from pallas_kernels.types import Selection
+from pallas_kernels.types import Heads, Selection
 
 
 def sparse_decode(
@@ -13,7 +13,7 @@ def sparse_decode(
     page_table: jax.Array,
     lengths: jax.Array,
     selection: Selection,
-    heads: jax.Array,
+    heads: Heads,
     *,
     scale: float,
 ) -> jax.Array:

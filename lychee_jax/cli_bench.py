@@ -1,0 +1,157 @@
+"""`lychee bench …`: what is fast, how fast, and beside what."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lychee_jax import cli_options as shared
+from lychee_jax.cli_generate import load_model
+from lychee_jax.errors import UserError
+
+app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
+
+Shape = Literal["llama-3-8b", "qwen3-8b", "qwen2.5-7b", "qwen2.5-3b"]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the numbers there as JSON; - is standard output.")
+]
+BatchOption = Annotated[str, typer.Option("--batch", metavar="N,…", help="Batch sizes, each measured by itself.")]
+
+
+def _batches(text: str) -> list[int]:
+    try:
+        batches = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--batch is {text!r}; give whole numbers such as 1,4,8") from None
+    if min(batches) < 1:
+        raise UserError(f"--batch is {text!r}; every batch needs at least one row")
+    return batches
+
+
+def _show(report: Any, target: str | None, text: str) -> None:
+    """Print `text`, and put `report` into a file; or print the report alone."""
+    if target == "-":
+        print(json.dumps(report))
+        return
+    if target is not None:
+        Path(target).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    print(text)
+
+
+def _device() -> dict[str, str]:
+    import jax
+
+    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+@app.command("decode")
+def bench_decode(
+    model: shared.ModelOption = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: shared.BudgetOption = 2048,
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens in the cache when decoding starts.")] = 32768,
+    shape: Annotated[
+        Shape | None, typer.Option(help="Instead of a model: random weights of this shape, for the whole step alone.")
+    ] = None,
+    retrieval_heads: Annotated[
+        int, typer.Option(metavar="N", help="With --shape: retrieval heads, those of layer 0 included.")
+    ] = 32,
+    batch: BatchOption = "1",
+    json_file: JsonOption = None,
+) -> None:
+    """Time a decoded token, dense and hybrid, in the same run; attention alone as well.
+
+    With --shape nothing is downloaded: an 8 B model takes 16 GB of the device, and 17 GB for each sequence of 131,072
+    tokens. Dense attention is then also timed with cuDNN over caches without pages.
+
+    [b]Example[/b]
+
+    [cyan]lychee bench decode --shape llama-3-8b --context 131072 --budget 4096 --batch 1,4[/cyan]
+    """
+    from lychee_jax.selection import SelectionPolicy
+
+    policy = SelectionPolicy(budget, sink, recent)
+    policy.validate(page_size)
+    if shape is None:
+        if batch != "1":
+            raise UserError("--batch needs --shape; a model is measured with one sequence")
+        from lychee_jax.benchmarks import decode
+        from lychee_jax.generate import GenerateOptions
+
+        options = GenerateOptions("hybrid", policy=policy, page_size=page_size, implementation=implementation)
+        loaded = load_model(model, dtype)
+        options = dataclasses.replace(options, heads=loaded.choose_heads(heads))
+        report = decode.run(loaded, options, context=context)
+        _show(dataclasses.asdict(report), json_file, str(report))
+        return
+    if model is not None:
+        raise UserError("--model and --shape exclude each other; give one")
+    from lychee_jax.benchmarks import step
+    from lychee_jax.benchmarks.shapes import MODELS
+
+    rows = step.measure(
+        shape, MODELS[shape], batches=_batches(batch), context=context, retrieval_heads=retrieval_heads, policy=policy,
+        page_size=page_size, dtype=dtype or "bfloat16", implementation=implementation, report=_tell,
+    )  # fmt: skip
+    _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, step.table(rows))
+
+
+@app.command("kernels")
+def bench_kernels(
+    implementation: shared.ImplementationOption = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Of queries and cache.")
+    ] = "bfloat16",
+    context: Annotated[int, typer.Option(metavar="N", help="Cached tokens of every sequence.")] = 131072,
+    page_size: shared.PageSizeOption = 64,
+    pages: Annotated[int, typer.Option(metavar="N", help="Pages that a sparse head reads.")] = 64,
+    batch: BatchOption = "1,4,8",
+    rivals: Annotated[bool, typer.Option(help="Time XLA, cuDNN and torch, too, as far as they are here.")] = True,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Samples, of which the median is shown.")] = 15,
+    json_file: JsonOption = None,
+) -> None:
+    """Time each op for a layer of Llama-3-8B beside its rivals, in the same run."""
+    # torch, where it is, needs room beside JAX.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if context < 1 or pages < 7 or repeats < 1:
+        raise UserError("--context and --repeats must be at least 1, --pages at least 7 (6 are forced)")
+    from lychee_jax.benchmarks import kernels
+
+    rows = kernels.measure(
+        kernels.Shape(page_size=page_size, pages=pages, dtype=dtype), batches=_batches(batch), context=context,
+        implementation=implementation, rivals=rivals, repeats=repeats, report=_tell,
+    )  # fmt: skip
+    _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, kernels.table(rows))
+
+
+@app.command("tpu")
+def bench_tpu(
+    chip: Annotated[Literal["v5e", "v5p", "v6e", "all"], typer.Option(help="To compile for; none is needed.")] = "all",
+    json_file: JsonOption = None,
+) -> None:
+    """Predict the TPU kernels' times from the compiler's own schedule, on any Linux machine.
+
+    Needs libtpu (pip install libtpu), which compiles for TPUs without one. What is assumed stands below the table.
+    """
+    from checkpoints_convert.progress import progress_bar
+    from lychee_jax.benchmarks import tpu_schedule
+
+    chips = ["v5e", "v5p", "v6e"] if chip == "all" else [chip]
+    with progress_bar() as progress:
+        report = tpu_schedule.run(chips, on_row=lambda done, total: progress("compile", done, total))
+    _show(dataclasses.asdict(report), json_file, str(report).rstrip("\n"))
+
+
+def _tell(line: str) -> None:
+    """Progress, where nobody parses it."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
