@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = get_command(app).main(arguments, "lychee", standalone_mode=False)
         sys.stdout.flush()
-    except UserError as error:
+    except (UserError, NotImplementedError) as error:  # the latter: a named implementation that does not cover this
         return _fail(str(error))
     except typer.TyperException as error:  # unknown options and commands, values of the wrong type
         context = getattr(error, "ctx", None)

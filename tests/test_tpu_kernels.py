@@ -3,17 +3,27 @@
 Lengths sit at the borders of pages and of the kernel's steps; NaN is in every slot that must not be read.
 """
 
+import collections
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels as ops
+from lychee_jax.cli import main
+from lychee_jax.config import ModelConfig
+from lychee_jax.generate import Engine, GenerateOptions
+from lychee_jax.heads import HeadMap
+from lychee_jax.model import Decoder
 from lychee_jax.prefill import extend_attention
+from lychee_jax.selection import SelectionPolicy
 
 from . import oracle
 from .test_ops import KV_HEADS, Cache, Shape, make_cache, padded, some_pages
@@ -206,8 +216,37 @@ def test_hybrid_decode_mixes_the_roles_of_a_layer(
 )
 def test_what_the_kernels_do_not_cover_is_refused(shape: Shape, message: str) -> None:
     cache = make_cache(shape, lengths=[5])
-    with pytest.raises(NotImplementedError, match=message):
+    with pytest.raises(NotImplementedError, match=message), interpreted():
         ops.dense_decode(*cache.arrays, jnp.array([0], jnp.int32), scale=1.0, implementation="mosaic_tpu")
+
+
+def test_without_a_tpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "ids.json").write_text("[1, 2, 3]")
+    arguments = ["generate", "--prompt-ids", str(tmp_path / "ids.json"), "--max-new-tokens", "2"]
+    assert main([*arguments, "--implementation", "mosaic_tpu"]) == 2
+    assert capsys.readouterr().err.strip() == "error: mosaic_tpu runs on TPUs, and JAX sees a cpu here"
+
+
+def test_a_model_decodes_with_the_kernels_as_it_does_without() -> None:
+    """Two rows of a tiny model, a sparse and a retrieval head: the same tokens, whichever implementation reads."""
+    config = ModelConfig("llama", 64, 32, 48, 2, 4, 2, 64, 512)
+    engine = Engine(Decoder(config, rngs=nnx.Rngs(0)))
+    prompts = [list(range(1, 60)), [7] * 17]
+    results = []
+    for implementation in ("xla", "mosaic_tpu"):
+        options = GenerateOptions(
+            "hybrid", HeadMap(2, 2, ((0, 1), (1,))), SelectionPolicy(48, 16, 16), page_size=16, max_new_tokens=4,
+            implementation=implementation,
+        )  # fmt: skip
+        prefilled = engine.prefill(prompts, max_new_tokens=4, page_size=16)
+        with interpreted() if implementation == "mosaic_tpu" else contextlib.nullcontext(), ops.recorded() as calls:
+            stream = engine.decode(prefilled, options)
+            collections.deque(stream, maxlen=0)
+        assert {name for op, name in calls if op == "hybrid_decode"} == {implementation}
+        results.append(stream.result())
+    assert results[0].tokens == results[1].tokens
+    for want, got in zip(results[0].logprobs, results[1].logprobs, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_page_tables_beyond_the_scalar_memory_are_refused() -> None:
@@ -218,7 +257,7 @@ def test_page_tables_beyond_the_scalar_memory_are_refused() -> None:
             ((1,), jnp.int32), ((1,), jnp.int32),
         ]
     ]  # fmt: skip
-    with pytest.raises(NotImplementedError, match="scalar memory"):
+    with pytest.raises(NotImplementedError, match="scalar memory"), interpreted():
         jax.eval_shape(lambda *args: ops.dense_decode(*args, scale=1.0, implementation="mosaic_tpu"), *shapes)
 
 

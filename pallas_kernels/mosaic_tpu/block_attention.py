@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+from pallas_kernels.mosaic_tpu import chip
+
 _QUERY_BLOCK = 512
 _KEY_BLOCK = 1024
 _LANES = 128
@@ -14,6 +16,7 @@ def block_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.block_attention`. The scale is folded into the queries, in their own precision."""
+    chip.cores()  # refuse where there is no TPU
     batch, kv_heads, groups, queries, head_dim = q.shape
     keys = k.shape[2]
     if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:

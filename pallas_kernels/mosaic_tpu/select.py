@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import reference
+from pallas_kernels.mosaic_tpu import chip
 from pallas_kernels.types import Rule
 
 _LANES = 128
@@ -156,6 +157,7 @@ def select_pages(
     amount: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.select_pages`."""
+    chip.cores()  # refuse where there is no TPU
     batch, heads, capacity = page_scores.shape
     used = ((lengths + page_size - 1) // page_size).astype(jnp.int32)
     if rule == "budget":
