@@ -153,8 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except NotImplementedError as error:  # a kernel that was asked for by name does not cover the case
-        return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             return _fail(f"not enough memory: {error}")

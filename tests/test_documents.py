@@ -18,6 +18,8 @@ from typer.main import get_command
 import lychee_jax
 import pallas_kernels
 from lychee_jax import cli
+from lychee_jax.benchmarks import shapes
+from lychee_jax.config import ModelConfig
 from lychee_jax.evaluation.longbench import TASKS
 from lychee_jax.loading import BUNDLED
 from lychee_jax.training import language, pretrain, profile_heads
@@ -105,6 +107,14 @@ def made_small(argv: list[str], workplace: Path) -> list[str]:
         argv += ["--scored", "4"]
     if argv[:2] == ["eval", "ruler"]:
         argv[argv.index("--lengths") + 1] = "2400"  # cwe needs more words than the others
+    if argv[:2] == ["bench", "tpu"]:
+        return [*argv, "--chip", "v5e"]
+    if argv[:2] == ["bench", "kernels"]:
+        return [*argv, "--batch", "1", "--repeats", "1", "--dtype", "float32", "--page-size", "16", "--pages", "8",
+                "--context", "200"]  # fmt: skip
+    if "--shape" in argv:
+        return [*argv, "--context", "200", "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16",
+                "--batch", "1"]  # fmt: skip
     if argv[0] in ("generate", "eval", "bench", "demo") and "--model" not in argv:
         argv += ["--model", str(workplace / "my-8b")]
     return argv
@@ -119,6 +129,8 @@ def test_the_documents_show_commands():
 @pytest.mark.parametrize("line", LYCHEE)
 def test_a_command_that_is_shown_runs(line: str, workplace: Path, monkeypatch, capfd):
     monkeypatch.chdir(workplace)
+    monkeypatch.setitem(shapes.MODELS, "llama-3-8b", ModelConfig("llama", 64, 32, 48, 2, 4, 2, 16, 4096))
+    (workplace / "docs" / "results").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workplace / "converted", ignore_errors=True)
     for made in workplace.glob("eval-*"):
         shutil.rmtree(made)
