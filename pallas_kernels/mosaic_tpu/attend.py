@@ -383,6 +383,9 @@ def attend(
         ahead=batch > 1 and 4 * (limit_words + 4 * row_words) <= _SMEM_BYTES,
     )  # fmt: skip
     _check(plan, q, kv_pages, page_table, limits, chosen)
+    if plan.heads == 0:
+        scores = jnp.zeros((batch, 0, page_table.shape[1]), jnp.float32)
+        return q[:, :0], None if page_scores is None else scores
     return _launch(plan, q, kv_pages, page_table, limits, chosen, heads)
 
 
