@@ -1,5 +1,7 @@
 """`block_attention` on TPU: JAX's own splash attention kernel, for the many queries of a prefill."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -17,14 +19,22 @@ def block_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.block_attention`. The scale is folded into the queries, in their own precision."""
     chip.cores()  # refuse where there is no TPU
-    batch, kv_heads, groups, queries, head_dim = q.shape
-    keys = k.shape[2]
+    queries, head_dim, keys = *q.shape[3:], k.shape[2]
     if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:
         raise NotImplementedError("mosaic_tpu reads blocks of bfloat16: splash attention rounds float32 products")
     if head_dim not in (64, 128):
         raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {head_dim}")
     if queries % _LANES or keys % _LANES or queries % min(queries, _QUERY_BLOCK) or keys % min(keys, _KEY_BLOCK):
         raise NotImplementedError(f"mosaic_tpu takes whole blocks, not {queries} queries and {keys} keys")
+    return _launch(q, k, v, valid, scale)
+
+
+@functools.partial(jax.jit, static_argnums=4)  # layers share one trace
+def _launch(
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    batch, kv_heads, groups, queries, head_dim = q.shape
+    keys = k.shape[2]
     shape = (queries, keys)
     mask = masks.CausalMask(shape) if valid is None else masks.FullMask(shape)
     kernel = splash.make_splash_mha(
