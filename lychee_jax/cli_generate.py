@@ -154,6 +154,7 @@ def generate(
     else:
         prompts = source
     loaded.engine.check_prompts(prompts, max_new_tokens)
+    loaded.engine.check_implementation(prompts, options)
     if heads is None and loaded.heads is None and attention != "dense":
         print(f"notice: {loaded.path} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
