@@ -162,6 +162,7 @@ def test_kernels_are_timed_beside_their_rivals(tmp_path, capsys):
         (["decode", "--shape", "llama-3-8b", "--model", "x"], "exclude"),
         (["decode", "--shape", "llama-3-8b", "--batch", "two"], "whole numbers"),
         (["kernels", "--batch", "0"], "at least one"),
+        (["decode", "--shape", "llama-3-8b", "--retrieval-heads", "7", "--page-size", "64"], "layer 0 alone has 8"),
         (["kernels", "--pages", "3"], "at least 7"),
         (["kernels", "--implementation", "mosaic_gpu"], "Hopper"),
     ],

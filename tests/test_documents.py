@@ -114,7 +114,7 @@ def made_small(argv: list[str], workplace: Path) -> list[str]:
                 "--context", "200"]  # fmt: skip
     if "--shape" in argv:
         return [*argv, "--context", "200", "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16",
-                "--batch", "1"]  # fmt: skip
+                "--batch", "1", "--retrieval-heads", "3"]  # fmt: skip
     if argv[0] in ("generate", "eval", "bench", "demo") and "--model" not in argv:
         argv += ["--model", str(workplace / "my-8b")]
     return argv

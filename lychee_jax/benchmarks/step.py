@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.cache import CacheLayout, pages_for
 from lychee_jax.config import ModelConfig
+from lychee_jax.errors import UserError
 from lychee_jax.generate import idle_rows
 from lychee_jax.heads import HeadMap
 from lychee_jax.layers import attention_scale
@@ -60,6 +61,10 @@ class StepRow:
 def spread_heads(config: ModelConfig, count: int) -> HeadMap:
     """All KV heads of layer 0, the other retrieval heads spread evenly over layers and indices."""
     first = config.num_kv_heads
+    if not first <= count <= config.num_layers * first:
+        raise UserError(
+            f"{count} retrieval heads were asked for; layer 0 alone has {first}, the model {config.num_layers * first}"
+        )
     layers = [list(range(first))] + [[] for _ in range(config.num_layers - 1)]
     rest = max(0, count - first)
     for j in range(rest):
@@ -100,12 +105,12 @@ def measure(
     """
     policy = policy or SelectionPolicy()
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context))
+    head_map = spread_heads(config, retrieval_heads)
     spec, weights = random_model(config, dtype)
     weight_bytes = sum(leaf.nbytes for leaf in weights)
     read_bytes = weight_bytes
     if not config.tie_word_embeddings:
         read_bytes -= config.vocab_size * config.hidden_size * weights[0].dtype.itemsize  # one row of it is read
-    head_map = spread_heads(config, retrieval_heads)
     rows = []
     for batch in batches:
         times: dict[str, list[float]] = {}
@@ -214,10 +219,12 @@ class _Contiguous:
         keys, values = (jax.lax.dynamic_update_slice(old, new, start) for old, new in ((keys, k), (values, v)))
         batch, length, kv_heads, groups, head_dim = q.shape
         lengths = jnp.full((batch,), self.position + 1, jnp.int32)
-        out = jax.nn.dot_product_attention(
-            q.reshape(batch, length, kv_heads * groups, head_dim), keys, values, scale=attention_scale(head_dim),
-            key_value_seq_lengths=lengths, implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
-        )  # fmt: skip
+        # JAX's own code mixes types where cuDNN is not used.
+        with jax.numpy_dtype_promotion("standard"):
+            out = jax.nn.dot_product_attention(
+                q.reshape(batch, length, kv_heads * groups, head_dim), keys, values, scale=attention_scale(head_dim),
+                key_value_seq_lengths=lengths, implementation="cudnn" if jax.default_backend() == "gpu" else "xla",
+            )  # fmt: skip
         return out.reshape(q.shape), (*state[:index], (keys, values), *state[index + 1 :])
 
 
