@@ -146,7 +146,7 @@ class _Walk:
         self.tiling, self.refs, self.stages = tiling, refs, stages
 
     def piece(self, piece: _Piece, count: jax.Array) -> None:
-        """Work on a piece with at least one step; `count` tiles came before it."""
+        """Work on a piece, which may have no steps; `count` tiles came before it."""
         raise NotImplementedError
 
     def run(self) -> jax.Array:
