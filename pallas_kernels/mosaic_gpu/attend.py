@@ -16,7 +16,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu.common import (
     COLUMNS,
     LOG2E,
-    MASKED,
     TILED,
     TILED_32,
     WGMMA,
@@ -35,6 +34,7 @@ from pallas_kernels.mosaic_gpu.common import (
     wait_for_predecessor,
 )  # fmt: skip
 from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
+from pallas_kernels.reference import MASKED
 from pallas_kernels.types import PageScores
 
 # Shared memory for tiles in flight.

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Stands for −∞: finite, so that differences never become NaN.
-MASKED = -1e30
 LOG2E = math.log2(math.e)
 # Columns of a wgmma: the query heads of a KV head, padded.
 COLUMNS = 8

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.common import MASKED, WGMMA, Refs, full, load, store
+from pallas_kernels.mosaic_gpu.common import WGMMA, Refs, full, load, store
 from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
+from pallas_kernels.reference import MASKED
 
 # Warpgroups that share the pieces of a head.
 WARPGROUPS = 4
