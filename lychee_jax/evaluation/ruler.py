@@ -262,29 +262,29 @@ class FrequentWords:
 class Questions:
     """A question about one or more of many documents; sample i asks the i-th question of the file."""
 
-    library: Callable[[], texts.Library]
+    sources: Callable[[], texts.Library]
 
     wording: Wording = RULER["qa"]
     least: int = 1
 
     def draft(self, rng: Random, size: int, index: int) -> Draft:
         """`size` documents, those that are asked about among them, related ones before any others."""
-        library = self.library()
-        if index >= len(library.questions):
-            raise UserError(f"there are {len(library.questions)} questions; fewer samples must do")
-        question = library.questions[index]
+        sources = self.sources()
+        if index >= len(sources.questions):
+            raise UserError(f"there are {len(sources.questions)} questions; fewer samples must do")
+        question = sources.questions[index]
         size = max(size, len(question.documents))
         more = size - len(question.documents)
-        if size >= len(library.documents):
-            documents = (library.documents * -(-size // len(library.documents)))[:size]
+        if size >= len(sources.documents):
+            documents = (sources.documents * -(-size // len(sources.documents)))[:size]
         else:
             if more > len(question.related):
                 used = {*question.documents, *question.related}
-                others = [i for i in range(len(library.documents)) if i not in used]
+                others = [i for i in range(len(sources.documents)) if i not in used]
                 extra = question.related + rng.sample(others, more - len(question.related))
             else:
                 extra = rng.sample(question.related, more)
-            documents = [library.documents[i] for i in [*question.documents, *extra]]
+            documents = [sources.documents[i] for i in [*question.documents, *extra]]
         rng.shuffle(documents)
         context = "\n\n".join(DOCUMENT.format(number=i, text=text) for i, text in enumerate(documents, 1))
         body = self.wording.body.format(context=context, query=question.text)
