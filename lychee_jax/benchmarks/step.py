@@ -66,7 +66,7 @@ def spread_heads(config: ModelConfig, count: int) -> HeadMap:
             f"{count} retrieval heads were asked for; layer 0 alone has {first}, the model {config.num_layers * first}"
         )
     layers = [list(range(first))] + [[] for _ in range(config.num_layers - 1)]
-    rest = max(0, count - first)
+    rest = count - first
     for j in range(rest):
         layer = layers[1 + j * (config.num_layers - 1) // rest]
         layer.append(next(h for h in ((j + k) % first for k in range(first)) if h not in layer))
