@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lychee_jax.cache import CacheLayout, make_pools, next_power_of_two, pages_for
+from lychee_jax.coverage import refuse_uncovered
 from lychee_jax.errors import UserError
 from lychee_jax.heads import HeadMap
 from lychee_jax.layouts import place_weights
@@ -31,8 +32,8 @@ from lychee_jax.programs import (
 )  # fmt: skip
 from lychee_jax.rope import rotary_tables
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.selection import Selection, SelectionPolicy
-from pallas_kernels.dispatch import available, hybrid_decode
+from lychee_jax.selection import SelectionPolicy
+from pallas_kernels.dispatch import available
 
 AttentionMode = Literal["auto", "hybrid", "dense"]
 
@@ -339,30 +340,15 @@ class Engine:
         return self.decode(prefilled, options)
 
     def check_implementation(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
-        """Trace the op with this model's shapes: a refusal must not come after the first token was printed."""
-        if options.implementation in (None, "xla") or not prompts:
+        """Raise NotImplementedError if the named implementation does not cover these prompts on this machine."""
+        if options.implementation is None or not prompts:
             return
-        config, batch = self.config, len(prompts) + idle_rows(len(prompts))
+        batch = len(prompts) + idle_rows(len(prompts))
         pages = next_power_of_two(pages_for(max(map(len, prompts)) + options.max_new_tokens, options.page_size))
-        numbers = options.policy.pages(options.page_size)
-        pool = (batch + 1, config.num_kv_heads, options.page_size, 2 * config.head_dim)
-        shapes = [
-            jax.ShapeDtypeStruct(shape, dtype)
-            for shape, dtype in (
-                ((batch, config.num_kv_heads, config.groups, config.head_dim), self.dtype), (pool, self.dtype),
-                ((batch, pages), np.int32), ((batch,), np.int32),
-                ((batch, config.num_kv_heads, numbers["budget_pages"]), np.int32),
-                ((batch, config.num_kv_heads), np.int32),
-            )
-        ]  # fmt: skip
-
-        def call(q: jax.Array, kv_pages: jax.Array, table: jax.Array, lengths: jax.Array, *chosen: jax.Array) -> Any:
-            return hybrid_decode(
-                q, kv_pages, table, lengths, Selection(*chosen), np.arange(1, dtype=np.int32), scale=1.0,
-                implementation=options.implementation, **numbers,
-            )  # fmt: skip
-
-        jax.eval_shape(call, *shapes)
+        refuse_uncovered(
+            options.implementation, self.config, self.dtype, options.policy, batch=batch, pages=pages,
+            page_size=options.page_size,
+        )  # fmt: skip
 
     def generate(
         self,

@@ -1,0 +1,47 @@
+"""Whether an implementation that was asked for by name covers a model, before anything is read or printed."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from lychee_jax.config import ModelConfig
+from lychee_jax.selection import Selection, SelectionPolicy
+from pallas_kernels.dispatch import hybrid_decode
+
+
+def refuse_uncovered(
+    implementation: str,
+    config: ModelConfig,
+    dtype: np.dtype,
+    policy: SelectionPolicy,
+    *,
+    batch: int,
+    pages: int,
+    page_size: int,
+) -> None:
+    """Trace the op with the model's shapes: what it refuses, it refuses now, not after the first token.
+
+    Raises:
+        NotImplementedError: the implementation does not cover the case, or not on this machine.
+    """
+    if implementation == "xla":  # covers everything
+        return
+    kv_heads, numbers = config.num_kv_heads, policy.pages(page_size)
+    shapes = [
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in (
+            ((batch, kv_heads, config.groups, config.head_dim), dtype),
+            ((batch + 1, kv_heads, page_size, 2 * config.head_dim), dtype),
+            ((batch, pages), np.int32), ((batch,), np.int32),
+            ((batch, kv_heads, numbers["budget_pages"]), np.int32), ((batch, kv_heads), np.int32),
+        )
+    ]  # fmt: skip
+
+    def call(q: jax.Array, kv_pages: jax.Array, table: jax.Array, lengths: jax.Array, *chosen: jax.Array) -> Any:
+        return hybrid_decode(
+            q, kv_pages, table, lengths, Selection(*chosen), np.arange(1, dtype=np.int32), scale=1.0,
+            implementation=implementation, **numbers,
+        )  # fmt: skip
+
+    jax.eval_shape(call, *shapes)
