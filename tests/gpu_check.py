@@ -5,6 +5,7 @@ that was poisoned before the call, and every call twice: it must give the same b
 what the compiler or the hardware makes of a kernel.
 """
 
+import functools
 import sys
 import time
 
@@ -49,17 +50,16 @@ def check(page: int, head_dim: int, groups: int, dtype: str, heads: list[int], s
     padded = np.array([[row + [-1] * (BUDGET - len(row)) for row in rows] for rows in pages], np.int32)
     counts = np.array([[len(row) for row in rows] for rows in pages], np.int32)
     scale = head_dim**-0.5
-    call = jax.jit(
-        lambda *args: ops.hybrid_decode(
-            *args,
-            np.array(heads, np.int32),
-            scale=scale,
-            budget_pages=BUDGET,
-            sink_pages=1,
-            recent_pages=2,
-            implementation="mosaic_gpu",
-        )
+    decode = functools.partial(
+        ops.hybrid_decode,
+        heads=np.array(heads, np.int32),
+        scale=scale,
+        budget_pages=BUDGET,
+        sink_pages=1,
+        recent_pages=2,
+        implementation="mosaic_gpu",
     )
+    call = jax.jit(decode)
     args = (
         *map(jnp.asarray, (q, pool, table, np.array(lengths, np.int32))),
         ops.Selection(*map(jnp.asarray, (padded, counts))),
