@@ -2,7 +2,7 @@
 
 A `Way` gets the rotated queries, keys and values of one layer and a state that it carries from layer to layer:
 whole sequences (`Full`), a chunk over a cache (`Extend`), one token over a cache with all heads dense or with roles
-(`Decode`), and whole sequences with learnable roles (`Gated`).
+(`Decode`). Roles that are still being learned attend in `gated`.
 """
 
 import dataclasses
@@ -174,92 +174,3 @@ class Decode:
         if sparse:
             read = read + jnp.sum(selection.counts[:, jnp.asarray(sparse, jnp.int32)], axis=1, dtype=jnp.int32)
         return out[:, None], DecodeState(pools, selection, read)
-
-
-@dataclasses.dataclass(frozen=True)
-class Gated:
-    """Whole sequences with roles between 0 and 1: `z · full + (1 − z) · sparse` for every KV head (training).
-
-    `z [L, K]`. Every query position is treated as the decode step at that position: its sparse branch reads the pages
-    handed up from below. A head hands up its own pick iff z > 0.5, else what it inherited; layer 0 is all retrieval.
-    Carries the selected pages as a mask `[B, K, T, P]`.
-    """
-
-    z: Float[Array, "L K"]
-    policy: SelectionPolicy
-    page_size: int
-    query_block: int = 128
-
-    def __call__(
-        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Bool[Array, "B K T P"] | None
-    ) -> tuple[jax.Array, Bool[Array, "B K T P"]]:
-        """Attend in both ways, a block of queries at a time."""
-        batch, length, kv_heads, groups, head_dim = q.shape
-        block = min(self.query_block, length)
-        blocks = -(-length // block)
-        pages = -(-length // self.page_size)
-        z = jnp.ones((kv_heads,), jnp.float32) if index == 0 else self.z[index]
-        inherited = jnp.zeros((batch, kv_heads, length, pages), bool) if state is None else state
-
-        def split(x: jax.Array, axis: int) -> jax.Array:
-            widths = [(0, 0)] * x.ndim
-            widths[axis] = (0, blocks * block - length)
-            x = jnp.pad(x, widths)
-            return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, block, *x.shape[axis + 1 :]), axis, 0)
-
-        @jax.checkpoint
-        def rows(queries: jax.Array, below: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return gated_block(queries, k, v, below, first, z, self.policy, self.page_size, first_layer=index == 0)
-
-        firsts = block * jnp.arange(blocks, dtype=jnp.int32)
-        out, mask = jax.lax.map(lambda xs: rows(*xs), (split(q, 1), split(inherited, 2), firsts))
-        out = jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, kv_heads, groups, head_dim)
-        mask = jnp.moveaxis(mask, 0, 2).reshape(batch, kv_heads, blocks * block, pages)
-        return out[:, :length], mask[:, :, :length]
-
-
-def gated_block(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    below: jax.Array,
-    first: jax.Array,
-    z: jax.Array,
-    policy: SelectionPolicy,
-    page_size: int,
-    *,
-    first_layer: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Both branches for the queries at `first …`: their output `[B, t, K, G, H]` and what they hand up."""
-    batch, count, kv_heads, _, head_dim = q.shape
-    length, pages = k.shape[1], below.shape[-1]
-    masked = pallas_kernels.MASKED
-    scores = attention_scale(head_dim) * jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-    # Padded queries of the last block look like the last real one; the caller cuts them off.
-    position = jnp.minimum(first + jnp.arange(count, dtype=jnp.int32), length - 1)
-    causal = position[:, None] >= jnp.arange(length, dtype=jnp.int32)[None, :]
-
-    def attend(mask: jax.Array) -> jax.Array:
-        # Masked again: where nothing was selected, the softmax of equal scores would spread over the future too.
-        weights = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores, masked), axis=-1), 0.0)
-        return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-
-    mean = jnp.where(causal[None, None], jax.lax.stop_gradient(jnp.mean(scores, axis=2)), masked)
-    mean = jnp.pad(mean, ((0, 0), (0, 0), (0, 0), (0, pages * page_size - length)), constant_values=masked)
-    mean = mean.reshape(batch, kv_heads, count, pages, page_size)
-    page_scores = jnp.max(mean, axis=-1) if policy.score == "max" else jax.nn.logsumexp(mean, axis=-1)
-    picked, _ = pallas_kernels.select_pages(
-        page_scores.transpose(0, 2, 1, 3).reshape(batch * count, kv_heads, pages),
-        jnp.tile(position + 1, batch), page_size=page_size, rule=policy.rule, amount=policy.amount,
-        **policy.pages(page_size),
-    )  # fmt: skip
-    own = jnp.any(picked[..., None] == jnp.arange(pages, dtype=jnp.int32), axis=-2)
-    own = own.reshape(batch, count, kv_heads, pages).transpose(0, 2, 1, 3)
-    if first_layer:
-        return attend(causal[None, None, None]).astype(q.dtype), own
-    tokens = jnp.repeat(below, page_size, axis=-1)[..., :length]
-    weight = z[None, None, :, None, None]
-    out = weight * attend(causal[None, None, None]) + (1.0 - weight) * attend(
-        tokens[:, :, None] & causal[None, None, None]
-    )
-    return out.astype(q.dtype), jnp.where((z > 0.5)[None, :, None, None], own, below)

@@ -49,6 +49,10 @@ class Tokenizer:
         """Token ids as the tokenizer makes them by default (with BOS, if it adds one)."""
         return self._encode(text, add_special_tokens=True)
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids without special tokens: a part of a longer text."""
+        return self._encode(text, add_special_tokens=False)
+
     def encode_chat(self, messages: str | Sequence[Mapping[str, str]], *, answer: str = "") -> list[int]:
         """Token ids of a chat, up to where the assistant's answer begins, or goes on after `answer`.
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lychee_jax.attention import Full, Gated
+from lychee_jax.attention import Full
+from lychee_jax.gated import Gated
 from lychee_jax.selection import SelectionPolicy
 
 from . import oracle
@@ -28,13 +29,21 @@ def qkv(layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return 2 * q, k, v
 
 
+def whole(z: jax.Array, policy: SelectionPolicy, rows: int, length: int, *, page: int = PAGE, block: int = 8) -> Gated:
+    """The way for whole sequences of which every position is decoded by `z [L, K]`."""
+    return Gated(
+        jnp.broadcast_to(z, (rows, *z.shape)), jnp.zeros(rows, jnp.int32), jnp.ones((rows, length), bool), policy, page,
+        query_block=block,
+    )  # fmt: skip
+
+
 @functools.cache
 def program(policy: SelectionPolicy) -> Any:
     """All layers, compiled once for every z: `(z, inputs) → [(out, mask)]`. The last block of queries is a part."""
 
     @jax.jit
     def layers(z: jax.Array, inputs: Any) -> list[tuple[jax.Array, jax.Array]]:
-        way, state, results = Gated(z, policy, PAGE, query_block=8), None, []
+        way, state, results = whole(z, policy, 2, T), None, []
         for index, (q, k, v) in enumerate(inputs):
             out, state = way(index, q, k, v, state)
             results.append((out, state))
@@ -110,7 +119,7 @@ def test_the_gradient_of_z_is_full_minus_sparse() -> None:
 
     @jax.jit
     def total(z: jax.Array, q: jax.Array) -> jax.Array:
-        out, _ = Gated(jnp.broadcast_to(z, (LAYERS, K)), POLICY, PAGE, query_block=8)(1, q, k, v, below)
+        out, _ = whole(jnp.broadcast_to(z, (LAYERS, K)), POLICY, 2, T)(1, q, k, v, below)
         return jnp.sum(out, axis=(0, 1, 3, 4))
 
     slope = jax.jit(jax.jacobian(total))(jnp.array([[0.2, 0.5, 0.9]]), q)[:, 0]
@@ -133,7 +142,8 @@ def test_hard_gates_are_hybrid_decoding() -> None:
     @jax.jit
     def logprobs(tokens: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         model = engine.spec.merge(engine.weights)
-        hidden, _ = model(tokens, cos, sin, Gated(jnp.asarray(z), BUDGET.policy, BUDGET.page_size), None)
+        way = whole(jnp.asarray(z), BUDGET.policy, 1, len(tokens[0]), page=BUDGET.page_size, block=128)
+        hidden, _ = model(tokens, cos, sin, way, None)
         return jax.nn.log_softmax(model.logits(hidden), axis=-1)
 
     positions = np.arange(len(tokens))[None]

@@ -135,6 +135,11 @@ class _Prose:
 _PROSE = _Prose(language.PROSE)
 
 
+def prose(rng: np.random.Generator, total: int) -> list[Tokens]:
+    """Random sentences of exactly `total` tokens together."""
+    return [row[row >= 0].tolist() for row in _PROSE.sentences(rng, total)]
+
+
 # --- facts ------------------------------------------------------------------------------------------------------------
 
 

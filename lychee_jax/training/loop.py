@@ -11,7 +11,7 @@ import concurrent.futures
 import itertools
 import json
 import multiprocessing
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from lychee_jax.config import ModelConfig
+from lychee_jax.errors import UserError
 from lychee_jax.model import Decoder
 
 type Params = dict[str, jax.Array]
@@ -112,10 +113,15 @@ def prefetch[T](make: Callable[[int], T], steps: Iterable[int], workers: int) ->
 
 
 class Checkpoints:
-    """The newest training state in a folder, written whole or not at all."""
+    """The newest training states in a folder, each written whole or not at all."""
 
-    def __init__(self, folder: Path) -> None:
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=1))
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def latest(self) -> int | None:
+        """Steps done in the newest state, or None."""
+        return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
         """Save the state after `step` steps; returns when it is on disk."""
@@ -132,6 +138,30 @@ class Checkpoints:
     def close(self) -> None:
         """Let go of the folder."""
         self._manager.close()
+
+
+def claim(output: Path, plan: Mapping[str, Any]) -> None:
+    """Make the folder the run's own that `plan` describes.
+
+    Raises:
+        UserError: a file is in the way, or the folder holds a run with other settings.
+    """
+    described = json.loads(json.dumps(plan))
+    record = output / "plan.json"
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a folder")
+    if record.exists():
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{record} is no JSON; remove the folder or give another --output") from error
+        if found != described:
+            raise UserError(
+                f"--output {output} holds a run with other settings; give another folder or remove that one"
+            )
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 class MetricsFile:

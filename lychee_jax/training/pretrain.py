@@ -28,7 +28,16 @@ from lychee_jax.errors import UserError
 from lychee_jax.rope import rotary_tables
 from lychee_jax.training import data, language
 from lychee_jax.training.bundled_tokenizer import save_tokenizer
-from lychee_jax.training.loop import Checkpoints, Functional, MetricsFile, Params, answer_losses, mean_metrics, prefetch
+from lychee_jax.training.loop import (
+    Checkpoints,
+    Functional,
+    MetricsFile,
+    Params,
+    answer_losses,
+    claim,
+    mean_metrics,
+    prefetch,
+)
 
 CONFIG = ModelConfig(
     family="llama",
@@ -196,18 +205,6 @@ def angles(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(cos), jnp.asarray(sin)
 
 
-def _claim(output: Path, plan: Plan) -> None:
-    """Make the folder this run's own; raise UserError if another run has it."""
-    described = json.loads(json.dumps(dataclasses.asdict(plan)))
-    record = output / "plan.json"
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder")
-    if record.exists() and json.loads(record.read_text()) != described:
-        raise UserError(f"--output {output} holds a run with other settings; give another folder or remove that one")
-    output.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(described, indent=2) + "\n")
-
-
 def pretrain(
     output: Path, plan: Plan, *, workers: int = 0, minutes: float | None = None, log_every: int = 20
 ) -> Params | None:
@@ -216,7 +213,7 @@ def pretrain(
     Raises UserError if the folder holds a run with another plan.
     """
     started = time.monotonic()
-    _claim(output, plan)
+    claim(output, dataclasses.asdict(plan))
     model = Functional(plan.config)
     params = model.initial(plan.seed, (2 * plan.config.num_layers) ** -0.5)
     state: dict[str, Any] = {"params": params, "optimizer": optimizer(plan).init(params)}

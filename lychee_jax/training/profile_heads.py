@@ -6,7 +6,6 @@ the head that is missed least becomes sparse, one by one, until the answers suff
 way, and the one of arXiv 2602.04541; this one needs no gradient.)
 """
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 from rich.progress import Progress
 
-from lychee_jax.attention import gated_block
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
+from lychee_jax.gated import Gated, KeysAndValues, Remember
 from lychee_jax.heads import HeadMap
-from lychee_jax.layers import attention_scale
 from lychee_jax.model import Decoder
-from lychee_jax.prefill import causal_attention
 from lychee_jax.rope import rotary_tables
 from lychee_jax.selection import SelectionPolicy
 from lychee_jax.training import data, language
@@ -35,44 +32,7 @@ from lychee_jax.training import data, language
 _ANSWER_TOKENS = 40
 _KINDS = ("passkey", "long-passkey")
 
-type Cache = tuple[tuple[jax.Array, jax.Array], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Remember:
-    """Dense causal attention that carries the keys and values of all layers so far: what a prefill leaves behind."""
-
-    def __call__(self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Cache) -> tuple[jax.Array, Cache]:
-        """Attend to every earlier position."""
-        return causal_attention(q, k, v, scale=attention_scale(q.shape[-1])), (*state, (k, v))
-
-
-@dataclasses.dataclass(frozen=True)
-class Answering:
-    """Some tokens after a remembered prompt, each as the decode step at its place, KV heads in their roles.
-
-    `roles [L, K]` is 1 for a retrieval head and 0 for a sparse one. Carries the pages handed up, `[B, K, A, P]`.
-    """
-
-    cache: Cache
-    roles: Float[Array, "L K"]
-    policy: SelectionPolicy
-    page_size: int
-
-    def __call__(
-        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Bool[Array, "B K A P"] | None
-    ) -> tuple[jax.Array, Bool[Array, "B K A P"]]:
-        """Attend to the prompt and to the tokens before."""
-        keys, values = self.cache[index]
-        first = keys.shape[1]
-        keys, values = jnp.concatenate([keys, k], axis=1), jnp.concatenate([values, v], axis=1)
-        if state is None:
-            pages = -(-keys.shape[1] // self.page_size)
-            state = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], pages), bool)
-        return gated_block(
-            q, keys, values, state, jnp.int32(first), self.roles[index], self.policy, self.page_size,
-            first_layer=index == 0,
-        )  # fmt: skip
+type Cache = tuple[KeysAndValues, ...]
 
 
 class Judge:
@@ -115,15 +75,21 @@ class Judge:
         @jax.jit
         def read(weights: Any, tokens: Int[Array, "B T"]) -> Cache:
             model = nnx.merge(graph, weights)
-            return model(tokens, jnp.asarray(cos[:, :length]), jnp.asarray(sin[:, :length]), Remember(), ())[1]
+            _, cache = model(tokens, jnp.asarray(cos[:, :length]), jnp.asarray(sin[:, :length]), Remember(), ())
+            room = ((0, 0), (0, _ANSWER_TOKENS), (0, 0), (0, 0))
+            return jax.tree.map(lambda x: jnp.pad(x, room), cache)
 
         @jax.jit
         def score(
             weights: Any, roles: Float[Array, "L K"], cache: Cache, answers: Int[Array, "B A"]
         ) -> tuple[Float[Array, ""], Float[Array, ""]]:
             model = nnx.merge(graph, weights)
-            way = Answering(cache, roles, policy, page_size)
             tokens = jnp.maximum(answers, 0)
+            rows = tokens.shape[0]
+            way = Gated(
+                jnp.broadcast_to(roles, (rows, *roles.shape)), jnp.full(rows, length), jnp.ones(tokens.shape, bool),
+                policy, page_size, cache,
+            )  # fmt: skip
             hidden, _ = model(tokens, jnp.asarray(cos[:, length:]), jnp.asarray(sin[:, length:]), way, None)
             logits, target = model.logits(hidden[:, :-1]), answers[:, 1:]
             asked = target >= 0

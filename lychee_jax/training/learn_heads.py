@@ -1,0 +1,321 @@
+"""Learning which KV heads retrieve: gates trained against the model's own dense attention (arXiv 2602.04541).
+
+Only the gates change. A run is a folder: it checkpoints there, and the same call goes on where it stopped, bit for bit,
+for batches and draws are functions of the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Float32
+
+from lychee_jax import gates
+from lychee_jax.cache import pages_for
+from lychee_jax.errors import UserError
+from lychee_jax.heads import HeadMap
+from lychee_jax.loaded import LoadedModel
+from lychee_jax.rope import rotary_tables
+from lychee_jax.selection import SelectionPolicy
+from lychee_jax.sharding import EVERYWHERE, ROWS, data_mesh
+from lychee_jax.training.distill import Loss, departures
+from lychee_jax.training.lagrangian import Lagrangian
+from lychee_jax.training.loop import Checkpoints, MetricsFile, claim
+from lychee_jax.training.questions import Source, Writer, make_source
+
+type State = dict[str, Any]
+type Report = Callable[[int, dict[str, Any]], None]
+
+METRICS, HEADS, GATES = "metrics.jsonl", "heads.json", "gates.json"
+_RAMP, _FLOOR = 0.2, 0.1  # of the learning rate's schedule: share of the steps, share of the rate
+_LOG_EVERY = 10
+_BUCKETS = 4
+_POLICY = SelectionPolicy(budget=1 << 20, rule="ratio", ratio=0.3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides the result of a run, the model aside. The defaults are the paper's recipe.
+
+    `retrieval_heads` counts layer 0. `policy` is what sparse heads read while training; its budget is only a cap.
+    `room`: tokens of a row after its prompt: answers, and the questions between them.
+    """
+
+    retrieval_heads: int
+    steps: int = 3000
+    batch: int = 1
+    seed: int = 0
+    family: str = "hardkuma"
+    loss: Loss = "hidden"
+    data: str = "passkeys"
+    facts: int = 10
+    questions: int = 10
+    text: str | None = None
+    file: str | None = None
+    min_length: int = 1024
+    max_length: int = 10240
+    room: int = 768
+    learning_rate: float = 0.01
+    multiplier: float = 2.0
+    multiplier_rate: float = 0.001
+    policy: SelectionPolicy = _POLICY
+    page_size: int = 64
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "facts", "questions", "room", "min_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.min_length > self.max_length:
+            raise UserError(f"min-length is {self.min_length}, more than max-length, {self.max_length}")
+        if self.family not in gates.FAMILIES:
+            raise UserError(f"gates {self.family!r} are unknown; use one of {', '.join(gates.FAMILIES)}")
+        if self.loss not in ("hidden", "logits"):
+            raise UserError(f"loss {self.loss!r} is unknown; use hidden or logits")
+        for name in ("learning_rate", "multiplier"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        self.policy.validate(self.page_size)
+
+    def capacity(self, length: int) -> int:
+        """Tokens of the compiled row that a prompt of `length` goes into, one of a few, so that few are compiled."""
+        step = -(-self.max_length // _BUCKETS)
+        # Whole 64s: cuDNN's attention asks for them.
+        return -(-(-(-length // step) * step + self.room) // 64) * 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """`tokens [B, S]`, `starts [B]` of the first answers, `answers [B, room]` as `distill.departures` reads them."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    answers: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """The head map, E[z] of every KV head `[L, K]` (layer 0: 1), and how many are above 1/2, layer 0 included."""
+
+    head_map: HeadMap
+    expected: Float32[np.ndarray, "L K"]
+    above_half: int
+
+
+def make_batch(plan: Plan, source: Source, step: int) -> Batch:
+    """The rows of a step: a function of the plan and the step alone. All have about the same random length."""
+    rng = np.random.default_rng([plan.seed, step])
+    length = int(rng.integers(plan.min_length, plan.max_length + 1))
+    tokens = np.zeros((plan.batch, plan.capacity(length)), np.int32)
+    starts = np.zeros(plan.batch, np.int32)
+    answers = np.zeros((plan.batch, plan.room), np.int32)
+    for row in range(plan.batch):
+        asked = source(rng, length, plan.room)
+        tokens[row, : len(asked.tokens)] = asked.tokens
+        starts[row] = asked.start
+        marks = asked.answers[asked.start :]
+        answers[row, : len(marks)] = marks
+    return Batch(tokens, starts, answers)
+
+
+def schedule(plan: Plan) -> optax.Schedule:
+    """The learning rate: linear up over the first fifth of the steps, and down over the last, from a tenth of it."""
+    ramp = max(1, int(_RAMP * plan.steps))
+    low = _FLOOR * plan.learning_rate
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(low, plan.learning_rate, ramp),
+            optax.constant_schedule(plan.learning_rate),
+            optax.linear_schedule(plan.learning_rate, low, ramp),
+        ],
+        [ramp, plan.steps - ramp],
+    )
+
+
+class Learner:
+    """A frozen model and a plan: the compiled training step, and the state that it changes.
+
+    Raises UserError where the plan does not fit the model or the devices.
+    """
+
+    def __init__(self, loaded: LoadedModel, plan: Plan) -> None:
+        config = loaded.config
+        self.plan, self.config, self.family = plan, config, gates.FAMILIES[plan.family]
+        total = config.num_layers * config.num_kv_heads
+        if not config.num_kv_heads <= plan.retrieval_heads <= total:
+            raise UserError(
+                f"retrieval-heads is {plan.retrieval_heads}; layer 0 alone has {config.num_kv_heads}, "
+                f"and the model has {total} KV heads"
+            )
+        if config.num_layers < 2:
+            raise UserError("the model has one layer, all of whose heads retrieve: there is nothing to learn")
+        longest = plan.max_length + plan.room
+        if longest > config.max_position_embeddings:
+            raise UserError(
+                f"max-length {plan.max_length} and the answers' {plan.room} tokens make {longest}, "
+                f"but the model's positions end at {config.max_position_embeddings}"
+            )
+        self.lagrangian = Lagrangian(plan.retrieval_heads / total, plan.multiplier, plan.multiplier_rate)
+        self.mesh = data_mesh(plan.batch)
+        self.source = make_source(
+            Writer(config, loaded.tokenizer), plan.data, facts=plan.facts, questions=plan.questions,
+            text=Path(plan.text) if plan.text else None, file=Path(plan.file) if plan.file else None,
+        )  # fmt: skip
+        self._graph, weights = nnx.split(loaded.model)
+        self._weights = jax.device_put(weights, jax.sharding.NamedSharding(self.mesh, EVERYWHERE))
+        # Adam with decay 0 is AdamW of the recipe.
+        self.optimizer = optax.adamw(schedule(plan), weight_decay=0.0)
+        self._step = jax.jit(self._advance, donate_argnums=0)
+
+    def initial(self) -> State:
+        """The state before the first step."""
+        params = self.family.initial((self.config.num_layers - 1, self.config.num_kv_heads))
+        return {"gates": params, "optimizer": self.optimizer.init(params), "lagrangian": self.lagrangian.initial()}
+
+    def step(self, state: State, step: int, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """One step, of index `step` from 0; the old state is used up. Returns before the device is done."""
+        length = batch.tokens.shape[1]
+        at = np.arange(length)[None]
+        config = self.config
+        tables = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, at, np.array([length]))
+        return self._step(
+            state, self._weights, jnp.int32(step), batch.tokens, batch.starts, batch.answers, *map(jnp.asarray, tables)
+        )
+
+    def expected(self, state: State) -> Float32[np.ndarray, "L K"]:
+        """E[z] of every KV head, 1 for those of layer 0."""
+        return np.asarray(gates.with_first_layer(self.family.expected(state["gates"])))
+
+    def _advance(self, state: State, weights: Any, step: jax.Array, tokens, starts, answers, cos, sin):
+        plan, (above, kv_heads) = self.plan, next(iter(state["gates"].values())).shape
+        key = jax.random.fold_in(jax.random.key(plan.seed), step)
+        uniform = jax.random.uniform(key, (plan.batch, above, kv_heads), jnp.float32)
+
+        # The cap of a rule is static and costs memory: never more than the row has pages.
+        numbers, size = plan.policy.pages(plan.page_size), plan.page_size
+        pages = max(pages_for(tokens.shape[1], size), numbers["sink_pages"] + numbers["recent_pages"])
+        policy = dataclasses.replace(plan.policy, budget=size * min(numbers["budget_pages"], pages))
+
+        def rows(weights, z, tokens, starts, answers, cos, sin):
+            model = nnx.merge(self._graph, weights)
+            return departures(
+                model, tokens, starts, answers, z, (cos, sin), policy=policy, page_size=size, loss=plan.loss
+            )
+
+        divided = jax.shard_map(
+            rows, mesh=self.mesh, check_vma=False,
+            in_specs=(EVERYWHERE, ROWS, ROWS, ROWS, ROWS, EVERYWHERE, EVERYWHERE), out_specs=(ROWS, ROWS),
+        )  # fmt: skip
+
+        def objective(params: gates.GateParams):
+            z = gates.with_first_layer(self.family.sample(params, uniform))
+            losses, kept = divided(weights, z, tokens, starts, answers, cos, sin)
+            # Layer 0 has no gates and counts in the density, as its heads read the whole cache too.
+            density = jnp.mean(gates.with_first_layer(self.family.nonzero(params)))
+            penalty, lagrangian = self.lagrangian.penalty(state["lagrangian"], density)
+            loss = jnp.mean(losses)
+            metrics = {"loss": loss, "kept": jnp.mean(kept), "density": density, **lagrangian}
+            return loss + penalty, (lagrangian, metrics)
+
+        gradient, (lagrangian, metrics) = jax.grad(objective, has_aux=True)(state["gates"])
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its integer step count
+            updates, optimizer = self.optimizer.update(gradient, state["optimizer"], state["gates"])
+        params = self.family.project(jax.tree.map(jnp.add, state["gates"], updates))
+        # A gradient can be NaN while the loss is not.
+        metrics["finite"] = functools.reduce(
+            jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in (*params.values(), *metrics.values())]
+        )
+        metrics["expected"] = self.family.expected(params)
+        return {"gates": params, "optimizer": optimizer, "lagrangian": lagrangian}, metrics
+
+
+def learn(
+    loaded: LoadedModel, plan: Plan, output: Path, *, checkpoint_every: int = 100, keep: int = 3,
+    on_step: Report | None = None,
+) -> Learned:  # fmt: skip
+    """Train the gates, or go on, in the folder `output`; leaves the head map and E[z] there.
+
+    `on_step(done, metrics)` is called after every step, `metrics` empty until the first ones are known.
+
+    Raises:
+        UserError: a plan that does not fit, a folder with another run, or a loss that is not a number any more.
+    """
+    learner = Learner(loaded, plan)
+    described = {"model": loaded.config.fingerprint(), **dataclasses.asdict(plan)}
+    claim(output, described)
+    checkpoints = Checkpoints(output / "checkpoints", keep)
+    try:
+        done, state = checkpoints.restore(learner.initial()) or (0, learner.initial())
+        metrics_file = MetricsFile(output / METRICS, done)
+        pending: list[tuple[int, dict[str, jax.Array]]] = []
+        latest: dict[str, Any] = {}
+
+        def settle() -> None:
+            """Look at the steps that were sent off: numbers to the file, and none of them NaN."""
+            nonlocal latest
+            for step, metrics in zip([n for n, _ in pending], jax.device_get([m for _, m in pending]), strict=True):
+                if not metrics.pop("finite"):
+                    good = checkpoints.latest()
+                    where = f"step {good} in {output / 'checkpoints'}" if good else "none yet"
+                    raise UserError(
+                        f"step {step}: the loss or a gate is not finite any more; the last good checkpoint: {where}"
+                    )
+                expected = metrics.pop("expected")
+                latest = {name: float(value) for name, value in metrics.items()}
+                if step % _LOG_EVERY == 0 or step == plan.steps:
+                    above = [[round(float(z), 4) for z in layer] for layer in expected]
+                    metrics_file.write(step=step, **latest, expected=above)
+            pending.clear()
+
+        try:
+            while done < plan.steps:
+                state, metrics = learner.step(state, done, make_batch(plan, learner.source, done))
+                done += 1
+                pending.append((done, metrics))
+                if done % checkpoint_every == 0 or done == plan.steps:
+                    settle()
+                    checkpoints.save(done, state)
+                elif len(pending) > 1:  # one step behind, so that the device never waits for the host
+                    last = pending.pop()
+                    settle()
+                    pending.append(last)
+                if on_step is not None:
+                    on_step(done, latest)
+        except KeyboardInterrupt:
+            settle()
+            if checkpoints.latest() != done:
+                checkpoints.save(done, state)
+            raise
+    finally:
+        checkpoints.close()
+    return _conclude(loaded, plan, output, learner.expected(state))
+
+
+def _conclude(loaded: LoadedModel, plan: Plan, output: Path, expected: Float32[np.ndarray, "L K"]) -> Learned:
+    roles = gates.harden(expected, plan.retrieval_heads)
+    above_half = int(gates.harden(expected).sum())
+    meta = {
+        "fingerprint": loaded.config.fingerprint(), "method": plan.family, "seed": plan.seed, "steps": plan.steps,
+        "above_half": above_half,
+    }  # fmt: skip
+    retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
+    head_map = HeadMap(
+        loaded.config.num_layers, loaded.config.num_kv_heads, retrieval, model=loaded.path.name, meta=json.dumps(meta)
+    )
+    head_map.save(output / HEADS)
+    described = {
+        "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,
+        "expected": [[round(float(z), 6) for z in layer] for layer in expected],
+    }  # fmt: skip
+    (output / GATES).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    return Learned(head_map, expected, above_half)
