@@ -21,11 +21,12 @@ from lychee_jax.sampling import SamplingParams
 class Forced:
     """What feeding gave: the cache with the tokens in it, and each row's natural log-probabilities of its tokens.
 
-    `pages_read` and `pages_held` are summed over tokens, layers and KV heads: what was read, and what dense reads.
+    `greedy` says of each token whether greedy decoding would have chosen it after the tokens before it. `pages_read` and `pages_held` are summed over tokens, layers and KV heads: what was read, and what dense reads.
     """
 
     filled: Prefilled
     logprobs: list[list[float]]
+    greedy: list[list[bool]]
     pages_read: int
     pages_held: int
 
@@ -59,7 +60,7 @@ def feed(
     if longest > filled.capacity:
         raise UserError(f"the cache has room for {filled.capacity} new tokens; {longest} were to be fed")
     if longest == 0:
-        return Forced(filled, [[] for _ in rows], 0, 0)
+        return Forced(filled, [[] for _ in rows], [[] for _ in rows], 0, 0)
     engine.check_prompts([row for row in rows if row], 0)
     pools = engine.claim(filled, options, keep=keep)
     width = filled.page_table.shape[0]
@@ -73,6 +74,7 @@ def feed(
 
     call, last = Caller(engine.dtype), filled.last
     logprobs = np.zeros((padded.shape[1], width), np.float32)
+    greedy = np.zeros((padded.shape[1], width), bool)
     read = np.zeros((padded.shape[1], width), np.int64)
     for first in range(0, longest, size):
         positions = begins[:, None] + first + np.arange(size)
@@ -97,6 +99,7 @@ def feed(
                 jnp.asarray(positions[:, 0], jnp.int32), jnp.asarray(left == size),
             )  # fmt: skip
         logprobs[first : first + size] = np.sum([np.asarray(each.logprobs) for each in fed], axis=0)
+        greedy[first : first + size] = np.any([np.asarray(each.greedy) for each in fed], axis=0)
         read[first : first + size] = np.sum([np.asarray(each.pages_read) for each in fed], axis=0)
         if on_step is not None:
             on_step(min(size, longest - first))
@@ -108,6 +111,7 @@ def feed(
     return Forced(
         after,
         [logprobs[: len(row), index].tolist() for index, row in enumerate(rows)],
+        [greedy[: len(row), index].tolist() for index, row in enumerate(rows)],
         int(read.sum()),
         _held(engine, filled, rows),
     )

@@ -206,9 +206,13 @@ def decode_block(
 
 
 class Fed(NamedTuple):
-    """What a block of given tokens tells the host; where a row took no part, zeros."""
+    """What a block of given tokens tells the host; where a row took no part, zeros.
+
+    `greedy`: the token is the likeliest one, the lowest id of equals, as greedy decoding would have it.
+    """
 
     logprobs: Float32[Array, "steps B"]
+    greedy: Bool[Array, "steps B"]
     pages_read: Int32[Array, "steps B"]
 
 
@@ -237,18 +241,21 @@ def feed_block(
         pools, last, fed = carry
         on = i < counts
         token = jax.lax.dynamic_index_in_dim(tokens, i, axis=1)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(model.logits(last), axis=-1), token, axis=-1)[:, 0]
+        logits = model.logits(last)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token, axis=-1)[:, 0]
+        greedy = jnp.argmax(logits, axis=-1) == token[:, 0]
         way = Decode(page_table, positions + i, on, plan.head_map, plan.policy, plan.implementation)
         cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
         hidden, state = model(token, cos_i, sin_i, way, way.start(pools))
         fed = Fed(
             fed.logprobs.at[i].set(jnp.where(on, logprob, 0.0)),
+            fed.greedy.at[i].set(on & greedy),
             fed.pages_read.at[i].set(jnp.where(on, state.pages_read, 0)),
         )
         return state.pools, jnp.where(on[:, None], hidden[:, 0], last), fed
 
     shape = (plan.steps, counts.shape[0])
-    empty = Fed(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
+    empty = Fed(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
     pools, last, fed = jax.lax.fori_loop(jnp.int32(0), jnp.max(counts).astype(jnp.int32), step, (pools, last, empty))
     return pools, last, fed
 

@@ -30,9 +30,9 @@ class Journal:
             raise UserError(f"--output {folder} is a file; give a folder")
         _claim(folder, json.loads(json.dumps(settings)))
         self.folder = folder
-        self.records = _lines(folder / ANSWERS)
+        self.records = read_lines(folder / ANSWERS)
         self._done = {(*_name(record), record["way"]) for record in self.records}
-        self._kept = {_name(record) for record in _lines(folder / PROMPTS)}
+        self._kept = {_name(record) for record in read_lines(folder / PROMPTS)}
 
     def has(self, cell: Cell, index: int, way: str) -> bool:
         """Whether this answer is there already."""
@@ -43,12 +43,12 @@ class Journal:
         name = (*cell.key, index)
         if name not in self._kept:
             self._kept.add(name)
-            _append(self.folder / PROMPTS, [{**_fields(cell, index), "prompt": case.prompt}])
+            append_lines(self.folder / PROMPTS, [{**_fields(cell, index), "prompt": case.prompt}])
 
     def add(self, cell: Cell, way: str, answers: list[tuple[int, Record]]) -> None:
         """Keep the answers of a batch, on the disk when this returns."""
         records = [{**_fields(cell, index), "way": way, **answer} for index, answer in answers]
-        _append(self.folder / ANSWERS, records)
+        append_lines(self.folder / ANSWERS, records)
         self.records += records
         self._done |= {(*_name(record), way) for record in records}
 
@@ -78,7 +78,7 @@ def _claim(folder: Path, settings: Record) -> None:
     file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def _lines(file: Path) -> list[Record]:
+def read_lines(file: Path) -> list[Record]:
     """The objects of a file; a last line that an interrupt cut off is removed from it."""
     if not file.exists():
         return []
@@ -93,6 +93,7 @@ def _lines(file: Path) -> list[Record]:
         raise UserError(f"{file} has a line that is no JSON; remove it or give another --output") from error
 
 
-def _append(file: Path, records: list[Record]) -> None:
+def append_lines(file: Path, records: list[Record]) -> None:
+    """Write the objects at the end of a file, one a line."""
     with file.open("a", encoding="utf-8") as handle:
         handle.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
