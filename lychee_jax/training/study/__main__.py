@@ -1,0 +1,138 @@
+"""`python -m lychee_jax.training.study --output DIR`: trains, compares and reports; the same command goes on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lychee_jax.errors import UserError
+
+_ASKED, _LEARNED, _RUN = "What is asked", "What is learned", "The run"
+
+
+def run(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", rich_help_panel=_RUN,
+        help="Folder of the study: resumed if it holds this one, made if it is missing.")],
+    model: Annotated[str | None, typer.Option(metavar="DIR", show_default="the bundled model", rich_help_panel=_RUN,
+        help="Folder of a model with the bundled model's vocabulary.")] = None,
+    points: Annotated[str, typer.Option(metavar="N,N,…", rich_help_panel=_ASKED,
+        help="1: budgets. 2: ways to choose heads. 3: pages, rules, cache correction. 4: gates over training.",
+    )] = "1,2,3,4",
+    tasks: Annotated[str, typer.Option(metavar="A,B,…", rich_help_panel=_ASKED,
+        help="Some of only-passkey, passkey, lookup, variable.")] = "only-passkey,passkey,lookup,variable",
+    contexts: Annotated[str, typer.Option(metavar="N,N,…", rich_help_panel=_ASKED,
+        help="Tokens of the prompts.")] = "8192,16384,32768",
+    samples: Annotated[int, typer.Option(metavar="N", rich_help_panel=_ASKED,
+        help="Prompts of each task and context.")] = 100,
+    dialogues: Annotated[int, typer.Option(metavar="N", rich_help_panel=_ASKED,
+        help="Long generations, for cache correction.")] = 16,
+    dialogue_tokens: Annotated[int, typer.Option(metavar="N", rich_help_panel=_ASKED,
+        help="Tokens of each of them.")] = 2000,
+    seeds: Annotated[str, typer.Option(metavar="N,N,…", rich_help_panel=_LEARNED,
+        help="Of trainings, of random maps, of what layers are chosen on. Prompts are the same for all.")] = "0,1,2",
+    retrieval_heads: Annotated[int, typer.Option(metavar="N", rich_help_panel=_LEARNED,
+        help="Of every map, layer 0 included: whole layers of them.")] = 8,
+    steps: Annotated[int, typer.Option(metavar="N", rich_help_panel=_LEARNED, help="Of each training.")] = 400,
+    batch: Annotated[int, typer.Option(metavar="N", rich_help_panel=_LEARNED, help="Documents a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(rich_help_panel=_LEARNED, help="Of the gates.")] = 0.01,
+    loss: Annotated[Literal["hidden", "logits"], typer.Option(rich_help_panel=_LEARNED,
+        help="What is to stay as under dense attention.")] = "hidden",
+    ratio: Annotated[float, typer.Option(rich_help_panel=_LEARNED,
+        help="Share of the pages that sparse heads read in training.")] = 0.3,
+    train_lengths: Annotated[str, typer.Option(metavar="N,N", rich_help_panel=_LEARNED,
+        help="Shortest and longest training prompt, in tokens.")] = "6145,8192",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=_RUN,
+        help="Write the results there too.")] = None,
+    publish: Annotated[Path | None, typer.Option(metavar="DOCS", rich_help_panel=_RUN,
+        help="Put results, report and pictures into this folder's results/ as heads*.")] = None,
+) -> None:  # fmt: skip
+    """Train gates of three families, and compare the maps with others and with dense attention.
+
+    Everything is a row of results.json; report.md has tables, heads_*.png pictures. About eight minutes on an H200; a
+    small form for two cores:
+
+    [cyan]python -m lychee_jax.training.study -o study --contexts 1024 --samples 4 --seeds 0 --steps 6
+    --train-lengths 512,1024 --dialogues 1 --dialogue-tokens 200[/cyan]
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from lychee_jax.loading import load
+    from lychee_jax.training.study.pictures import draw
+    from lychee_jax.training.study.report import markdown
+    from lychee_jax.training.study.rows import Grid
+    from lychee_jax.training.study.study import RESULTS, Sizes, Study
+
+    shortest, longest = _pair("--train-lengths", train_lengths)
+    grid = Grid(
+        _numbers("--points", points), [task.strip() for task in tasks.split(",")], _numbers("--contexts", contexts),
+        _numbers("--seeds", seeds), retrieval_heads,
+    )  # fmt: skip
+    sizes = Sizes(
+        samples=samples, retrieval_heads=retrieval_heads, steps=steps, batch=batch, learning_rate=learning_rate,
+        loss=loss, ratio=ratio, lengths=(shortest, longest), dialogues=dialogues, dialogue_tokens=dialogue_tokens,
+    )  # fmt: skip
+    bars = {}
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage)
+            progress.update(bars[stage], completed=done, total=total)
+
+        study = Study(load(model), grid, sizes, output, report)
+        results = study.run(f"python -m lychee_jax.training.study {shlex.join(sys.argv[1:])}")
+    (output / "report.md").write_text(markdown(results), encoding="utf-8")
+    pictures = draw(results, output)
+    copies = [(output / RESULTS, json_file)] if json_file else []
+    if publish is not None:
+        folder = publish / "results"
+        copies += [(output / RESULTS, folder / "heads.json"), (output / "report.md", folder / "heads.md")]
+        copies += [(picture, folder / picture.name) for picture in pictures]
+    for source, target in copies:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    typer.echo(output / "report.md")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: give whole numbers with commas between them") from None
+
+
+def _pair(option: str, text: str) -> tuple[int, int]:
+    numbers = _numbers(option, text)
+    if len(numbers) != 2:
+        raise UserError(f"{option} {text}: give two numbers")
+    return numbers[0], numbers[1]
+
+
+def main() -> int:
+    """Run the command; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    app.command()(run)
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted: the same command goes on", err=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,133 @@
+"""Fills in the rows: every chunk of prompts is read once, for all rows that still lack it."""
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool
+
+from lychee_jax.forced import feed
+from lychee_jax.generate import GenerateOptions
+from lychee_jax.heads import HeadMap
+from lychee_jax.loaded import LoadedModel
+from lychee_jax.selection import SelectionPolicy
+from lychee_jax.training.scorer import Kind, Scorer
+from lychee_jax.training.study.maps import roles_of
+from lychee_jax.training.study.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts
+from lychee_jax.training.study.rows import CORRECT_EVERY, Row
+from lychee_jax.training.study.tally import Count, Tally
+
+type Report = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The map that answers and the policy under which it does."""
+
+    head_map: HeadMap
+    policy: SelectionPolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A chunk of one cell's prompts, and the rows that lack it."""
+
+    task: str
+    context: int
+    indices: range
+    rows: tuple[Row, ...]
+
+
+def jobs(rows: Sequence[Row], samples: int, chunk_tokens: int, tally: Tally) -> list[Job]:
+    """What is still to be done, chunk by chunk; each row brings its dense one along."""
+    cells: dict[tuple[str, int], dict[Row, None]] = {}
+    for row in rows:
+        cells.setdefault((row.task, row.context), {}).update({row.dense: None, row: None})
+    found = []
+    for (task, context), wanted in cells.items():
+        size = chunk_size(samples, context, chunk_tokens)
+        for first in range(0, samples, size):
+            missing = tuple(row for row in wanted if not tally.has(row, first))
+            if missing:
+                found.append(Job(task, context, range(first, min(first + size, samples)), missing))
+    return found
+
+
+def chunk_size(samples: int, context: int, chunk_tokens: int) -> int:
+    """Prompts that are read at once: they bound the memory."""
+    return max(1, min(samples, chunk_tokens // context))
+
+
+def score_answers(
+    scorer: Scorer, todo: Sequence[Job], settings: Callable[[Row], Setting], tally: Tally, *, samples: int,
+    chunk_tokens: int, report: Report,
+) -> None:  # fmt: skip
+    """Score all jobs on single answers; `report(rows)` after every row of a chunk."""
+
+    def size(job: Job) -> int:
+        return chunk_size(samples, job.context, chunk_tokens)
+
+    def make(job: Job) -> tuple[np.ndarray, np.ndarray]:
+        return prompts(HELD_OUT, job.task, job.context, job.indices, rows=size(job))
+
+    for job in todo:
+        scorer.prepare(
+            Kind(size(job), job.context, ANSWER_TOKENS[job.task], settings(row).policy, row.page_size)
+            for row in job.rows
+        )
+    host = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        for job, (tokens, answers) in zip(todo, host.map(make, todo), strict=True):
+            memory = scorer.read(tokens, ANSWER_TOKENS[job.task])
+            for row in job.rows:
+                setting = settings(row)
+                roles = roles_of(setting.head_map)
+                verdict = scorer.score(memory, answers, roles, setting.policy, row.page_size)
+                count = len(job.indices)
+                right = int(verdict.right[:count].sum())
+                read = verdict.sparse_read + int(roles.sum()) * verdict.held
+                tally.add(row, job.indices.start, Count(right, count, read, roles.size * verdict.held))
+                report(1)
+    finally:
+        host.shutdown(cancel_futures=True)
+
+
+def score_dialogues(
+    model: LoadedModel, todo: Sequence[Job], settings: Callable[[Row], Setting], tally: Tally, *, tokens: int,
+    report: Report,
+) -> None:  # fmt: skip
+    """Score long generations: their tokens are fed one by one through the decode path, the questions' too.
+
+    `report(steps)` after every few tokens.
+    """
+    for job in todo:
+        made = [dialogue(job.context, tokens, index) for index in job.indices]
+        page_size = job.rows[0].page_size
+        filled = model.engine.prefill([each.document for each in made], max_new_tokens=tokens, page_size=page_size)
+        for i, row in enumerate(job.rows):
+            setting = settings(row)
+            options = GenerateOptions(
+                "dense" if row.method == "dense" else "hybrid", setting.head_map, setting.policy, page_size,
+                correct_every=CORRECT_EVERY if row.correction else 0,
+            )  # fmt: skip
+            fed = feed(
+                model.engine, filled, [each.tokens for each in made], options, keep=i + 1 < len(job.rows),
+                on_step=report,
+            )  # fmt: skip
+            right = total = 0
+            for each, greedy in zip(made, fed.greedy, strict=True):
+                answers = exact(np.asarray(each.answers), np.asarray(greedy))
+                right, total = right + int(answers.sum()), total + len(answers)
+            tally.add(row, job.indices.start, Count(right, total, fed.pages_read, fed.pages_held))
+
+
+def exact(answers: np.ndarray, greedy: Bool[np.ndarray, "T"]) -> Bool[np.ndarray, "n"]:
+    """Of every marked answer, whether all of its tokens are greedy decoding's."""
+    wrong = np.bincount(answers[~greedy], minlength=int(answers.max()) + 1)
+    return wrong[1:] == 0
+
+
+def is_dialogue(row: Row) -> bool:
+    """Whether the row is about a long generation."""
+    return row.task == DIALOGUE

@@ -1,0 +1,250 @@
+"""The whole study in a folder: gates are trained, maps chosen, rules calibrated, rows filled in, results written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lychee_jax.errors import UserError
+from lychee_jax.heads import HeadMap
+from lychee_jax.loaded import LoadedModel
+from lychee_jax.selection import SelectionPolicy
+from lychee_jax.training import language, learn_heads
+from lychee_jax.training.loop import claim
+from lychee_jax.training.scorer import Scorer
+from lychee_jax.training.study import maps
+from lychee_jax.training.study.calibration import calibrate
+from lychee_jax.training.study.prompts import TASKS
+from lychee_jax.training.study.rows import POINTS, Grid, Row
+from lychee_jax.training.study.scoring import Setting, is_dialogue, jobs, score_answers, score_dialogues
+from lychee_jax.training.study.tally import Tally
+
+type Report = Callable[[str, int, int], None]
+type Record = dict[str, Any]
+
+RESULTS, MAPS, CALIBRATION = "results.json", "maps.json", "calibration.json"
+_INSIDE = (0.05, 0.95)  # between these, a gate's E[z] is undecided
+_CHUNK_TOKENS = {"cpu": 1 << 14}  # prompt tokens that are read at once: what they need grows with them
+_MOST_CHUNK_TOKENS = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is asked, and of whom is learned: together with the model, what the folder of a study is about.
+
+    `lengths`: of the training prompts. From three quarters of the longest on, one compiled step serves them all.
+    `validation`, `calibration`: prompts of each task for the choice of layers, and for the rules' numbers.
+    """
+
+    samples: int = 100
+    retrieval_heads: int = 8
+    steps: int = 400
+    batch: int = 1
+    learning_rate: float = 0.01
+    loss: str = "hidden"
+    ratio: float = 0.3
+    lengths: tuple[int, int] = (6145, 8192)
+    dialogues: int = 16
+    dialogue_tokens: int = 2000
+    validation: int = 8
+    calibration: int = 8
+
+    def plan(self, family: str, seed: int) -> learn_heads.Plan:
+        """How this family of gates is trained."""
+        policy = SelectionPolicy(budget=1 << 20, rule="ratio", ratio=self.ratio)
+        return learn_heads.Plan(
+            retrieval_heads=self.retrieval_heads, steps=self.steps, batch=self.batch, seed=seed, family=family,
+            loss="logits" if self.loss == "logits" else "hidden", data="mixed", min_length=self.lengths[0],
+            max_length=self.lengths[1], learning_rate=self.learning_rate, policy=policy,
+        )  # fmt: skip
+
+
+class Study:
+    """One model's study in one folder. `run` does what is missing and returns the results.
+
+    Raises UserError for a model or sizes that do not fit, or a folder with another study.
+    """
+
+    def __init__(self, model: LoadedModel, grid: Grid, sizes: Sizes, output: Path, report: Report) -> None:
+        self.model, self.grid, self.sizes, self.output = model, grid, sizes, output
+        self._report = report
+        config = model.config
+        if config.vocab_size != language.VOCAB_SIZE:
+            raise UserError("the study asks in the bundled model's tokens; this model has another vocabulary")
+        _check(grid, sizes, config.num_layers * config.num_kv_heads)
+        self.chunk_tokens = _CHUNK_TOKENS.get(jax.default_backend(), _MOST_CHUNK_TOKENS)
+        claim(output, {"model": config.fingerprint(), "chunk_tokens": self.chunk_tokens, **dataclasses.asdict(sizes)})
+        self.tally = Tally(output)
+
+    def run(self, command: str) -> Record:
+        """Everything, from where it stopped; `command` is what the results say they come from."""
+        scorer = Scorer(self.model.config, self.model.model, workers=min(8, os.cpu_count() or 1))
+        try:
+            chosen = self._maps(scorer)
+            amounts = self._amounts(scorer, chosen)
+            self._score(scorer, chosen, amounts)
+        finally:
+            scorer.close()
+        results = {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "command": command,
+            "sizes": dataclasses.asdict(self.sizes),
+            "rows": [self._result(row, amounts) for row in self.grid.rows()],
+            "between": self._between() if 4 in self.grid.points else [],
+            "maps": {name: {**record, **head_map.to_json()} for name, (head_map, record) in chosen.items()},
+        }
+        write(self.output / RESULTS, results)
+        return results
+
+    def _maps(self, scorer: Scorer) -> dict[str, tuple[HeadMap, Record]]:
+        """Every map by its name, and how it was found."""
+        config, sizes, label = self.model.config, self.sizes, self.model.path.name
+        found: dict[str, tuple[HeadMap, Record]] = {}
+        for family in self.grid.families:
+            for seed in self.grid.seeds:
+                name = f"{family}-{seed}"
+                learned = learn_heads.learn(
+                    self.model, sizes.plan(family, seed), self.output / "runs" / name,
+                    on_step=lambda done, _, name=name: self._report(f"learning {name}", done, sizes.steps),
+                )  # fmt: skip
+                expected = [[round(float(z), 4) for z in layer] for layer in learned.expected]
+                found[name] = learned.head_map, {"expected": expected, "above_half": learned.above_half}
+        if 2 not in self.grid.points:
+            return found
+        kept = read(self.output / MAPS)
+        for i, seed in enumerate(self.grid.seeds):
+            name = f"layer-{seed}"
+            if name not in kept:
+                loss = maps.validation_loss(scorer, sizes.lengths[1], sizes.validation, seed)
+                roles, tried = maps.layer_roles(config, sizes.retrieval_heads, loss)
+                head_map = maps.map_of(roles, config, label, method="layer", seed=seed)
+                kept[name] = {"map": head_map.to_json(), "tried": tried}
+                write(self.output / MAPS, kept)
+            found[name] = HeadMap.from_json(kept[name]["map"]), {"tried": kept[name]["tried"]}
+            self._report("choosing layers", i + 1, len(self.grid.seeds))
+            roles = maps.random_roles(config, sizes.retrieval_heads, seed)
+            found[f"random-{seed}"] = maps.map_of(roles, config, label, method="random", seed=seed), {}
+        return found
+
+    def _amounts(self, scorer: Scorer, chosen: Mapping[str, tuple[HeadMap, Record]]) -> dict[str, float]:
+        """The numbers of the rules that have one, by `_amount_name`."""
+        amounts: dict[str, float] = read(self.output / CALIBRATION)
+        # One number for all tasks: a user does not know which task it is.
+        wanted = {_amount_name(row): row for row in self.grid.rows() if row.rule in ("ratio", "top_p", "threshold")}
+        missing = {(row.context, row.budget): row for name, row in wanted.items() if name not in amounts}
+        for i, row in enumerate(missing.values()):
+            roles = maps.roles_of(chosen[row.map_name][0])
+            numbers = calibrate(scorer, roles, row, samples=self.sizes.calibration)
+            for rule, amount in numbers.items():
+                amounts[_amount_name(dataclasses.replace(row, rule=rule))] = amount
+            write(self.output / CALIBRATION, amounts)
+            self._report("calibrating rules", i + 1, len(missing))
+        return amounts
+
+    def _score(
+        self, scorer: Scorer, chosen: Mapping[str, tuple[HeadMap, Record]], amounts: Mapping[str, float]
+    ) -> None:  # fmt: skip
+        sizes, rows = self.sizes, self.grid.rows()
+        every = HeadMap.all(self.model.config)
+
+        def setting(row: Row) -> Setting:
+            head_map = every if row.method == "dense" else chosen[row.map_name][0]
+            return Setting(head_map, row.policy(amounts.get(_amount_name(row))))
+
+        todo = jobs([row for row in rows if not is_dialogue(row)], sizes.samples, self.chunk_tokens, self.tally)
+        self._counted("scoring answers", sum(len(job.rows) for job in todo), lambda report: score_answers(
+            scorer, todo, setting, self.tally, samples=sizes.samples, chunk_tokens=self.chunk_tokens, report=report
+        ))  # fmt: skip
+        talks = jobs([row for row in rows if is_dialogue(row)], sizes.dialogues, self.chunk_tokens, self.tally)
+        steps = sum(len(job.rows) for job in talks) * sizes.dialogue_tokens
+        self._counted("generating dialogues", steps, lambda report: score_dialogues(
+            self.model, talks, setting, self.tally, tokens=sizes.dialogue_tokens, report=report
+        ))  # fmt: skip
+
+    def _counted(self, stage: str, total: int, work: Callable[[Callable[[int], None]], None]) -> None:
+        """Do the work, reporting a stage's progress from its increments."""
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self._report(stage, done, total)
+
+        if total:
+            work(advance)
+            self._report(stage, total, total)
+
+    def _result(self, row: Row, amounts: Mapping[str, float]) -> Record:
+        """The row with what was counted; scores and shares from 0 to 100."""
+        count, dense = self.tally.total(row), self.tally.total(row.dense)
+        config = self.model.config
+        share = row.retrieval_heads / (config.num_layers * config.num_kv_heads)
+        read = count.read / count.held
+        return {
+            "model": self.model.path.name,
+            **dataclasses.asdict(row),
+            "amount": amounts.get(_amount_name(row)),
+            "budget_tokens": row.budget_tokens,
+            "samples": count.total,
+            "score": 100 * count.right / count.total,
+            "dense_score": 100 * dense.right / dense.total,
+            "cache_read": 100 * read,
+            "sparse_read": 100 * (read - share) / (1 - share),
+        }
+
+    def _between(self) -> list[Record]:
+        """For every run, the share of gates (layer 0 has none) whose E[z] is undecided, over the steps."""
+        found = []
+        for family in self.grid.families:
+            for seed in self.grid.seeds:
+                file = self.output / "runs" / f"{family}-{seed}" / learn_heads.METRICS
+                lines = [json.loads(line) for line in file.read_text().splitlines()]
+                shares = [_share_inside(line["expected"]) for line in lines]
+                found.append(
+                    {"method": family, "seed": seed, "steps": [line["step"] for line in lines], "share": shares}
+                )
+        return found
+
+
+def _share_inside(expected: list[list[float]]) -> float:
+    gates = [z for layer in expected for z in layer]
+    return sum(_INSIDE[0] < z < _INSIDE[1] for z in gates) / len(gates)
+
+
+def _amount_name(row: Row) -> str:
+    return f"{row.rule} {row.context} {row.budget}"
+
+
+def _check(grid: Grid, sizes: Sizes, heads: int) -> None:
+    for name in ("points", "tasks", "contexts", "seeds"):
+        given = getattr(grid, name)
+        if not given or len(set(given)) < len(given):
+            raise UserError(f"{name}: {'something is given twice' if given else 'nothing is given'}")
+    if unknown := [task for task in grid.tasks if task not in TASKS]:
+        raise UserError(f"task {unknown[0]!r} is unknown; use some of {', '.join(TASKS)}")
+    if unknown := [point for point in grid.points if point not in POINTS]:
+        raise UserError(f"point {unknown[0]} is unknown; use some of {', '.join(map(str, POINTS))}")
+    for name in ("samples", "dialogues", "dialogue_tokens", "validation", "calibration"):
+        if getattr(sizes, name) < 1:
+            raise UserError(f"{name.replace('_', '-')} is {getattr(sizes, name)}; it must be at least 1")
+    if not sizes.retrieval_heads < heads:
+        raise UserError(f"retrieval-heads is {sizes.retrieval_heads}, but the model has {heads}: none would be sparse")
+
+
+def read(file: Path) -> Record:
+    """The object in a file, or an empty one."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def write(file: Path, content: Record) -> None:
+    """Write an object whole or not at all."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
