@@ -48,6 +48,7 @@ def test_feeding_what_was_generated_gives_what_generating_gave(engine, prompts, 
     made = follow(engine, filled, options, keep=True)
     fed = feed(engine, filled, made.tokens, options)
     np.testing.assert_allclose(fed.logprobs, made.logprobs, rtol=1e-5, atol=1e-5)
+    assert all(all(row) for row in fed.greedy)
     # Generating never feeds its last token, and feeding does; all others read the same pages.
     assert fed.pages_held >= fed.pages_read > 0
     if options is DENSE:
@@ -70,6 +71,17 @@ def test_decoding_goes_on_where_feeding_ended_in_every_row(engine, prompts):
     np.testing.assert_allclose(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
     again = follow(engine, feed(engine, filled, rest, DENSE).filled, DENSE)
     assert again.tokens == expected.tokens
+
+
+def test_a_token_that_greedy_decoding_would_not_choose_is_told(engine, prompts):
+    filled = engine.prefill(prompts, max_new_tokens=20, page_size=8)
+    made = follow(engine, filled, HYBRID, keep=True)
+    changed = [list(row) for row in made.tokens]
+    for row, place in enumerate((0, 7, 19)):
+        changed[row][place] = (changed[row][place] + 1) % 64
+    fed = feed(engine, filled, changed, HYBRID)
+    for row, place in enumerate((0, 7, 19)):
+        assert fed.greedy[row][: place + 1] == [True] * place + [False]
 
 
 def test_a_row_comes_out_the_same_alone_and_in_company(engine, prompts):

@@ -11,28 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import typer
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool
 from rich.console import Console
 from rich.progress import Progress
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.gated import Gated, KeysAndValues, Remember
 from lychee_jax.heads import HeadMap
 from lychee_jax.model import Decoder
-from lychee_jax.rope import rotary_tables
 from lychee_jax.selection import SelectionPolicy
 from lychee_jax.training import data, language
+from lychee_jax.training.scorer import Scorer
 
 _ANSWER_TOKENS = 40
 _KINDS = ("passkey", "long-passkey")
-
-type Cache = tuple[KeysAndValues, ...]
 
 
 class Judge:
@@ -56,8 +50,7 @@ class Judge:
         if config.vocab_size != language.VOCAB_SIZE:
             raise UserError("head maps are profiled with the bundled model's tokens; this model has another vocabulary")
         policy.validate(page_size)
-        positions, lengths = np.arange(length + _ANSWER_TOKENS)[None], np.array([length + _ANSWER_TOKENS])
-        cos, sin = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions, lengths)
+        self._policy, self._page_size = policy, page_size
         rng = np.random.default_rng(seed)
         prompts = np.zeros((samples, length), np.int32)
         self._answers = np.full((samples, _ANSWER_TOKENS), -1, np.int32)
@@ -69,42 +62,13 @@ class Judge:
             answer = [*language.tokens_of(" " + prompt.answer), language.EOS]
             prompts[row] = prompt.tokens
             self._answers[row, : len(answer)] = answer
-
-        graph, self._weights = nnx.split(model)
-
-        @jax.jit
-        def read(weights: Any, tokens: Int[Array, "B T"]) -> Cache:
-            model = nnx.merge(graph, weights)
-            _, cache = model(tokens, jnp.asarray(cos[:, :length]), jnp.asarray(sin[:, :length]), Remember(), ())
-            room = ((0, 0), (0, _ANSWER_TOKENS), (0, 0), (0, 0))
-            return jax.tree.map(lambda x: jnp.pad(x, room), cache)
-
-        @jax.jit
-        def score(
-            weights: Any, roles: Float[Array, "L K"], cache: Cache, answers: Int[Array, "B A"]
-        ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-            model = nnx.merge(graph, weights)
-            tokens = jnp.maximum(answers, 0)
-            rows = tokens.shape[0]
-            way = Gated(
-                jnp.broadcast_to(roles, (rows, *roles.shape)), jnp.full(rows, length), jnp.ones(tokens.shape, bool),
-                policy, page_size, cache,
-            )  # fmt: skip
-            hidden, _ = model(tokens, jnp.asarray(cos[:, length:]), jnp.asarray(sin[:, length:]), way, None)
-            logits, target = model.logits(hidden[:, :-1]), answers[:, 1:]
-            asked = target >= 0
-            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(target, 0)[..., None], axis=-1)
-            loss = -jnp.sum(jnp.where(asked, picked[..., 0], 0.0)) / jnp.sum(asked).astype(jnp.float32)
-            right = jnp.all((jnp.argmax(logits, axis=-1) == target) | ~asked, axis=-1)
-            return loss, jnp.mean(right.astype(jnp.float32))
-
-        self._cache = read(self._weights, prompts)
-        self._score = score
+        self._scorer = Scorer(config, model)
+        self._memory = self._scorer.read(prompts, _ANSWER_TOKENS)
 
     def __call__(self, roles: Bool[np.ndarray, "L K"]) -> tuple[float, float]:
-        """Nats per answer token after the first (which the dense prefill gives), and the share of exact answers."""
-        loss, exact = self._score(self._weights, jnp.asarray(roles, jnp.float32), self._cache, self._answers)
-        return float(loss), float(exact)
+        """Mean nats a token of the answers, and the share of exact ones."""
+        verdict = self._scorer.score(self._memory, self._answers, roles, self._policy, self._page_size)
+        return float(verdict.losses.mean()), float(verdict.right.mean())
 
 
 def eliminate(

@@ -71,7 +71,7 @@ def _methods(results: Record) -> Figure | None:
     budgets = [budget for budget in COMPARED if len(method_names(compared(results["rows"], budget))) > 1]
     if not budgets:
         return None
-    figure = _figure(4.4 * len(budgets) + 0.6, 3.4)
+    figure = _figure(4.0 * max(2, len(budgets)) + 0.6, 3.6)
     for budget, axes in zip(budgets, figure.subplots(1, len(budgets), squeeze=False, sharey=True)[0], strict=True):
         rows = compared(results["rows"], budget)
         names = method_names(rows)
@@ -83,11 +83,11 @@ def _methods(results: Record) -> Figure | None:
         dense = statistics.fmean(by_seed(rows, "dense_score"))
         axes.axhline(dense, color=_INK, linestyle="--", linewidth=0.8, label="dense")
         for x, mean in enumerate(means):
-            axes.text(x, 3, f"{mean:.1f}", ha="center", fontsize=7, color="white")
+            axes.text(x + 0.08, mean + 1.5, f"{mean:.1f}", fontsize=7, color=_INK)
         axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], rotation=30, ha="right")
-        axes.set_ylim(0, 104)
+        axes.set_ylim(0, 110)
         _plain(axes, f"budget {share_name(budget)}")
-    return _finished(figure, "Exact answers (%), mean over tasks and contexts; bars of error: lowest and highest seed")
+    return _finished(figure, "Exact answers (%), mean over tasks and contexts; ranges are those of the seeds")
 
 
 def _between(results: Record) -> Figure | None:

@@ -53,7 +53,7 @@ class Sizes:
     dialogues: int = 16
     dialogue_tokens: int = 2000
     validation: int = 8
-    calibration: int = 8
+    calibration: int = 16
 
     def plan(self, family: str, seed: int) -> learn_heads.Plan:
         """How this family of gates is trained."""
