@@ -176,6 +176,7 @@ class Learner:
         # Adam with decay 0 is AdamW of the recipe.
         self.optimizer = optax.adamw(schedule(plan), weight_decay=0.0)
         self._step = jax.jit(self._advance, donate_argnums=0)
+        self._known_tables: dict[int, tuple[jax.Array, jax.Array]] = {}
 
     def initial(self) -> State:
         """The state before the first step."""
@@ -184,13 +185,18 @@ class Learner:
 
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step, of index `step` from 0; the old state is used up. Returns before the device is done."""
-        length = batch.tokens.shape[1]
-        at = np.arange(length)[None]
-        config = self.config
-        tables = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, at, np.array([length]))
-        return self._step(
-            state, self._weights, jnp.int32(step), batch.tokens, batch.starts, batch.answers, *map(jnp.asarray, tables)
-        )
+        tables = self._tables(batch.tokens.shape[1])
+        return self._step(state, self._weights, jnp.int32(step), batch.tokens, batch.starts, batch.answers, *tables)
+
+    def _tables(self, length: int) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines of all positions of a row, made once for every length."""
+        if length not in self._known_tables:
+            config, at = self.config, np.arange(length)[None]
+            cos, sin = rotary_tables(
+                config.rope, config.head_dim, config.max_position_embeddings, at, np.array([length])
+            )  # fmt: skip
+            self._known_tables[length] = jnp.asarray(cos), jnp.asarray(sin)
+        return self._known_tables[length]
 
     def expected(self, state: State) -> Float32[np.ndarray, "L K"]:
         """E[z] of every KV head, 1 for those of layer 0."""
@@ -240,17 +246,19 @@ class Learner:
 
 
 def learn(
-    loaded: LoadedModel, plan: Plan, output: Path, *, checkpoint_every: int = 100, keep: int = 3,
+    loaded: LoadedModel, plan: Plan, output: str | Path, *, checkpoint_every: int = 100, keep: int = 3,
     on_step: Report | None = None,
 ) -> Learned:  # fmt: skip
     """Train the gates, or go on, in the folder `output`; leaves the head map and E[z] there.
 
-    `on_step(done, metrics)` is called after every step, `metrics` empty until the first ones are known.
+    `on_step(done, metrics)` is called after every step, `metrics` empty until the first ones are known. It may raise
+    KeyboardInterrupt: the state is kept then, and the next call goes on from it. (An interrupt that comes anywhere else
+    costs the steps since the last checkpoint.)
 
     Raises:
         UserError: a plan that does not fit, a folder with another run, or a loss that is not a number any more.
     """
-    learner = Learner(loaded, plan)
+    output, learner = Path(output), Learner(loaded, plan)
     described = {"model": loaded.config.fingerprint(), **dataclasses.asdict(plan)}
     claim(output, described)
     checkpoints = Checkpoints(output / "checkpoints", keep)
@@ -277,25 +285,25 @@ def learn(
                     metrics_file.write(step=step, **latest, expected=above)
             pending.clear()
 
-        try:
-            while done < plan.steps:
-                state, metrics = learner.step(state, done, make_batch(plan, learner.source, done))
-                done += 1
-                pending.append((done, metrics))
-                if done % checkpoint_every == 0 or done == plan.steps:
-                    settle()
-                    checkpoints.save(done, state)
-                elif len(pending) > 1:  # one step behind, so that the device never waits for the host
-                    last = pending.pop()
-                    settle()
-                    pending.append(last)
+        while done < plan.steps:
+            state, metrics = learner.step(state, done, make_batch(plan, learner.source, done))
+            done += 1
+            pending.append((done, metrics))
+            if done % checkpoint_every == 0 or done == plan.steps:
+                settle()
+                checkpoints.save(done, state)
+            elif len(pending) > 1:  # one step behind, so that the device never waits for the host
+                last = pending.pop()
+                settle()
+                pending.append(last)
+            try:
                 if on_step is not None:
                     on_step(done, latest)
-        except KeyboardInterrupt:
-            settle()
-            if checkpoints.latest() != done:
-                checkpoints.save(done, state)
-            raise
+            except KeyboardInterrupt:
+                settle()
+                if checkpoints.latest() != done:
+                    checkpoints.save(done, state)
+                raise
     finally:
         checkpoints.close()
     return _conclude(loaded, plan, output, learner.expected(state))
