@@ -222,7 +222,7 @@ def _constant(value: float | np.ndarray) -> jax.Array:
 
 def _mean(survival: Callable[[GateParams, np.ndarray], jax.Array], params: GateParams) -> jax.Array:
     """E[z] = ∫₀¹ P(z > t) dt, from P(s > x) of the variable before it is stretched."""
-    # The nodes come first: then gates with equal parameters have equal means, wherever they stand. And no matrix
-    # product, which an accelerator would round to fewer bits.
-    axes = (-1, *[1] * max(value.ndim for value in params.values()))
-    return jnp.sum(survival(params, _NODES.reshape(axes)) * _constant(_WEIGHTS.reshape(axes)), axis=0)
+    # The nodes come last, a multiple of every vector width: each gate is then worked out by the same instructions, and
+    # equal gates tie to the last bit. And no matrix product, which an accelerator would round to fewer bits.
+    spread = {name: value[..., None] for name, value in params.items()}
+    return jnp.sum(survival(spread, _NODES) * _constant(_WEIGHTS), axis=-1)
