@@ -32,6 +32,7 @@ def interpreted() -> Iterator[None]:
             found = gpu_callbacks._races is not None and gpu_callbacks.get_races().races_found
         finally:
             gpu_callbacks.reset_gpu_interpret_mode_state()
+            jax.clear_caches()  # simulated kernels are large programs, and no other test runs the same one
     assert not found, "the interpreter saw a data race; it is printed above"
 
 
