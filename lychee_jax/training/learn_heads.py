@@ -6,6 +6,7 @@ for batches and draws are functions of the seed and the step alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -36,9 +37,11 @@ from lychee_jax.training.loop import Checkpoints, MetricsFile, claim
 from lychee_jax.training.questions import Source, Writer, make_source
 
 type State = dict[str, Any]
-type Report = Callable[[int, dict[str, Any]], None]
+type Report = Callable[[int, dict[str, float]], None]
 
 METRICS, HEADS, GATES, CHECKPOINTS = "metrics.jsonl", "heads.json", "gates.json", "checkpoints"
+FILES = (HEADS, GATES, METRICS, CHECKPOINTS)
+"""What a finished run leaves in its folder, its plan aside."""
 _RAMP, _FLOOR = 0.2, 0.1  # of the learning rate's schedule: share of the steps, share of the rate
 _LOG_EVERY = 10
 _BUCKETS = 4
@@ -200,7 +203,9 @@ class Learner:
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step, of index `step` from 0. Returns before the device is done."""
         tables = self._rotary(batch.tokens.shape[1])
-        return self._step(state, self._weights, np.int32(step), batch.tokens, batch.starts, batch.answers, *tables)
+        # Float32 models multiply in full float32, as they do in decoding.
+        with jax.default_matmul_precision("highest") if self.config.dtype == "float32" else contextlib.nullcontext():
+            return self._step(state, self._weights, np.int32(step), batch.tokens, batch.starts, batch.answers, *tables)
 
     def expected(self, state: State) -> Float32[np.ndarray, "L K"]:
         """E[z] of every KV head, 1 for those of layer 0."""
