@@ -28,19 +28,22 @@ from lychee_jax.cache import pages_for
 from lychee_jax.errors import UserError
 from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
+from lychee_jax.plots import plot_heads
 from lychee_jax.rope import rotary_tables
 from lychee_jax.selection import SelectionPolicy
 from lychee_jax.sharding import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
 from lychee_jax.training.loop import Checkpoints, MetricsFile, claim
+from lychee_jax.training.pictures import plot_training
 from lychee_jax.training.questions import Source, Writer, make_source
 
 type State = dict[str, Any]
 type Report = Callable[[int, dict[str, float]], None]
 
 METRICS, HEADS, GATES, CHECKPOINTS = "metrics.jsonl", "heads.json", "gates.json", "checkpoints"
-FILES = (HEADS, GATES, METRICS, CHECKPOINTS)
+ROLES, TRAINING = "heads.png", "training.png"
+FILES = (HEADS, ROLES, GATES, METRICS, TRAINING, CHECKPOINTS)
 """What a finished run leaves in its folder, its plan aside."""
 _RAMP, _FLOOR = 0.2, 0.1  # of the learning rate's schedule: share of the steps, share of the rate
 _LOG_EVERY = 10
@@ -384,4 +387,6 @@ def _conclude(loaded: LoadedModel, plan: Plan, output: Path, expected: Float32[n
         "expected": [[round(float(z), 6) for z in layer] for layer in expected],
     }  # fmt: skip
     (output / GATES).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    plot_heads(head_map, output / ROLES)
+    plot_training(output / METRICS, head_map, output / TRAINING)
     return Learned(head_map, expected, above_half)
