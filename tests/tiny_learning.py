@@ -18,7 +18,7 @@ from lychee_jax.training.learn_heads import Plan
 CONFIG = ModelConfig("llama", language.VOCAB_SIZE, 32, 48, 3, 4, 2, 16, 512)
 POLICY = SelectionPolicy(1 << 10, 8, 8, rule="ratio", ratio=0.3)
 PLAN = Plan(
-    retrieval_heads=3, steps=6, data="mixed", facts=3, questions=3, min_length=192, max_length=256, room=48,
+    retrieval_heads=3, steps=6, data="mixed", facts=3, questions=3, min_length=193, max_length=256, room=48,
     policy=POLICY, page_size=8,
 )  # fmt: skip
 

@@ -380,7 +380,9 @@ def _conclude(loaded: LoadedModel, plan: Plan, output: Path, expected: Float32[n
     }  # fmt: skip
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
     config, label = loaded.config, loaded.path.resolve().name
-    head_map = HeadMap(config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json.dumps(meta))
+    head_map = HeadMap(
+        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json.dumps(meta, sort_keys=True)
+    )
     head_map.save(output / HEADS)
     described = {
         "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -75,6 +75,7 @@ class Writer:
         return tokens if self._own else self.text(language.text_of(tokens))
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where documents and their questions come from."""
 
