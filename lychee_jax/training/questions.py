@@ -68,7 +68,7 @@ class Writer:
 
     @staticmethod
     def _with_space(tokenizer: Tokenizer) -> bool:
-        return tokenizer.decode([tokenizer.anchor, *tokenizer.encode_plain("a")]).endswith(" a")
+        return " " in tokenizer.decode(2 * tokenizer.encode_plain("a")).strip()
 
     def tokens(self, tokens: Tokens) -> Tokens:
         """Tokens of the bundled model's language, in this model's tokens."""
