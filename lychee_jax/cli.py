@@ -16,6 +16,8 @@ from lychee_jax import cli_options as shared
 from lychee_jax.cli_bench import app as bench_app
 from lychee_jax.cli_eval import eval_app
 from lychee_jax.cli_generate import generate, load_model
+from lychee_jax.cli_heads import heads_app
+from lychee_jax.cli_train import train_heads
 from lychee_jax.errors import UserError
 from lychee_jax.tpu_environment import has_tpu, without_tpu
 
@@ -33,11 +35,11 @@ app = typer.Typer(
 
     [cyan]lychee generate --model my-8b --chat -p "Who wrote Faust?"[/cyan]""",
 )
-heads_app = typer.Typer(help="Look at a head map: which KV heads retrieve.", rich_markup_mode="rich")
 app.add_typer(heads_app, name="heads")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.command()(generate)
+app.command()(train_heads)
 
 
 def _show_version(wanted: bool) -> bool:
@@ -87,38 +89,6 @@ def convert(
     with progress_bar() as progress:
         report = run(src, dst, dtype=dtype, verify=verify, overwrite=overwrite, progress=progress)
     print(report)
-
-
-@heads_app.command("show")
-def heads_show(file: Annotated[Path, typer.Argument(metavar="FILE", help="A head map (heads.json).")]) -> None:
-    """Print a head map: one line a layer, one mark a KV head."""
-    from lychee_jax.heads import HeadMap
-
-    head_map = HeadMap.load(file)
-    total = head_map.num_layers * head_map.num_kv_heads
-    print(f"{head_map.model or file}: {head_map.num_retrieval} of {total} KV heads retrieve (■)")
-    for layer, retrieval in enumerate(head_map.retrieval):
-        marks = " ".join("■" if head in retrieval else "·" for head in range(head_map.num_kv_heads))
-        print(f"layer {layer:>3}  {marks}")
-
-
-@heads_app.command("plot")
-def heads_plot(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A head map (heads.json).")],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="PNG", show_default="FILE with .png", help="Where the picture goes."),
-    ] = None,
-) -> None:
-    """Draw a head map as a PNG picture."""
-    from lychee_jax.heads import HeadMap
-
-    head_map = HeadMap.load(file)
-    from lychee_jax.plots import plot_heads  # matplotlib takes a while
-
-    target = output or file.with_suffix(".png")
-    plot_heads(head_map, target)
-    print(target)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from lychee_jax.errors import UserError
 
 app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
 
-Shape = Literal["llama-3-8b", "qwen3-8b", "qwen2.5-7b", "qwen2.5-3b"]
+Shape = Literal["llama-3-8b", "qwen3-8b", "qwen2.5-7b", "qwen2.5-3b", "bundled"]
 JsonOption = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the numbers there as JSON; - is standard output.")
 ]
@@ -103,6 +103,33 @@ def bench_decode(
         page_size=page_size, dtype=dtype or "bfloat16", implementation=implementation, report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, step.table(rows))
+
+
+@app.command("prefill")
+def bench_prefill(
+    shape: Annotated[Shape, typer.Option(help="Random weights of this shape.")] = "llama-3-8b",
+    dtype: shared.DtypeOption = None,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")] = 131072,
+    page_size: shared.PageSizeOption = 64,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Samples, of which the median is shown.")] = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Time reading a long prompt, chunk after chunk, as the share of the tensor cores' rate.
+
+    [b]Example[/b]
+
+    [cyan]lychee bench prefill --shape llama-3-8b --context 131072[/cyan]
+    """
+    if context < 1 or page_size < 1 or repeats < 1:
+        raise UserError("--context, --page-size and --repeats must be at least 1")
+    from lychee_jax.benchmarks import prefill
+    from lychee_jax.benchmarks.shapes import MODELS
+
+    row = prefill.measure(
+        shape, MODELS[shape], context=context, page_size=page_size, dtype=dtype or "bfloat16", repeats=repeats,
+        report=_tell,
+    )  # fmt: skip
+    _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, prefill.table([row]))
 
 
 @app.command("kernels")

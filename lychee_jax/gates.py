@@ -2,17 +2,21 @@
 
 `HardKuma` is LycheeDecode's (arXiv 2602.04541): a Kumaraswamy variable on (0, 1), stretched to (p, q) = (−0.1, 1.1) and
 rectified, so that it takes the values 0 and 1 themselves with some probability, and has a gradient in between.
-`HardConcrete` (arXiv 1712.01312) and `Plain` (a number that is rounded at the end, as in arXiv 2410.10819) are what it is
-compared with. All have the same methods; parameters are arrays of the gates' shape, float32.
+`HardConcrete` (arXiv 1712.01312) and `Plain` (a number that is rounded at the end, as in arXiv 2410.10819) are what it
+is compared with. All have the methods of `Gates`; parameters are arrays of the gates' shape, float32, and are to be put
+through `project` after every step of an optimiser: outside of their bounds nothing is promised.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32
+
+from lychee_jax.errors import UserError
 
 type GateParams = dict[str, jax.Array]
 
@@ -22,14 +26,17 @@ EDGE = 1e-6
 _LOWEST, _HIGHEST = 1e-6, 100.0  # of α and β
 _CONCRETE_TEMPERATURE = 2.0 / 3.0
 _HIGHEST_LOGIT = 10.0
+# Gates start at E[z] = 1/2, which in float32 comes out a rounding above it: that must not make heads retrieve.
+_MORE_THAN_HALF = 0.5 + 1e-6
 
 # Where the stretched variable is 0 and 1, on the scale of the variable itself.
 _AT_ZERO = -STRETCH[0] / (STRETCH[1] - STRETCH[0])
 _AT_ONE = (1.0 - STRETCH[0]) / (STRETCH[1] - STRETCH[0])
-# Gauss-Legendre on [0, 1]. The survival functions are smooth there, as their singular points 0 and 1 lie outside of
-# what [0, 1] is stretched from; at 48 points float32 sees no error.
-_NODES, _WEIGHTS = (0.5 * array for array in np.polynomial.legendre.leggauss(48))
-_NODES = _NODES + 0.5
+# Gauss-Legendre on [0, 1], the nodes on the scale of the variable itself. The survival functions are smooth there, as
+# their singular points 0 and 1 lie outside of what [0, 1] is stretched from; at 48 points float32 sees no error.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
+_NODES = _AT_ZERO + (_AT_ONE - _AT_ZERO) * 0.5 * (_NODES + 1.0)
+_WEIGHTS = 0.5 * _WEIGHTS
 
 
 class Gates(Protocol):
@@ -72,11 +79,15 @@ class HardKuma:
         return {name: jnp.clip(value, _LOWEST, _HIGHEST) for name, value in params.items()}
 
     def sample(self, params: GateParams, uniform: Float32[Array, "..."]) -> Float32[Array, "..."]:
-        """s = (1 − (1 − u)^{1/β})^{1/α}, stretched and rectified."""
-        # In logarithms: the powers themselves under- and overflow, and their gradients become NaN.
-        log_rest = jnp.log1p(-_inside(uniform)) / params["beta"]
-        s = jnp.exp(jnp.log(-jnp.expm1(log_rest)) / params["alpha"])
-        return _rectified(s)
+        """Stretched and rectified s = (1 − (1 − u)^{1/β})^{1/α}."""
+        # In logarithms: the powers themselves under- and overflow, and their gradients become NaN. A small α divides
+        # what is left of the inner logarithm, so it must be exact near 0 too.
+        minus_log = -jnp.log1p(-_inside(uniform)) / params["beta"]
+        return _rectified(jnp.exp(jax.nn.log1mexp(minus_log) / params["alpha"]))
+
+    def zero(self, params: GateParams) -> Float32[Array, "..."]:
+        """P(z = 0) = F(−p / (q − p)); exact also where it is tiny and 1 − P(z ≠ 0) is rounding alone."""
+        return -jnp.expm1(_kuma_log_survival(params, _AT_ZERO))
 
     def nonzero(self, params: GateParams) -> Float32[Array, "..."]:
         """1 − F(−p / (q − p))."""
@@ -88,7 +99,7 @@ class HardKuma:
 
     def expected(self, params: GateParams) -> Float32[Array, "..."]:
         """E[z] = ∫₀¹ (1 − F((t − p) / (q − p))) dt, of the stretched and rectified variable, by quadrature."""
-        return _mean(lambda x: _kuma_survival(params, x))
+        return _mean(_kuma_survival, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +110,7 @@ class HardConcrete:
     """
 
     def initial(self, shape: tuple[int, ...]) -> GateParams:
-        """log α = 0."""
+        """Zeros: E[z] = 1/2."""
         return {"log_alpha": jnp.zeros(shape, jnp.float32)}
 
     def project(self, params: GateParams) -> GateParams:
@@ -118,7 +129,7 @@ class HardConcrete:
 
     def expected(self, params: GateParams) -> Float32[Array, "..."]:
         """E[z] = ∫₀¹ P(z > t) dt, by quadrature."""
-        return _mean(lambda x: _concrete_survival(params, x))
+        return _mean(_concrete_survival, params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,29 +165,31 @@ FAMILIES: dict[str, Gates] = {"hardkuma": HardKuma(), "hardconcrete": HardConcre
 
 def with_first_layer(gates: Float32[Array, "*lead above K"]) -> Float32[Array, "*lead L K"]:
     """Gates of all layers: layer 0 has none, all of its heads retrieve."""
-    return jnp.concatenate([jnp.ones_like(gates[..., :1, :]), gates], axis=-2)
+    first = jnp.ones((*gates.shape[:-2], 1, gates.shape[-1]), gates.dtype)
+    return jnp.concatenate([first, gates], axis=-2)
 
 
 def harden(expected: Float32[np.ndarray, "L K"], count: int | None = None) -> Bool[np.ndarray, "L K"]:
     """Which heads retrieve: all of layer 0, and those with E[z] > 1/2 or, with `count`, the highest until so many.
 
-    Ties go to the lower layer, then to the lower head.
+    Ties go to the lower layer, then to the lower head. What stands in row 0 does not matter.
 
     Raises:
-        ValueError: fewer than layer 0 has, or more than there are.
+        UserError: fewer than layer 0 has, or more than there are.
     """
     layers, kv_heads = expected.shape
-    roles = expected > 0.5
-    roles[0] = True
     if count is None:
-        return roles
-    if not kv_heads <= count <= layers * kv_heads:
-        raise ValueError(
+        roles = expected > _MORE_THAN_HALF
+    elif not kv_heads <= count <= layers * kv_heads:
+        raise UserError(
             f"{count} retrieval heads: layer 0 alone has {kv_heads}, and the model has {layers * kv_heads} KV heads"
         )
-    roles[1:] = False
-    order = np.argsort(-expected[1:].reshape(-1), kind="stable")
-    roles[1:].reshape(-1)[order[: count - kv_heads]] = True
+    else:
+        order = np.argsort(-expected[1:].flatten(), kind="stable")
+        layer, head = np.divmod(order[: count - kv_heads], kv_heads)
+        roles = np.zeros((layers, kv_heads), bool)
+        roles[1 + layer, head] = True
+    roles[0] = True
     return roles
 
 
@@ -188,19 +201,28 @@ def _rectified(s: jax.Array) -> jax.Array:
     return jnp.clip(STRETCH[0] + (STRETCH[1] - STRETCH[0]) * s, 0.0, 1.0)
 
 
-def _kuma_survival(params: GateParams, x: float) -> jax.Array:
+def _kuma_survival(params: GateParams, x: float | np.ndarray) -> jax.Array:
     """P(s > x) = (1 − x^α)^β."""
-    return jnp.exp(params["beta"] * jnp.log(-jnp.expm1(params["alpha"] * float(np.log(x)))))
+    return jnp.exp(_kuma_log_survival(params, x))
 
 
-def _concrete_survival(params: GateParams, x: float) -> jax.Array:
+def _kuma_log_survival(params: GateParams, x: float | np.ndarray) -> jax.Array:
+    """The logarithm of P(s > x)."""
+    return params["beta"] * jax.nn.log1mexp(params["alpha"] * _constant(-np.log(x)))
+
+
+def _concrete_survival(params: GateParams, x: float | np.ndarray) -> jax.Array:
     """P(s > x)."""
-    return jax.nn.sigmoid(params["log_alpha"] - _CONCRETE_TEMPERATURE * float(np.log(x) - np.log1p(-x)))
+    return jax.nn.sigmoid(params["log_alpha"] - _constant(_CONCRETE_TEMPERATURE * (np.log(x) - np.log1p(-x))))
 
 
-def _mean(survival) -> jax.Array:
-    total = jnp.zeros(())
-    for node, weight in zip(_NODES, _WEIGHTS, strict=True):
-        x = (node - STRETCH[0]) / (STRETCH[1] - STRETCH[0])
-        total = total + float(weight) * survival(float(x))
-    return total
+def _constant(value: float | np.ndarray) -> jax.Array:
+    return jnp.asarray(value, jnp.float32)
+
+
+def _mean(survival: Callable[[GateParams, np.ndarray], jax.Array], params: GateParams) -> jax.Array:
+    """E[z] = ∫₀¹ P(z > t) dt, from P(s > x) of the variable before it is stretched."""
+    # The nodes come last, a multiple of every vector width: each gate is then worked out by the same instructions, and
+    # equal gates tie to the last bit. And no matrix product, which an accelerator would round to fewer bits.
+    spread = {name: value[..., None] for name, value in params.items()}
+    return jnp.sum(survival(spread, _NODES) * _constant(_WEIGHTS), axis=-1)

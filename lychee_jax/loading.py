@@ -25,7 +25,7 @@ from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import Generation, LoadedModel
 from lychee_jax.model import Decoder
 
-__all__ = ["BUNDLED", "Generation", "LoadedModel", "load", "save"]
+__all__ = ["BUNDLED", "Generation", "LoadedModel", "load", "read_config", "save"]
 
 BUNDLED = Path(__file__).parent / "bundled"
 """The model that the package brings along."""
@@ -65,6 +65,19 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> LoadedMode
     eos_ids = _eos_ids(folder, config)
     config = dataclasses.replace(config, dtype=dtype)
     return LoadedModel(folder, config, _fill(config, arrays), heads, eos_ids)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The config of a converted or a Hugging Face folder, whose weights are not loaded.
+
+    Raises:
+        UserError: no such folder, or no checkpoint that is supported.
+    """
+    folder = Path(path).expanduser()
+    config = ModelConfig.from_folder(folder)
+    shards = [folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()]
+    # A checkpoint that calls itself tied may hold a head of its own, and then is another model.
+    return Weights(folder).config if config.tie_word_embeddings and shards else config
 
 
 def save(folder: Path, config: ModelConfig, params: Mapping[str, Float[jax.Array, ...]]) -> None:

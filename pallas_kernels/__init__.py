@@ -8,6 +8,7 @@ from pallas_kernels.dispatch import (
     select_pages,
     sparse_decode,
 )  # fmt: skip
+from pallas_kernels.interpret import interpreted
 from pallas_kernels.reference import MASKED
 from pallas_kernels.types import Selection
 
@@ -17,6 +18,7 @@ __all__ = [
     "block_attention",
     "dense_decode",
     "hybrid_decode",
+    "interpreted",
     "recorded",
     "select_pages",
     "sparse_decode",

@@ -1,7 +1,9 @@
 """Every test runs with jaxtyping shapes checked by beartype, strict dtype promotion and warnings as errors."""
 
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from lychee_jax.tpu_environment import has_tpu, without_tpu
@@ -23,5 +25,17 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_programs))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_dropped() -> Iterator[None]:
+    """JAX keeps every program, and what was traced for it, until the process ends: a worker would grow to gigabytes.
+
+    The next module finds what it shares with this one in the persistent cache.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -9,6 +9,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import pallas_kernels
 from pallas_kernels.mosaic_gpu import finish, merge, plan
 from pallas_kernels.mosaic_gpu.common import targeting
 
@@ -21,7 +22,7 @@ def interpreted() -> Iterator[None]:
     """
     gpu_callbacks.reset_gpu_interpret_mode_state()
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    with pytest.MonkeyPatch.context() as patch, targeting(params):
+    with pytest.MonkeyPatch.context() as patch, pallas_kernels.interpreted("mosaic_gpu", params):
         patch.setattr(merge, "_AT_ONCE", 2)
         for module in (merge, finish):
             patch.setattr(module, "WARPGROUPS", 2)
@@ -31,6 +32,7 @@ def interpreted() -> Iterator[None]:
             found = gpu_callbacks._races is not None and gpu_callbacks.get_races().races_found
         finally:
             gpu_callbacks.reset_gpu_interpret_mode_state()
+            jax.clear_caches()  # simulated kernels are large programs, and no other test runs the same one
     assert not found, "the interpreter saw a data race; it is printed above"
 
 

@@ -132,6 +132,23 @@ def test_a_shape_is_measured_without_a_model(monkeypatch, tmp_path, capsys):
         assert row["roofline_us"] == pytest.approx(1e6 * (weights + read) / 4.6e12)
 
 
+def test_a_prefill_is_measured_by_its_operations(monkeypatch, tmp_path, capsys):
+    config = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 128)
+    monkeypatch.setitem(shapes.MODELS, "llama-3-8b", config)
+    target = tmp_path / "rows.json"
+    arguments = ["--context", "200", "--page-size", "16", "--dtype", "float32", "--repeats", "2"]
+    assert cli.main(["bench", "prefill", *arguments, "--json", str(target)]) == 0
+    assert "llama-3-8b" in capsys.readouterr().out
+    (row,) = json.loads(target.read_text())["rows"]
+    assert row["seconds"] == statistics.median(row["samples_s"]) > 0
+    assert len(row["samples_s"]) == 2
+    projections = 3 * (32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48)  # q, k, v, o, and the MLP's three
+    attention = 3 * 4 * 16 * sum(range(1, 201))  # products of a query with a key; as many with its value
+    assert row["attention_operations"] == 4 * attention
+    assert row["operations"] == 2 * 200 * projections + 4 * attention
+    assert row["share"] == pytest.approx(row["operations"] / row["seconds"] / 989e12)
+
+
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_retrieval_heads_are_spread(count):
     config = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 128)
@@ -164,6 +181,7 @@ def test_kernels_are_timed_beside_their_rivals(tmp_path, capsys):
         (["kernels", "--batch", "0"], "at least one"),
         (["decode", "--shape", "llama-3-8b", "--retrieval-heads", "7", "--page-size", "64"], "layer 0 alone has 8"),
         (["kernels", "--pages", "3"], "at least 7"),
+        (["prefill", "--context", "0"], "at least 1"),
         (["kernels", "--implementation", "mosaic_gpu"], "Hopper"),
     ],
     ids=" ".join,

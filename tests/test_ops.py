@@ -224,6 +224,8 @@ def test_a_named_implementation_runs_or_raises() -> None:
         ops.dense_decode(*args, scale=shape.scale, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="xla"):
         ops.dense_decode(*args, scale=shape.scale, implementation="triton")
+    with pytest.raises(ValueError, match="no kernels to interpret"), ops.interpreted("xla"):
+        pass
 
 
 def test_without_a_name_a_refusal_falls_back_and_an_error_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu import chip
+import pallas_kernels
 
 
 @contextlib.contextmanager
@@ -20,13 +19,12 @@ def interpreted(cores: int = 1) -> Iterator[None]:
     params = pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=cores
     )
-    with pytest.MonkeyPatch.context() as patch, pltpu.force_tpu_interpret_mode(params):
-        patch.setattr(chip, "cores", lambda: cores)
+    with pallas_kernels.interpreted("mosaic_tpu", params):
         try:
             yield
-        finally:
             found = interpreter.races is not None and interpreter.races.races_found
-            pltpu.reset_tpu_interpret_mode_state()
+        finally:
+            jax.clear_caches()  # simulated kernels are large programs, and no other test runs the same one
     assert not found, "the interpreter saw a data race; it is printed above"
 
 

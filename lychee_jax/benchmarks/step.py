@@ -128,7 +128,7 @@ def measure(
             times[mode] = _samples(run, repeats)
             del run
             if mode != "cudnn":
-                peak = _peak_bytes(peak)
+                peak = peak_bytes(peak)
         us = float(np.median(times["hybrid"]))
         kv_page = 2 * config.head_dim * page_size * weights[0].dtype.itemsize
         pages = pages_for(context, page_size)
@@ -150,7 +150,8 @@ def measure(
     return rows
 
 
-def _peak_bytes(before: int | None) -> int | None:
+def peak_bytes(before: int | None) -> int | None:
+    """The most device memory that this process has held, as far as the device tells; `before` if that was more."""
     stats = jax.devices()[0].memory_stats() or {}
     return max(before or 0, stats["peak_bytes_in_use"]) if "peak_bytes_in_use" in stats else None
 

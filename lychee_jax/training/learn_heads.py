@@ -6,8 +6,10 @@ for batches and draws are functions of the seed and the step alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -26,21 +28,27 @@ from lychee_jax.cache import pages_for
 from lychee_jax.errors import UserError
 from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
+from lychee_jax.plots import plot_heads
 from lychee_jax.rope import rotary_tables
 from lychee_jax.selection import SelectionPolicy
 from lychee_jax.sharding import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
 from lychee_jax.training.loop import Checkpoints, MetricsFile, claim
+from lychee_jax.training.pictures import plot_training
 from lychee_jax.training.questions import Source, Writer, make_source
 
 type State = dict[str, Any]
-type Report = Callable[[int, dict[str, Any]], None]
+type Report = Callable[[int, dict[str, float]], None]
 
-METRICS, HEADS, GATES = "metrics.jsonl", "heads.json", "gates.json"
+METRICS, HEADS, GATES, CHECKPOINTS = "metrics.jsonl", "heads.json", "gates.json", "checkpoints"
+ROLES, TRAINING = "heads.png", "training.png"
+FILES = (HEADS, ROLES, GATES, METRICS, TRAINING, CHECKPOINTS)
+"""What a finished run leaves in its folder, its plan aside."""
 _RAMP, _FLOOR = 0.2, 0.1  # of the learning rate's schedule: share of the steps, share of the rate
 _LOG_EVERY = 10
 _BUCKETS = 4
+_TRIALS = 32
 _POLICY = SelectionPolicy(budget=1 << 20, rule="ratio", ratio=0.3)
 
 
@@ -82,9 +90,13 @@ class Plan:
             raise UserError(f"gates {self.family!r} are unknown; use one of {', '.join(gates.FAMILIES)}")
         if self.loss not in ("hidden", "logits"):
             raise UserError(f"loss {self.loss!r} is unknown; use hidden or logits")
+        if not 0 <= self.seed < 1 << 31:
+            raise UserError(f"seed is {self.seed}; it must be at least 0 and below 2³¹")
         for name in ("learning_rate", "multiplier"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        if not 0.0 <= self.multiplier_rate < math.inf:
+            raise UserError(f"multiplier-rate is {self.multiplier_rate}; it must not be negative")
         self.policy.validate(self.page_size)
 
     def capacity(self, length: int) -> int:
@@ -159,11 +171,12 @@ class Learner:
             )
         if config.num_layers < 2:
             raise UserError("the model has one layer, all of whose heads retrieve: there is nothing to learn")
-        longest = plan.max_length + plan.room
-        if longest > config.max_position_embeddings:
+        # A dynamic base grows with the sequence past the original positions: no table would fit all rows of a batch.
+        end = config.max_position_embeddings if config.rope.kind == "dynamic" else config.max_tokens
+        if plan.max_length + plan.room > end:
             raise UserError(
-                f"max-length {plan.max_length} and the answers' {plan.room} tokens make {longest}, "
-                f"but the model's positions end at {config.max_position_embeddings}"
+                f"max-length {plan.max_length} and the answers' room of {plan.room} make "
+                f"{plan.max_length + plan.room} tokens, but the model has positions for {end}"
             )
         self.lagrangian = Lagrangian(plan.retrieval_heads / total, plan.multiplier, plan.multiplier_rate)
         self.mesh = data_mesh(plan.batch)
@@ -171,30 +184,44 @@ class Learner:
             Writer(config, loaded.tokenizer), plan.data, facts=plan.facts, questions=plan.questions,
             text=Path(plan.text) if plan.text else None, file=Path(plan.file) if plan.file else None,
         )  # fmt: skip
+        for draw in range(_TRIALS):  # what does not even fit into the shortest prompts is to be refused at once
+            self.source(np.random.default_rng(draw), plan.min_length, plan.room)
         self._graph, weights = nnx.split(loaded.model)
-        self._weights = jax.device_put(weights, jax.sharding.NamedSharding(self.mesh, EVERYWHERE))
+        everywhere = jax.sharding.NamedSharding(self.mesh, EVERYWHERE)
+        self._place = functools.partial(jax.device_put, device=everywhere)
+        self._weights = self._place(weights)
         # Adam with decay 0 is AdamW of the recipe.
         self.optimizer = optax.adamw(schedule(plan), weight_decay=0.0)
-        self._step = jax.jit(self._advance, donate_argnums=0)
+        # The state is some numbers a head: not worth donating, and so it outlives a step that is interrupted.
+        self._step = jax.jit(self._advance, out_shardings=everywhere)
+        self._tables: dict[int, tuple[jax.Array, jax.Array]] = {}
 
     def initial(self) -> State:
         """The state before the first step."""
         params = self.family.initial((self.config.num_layers - 1, self.config.num_kv_heads))
-        return {"gates": params, "optimizer": self.optimizer.init(params), "lagrangian": self.lagrangian.initial()}
+        optimizer = self.optimizer.init(params)
+        # On all devices, so that a state from a checkpoint, which comes back as this one lies, goes with the weights.
+        return self._place({"gates": params, "optimizer": optimizer, "lagrangian": self.lagrangian.initial()})
 
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """One step, of index `step` from 0; the old state is used up. Returns before the device is done."""
-        length = batch.tokens.shape[1]
-        at = np.arange(length)[None]
-        config = self.config
-        tables = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, at, np.array([length]))
-        return self._step(
-            state, self._weights, jnp.int32(step), batch.tokens, batch.starts, batch.answers, *map(jnp.asarray, tables)
-        )
+        """One step, of index `step` from 0. Returns before the device is done."""
+        tables = self._rotary(batch.tokens.shape[1])
+        # Float32 models multiply in full float32, as they do in decoding.
+        with jax.default_matmul_precision("highest") if self.config.dtype == "float32" else contextlib.nullcontext():
+            return self._step(state, self._weights, np.int32(step), batch.tokens, batch.starts, batch.answers, *tables)
 
     def expected(self, state: State) -> Float32[np.ndarray, "L K"]:
         """E[z] of every KV head, 1 for those of layer 0."""
         return np.asarray(gates.with_first_layer(self.family.expected(state["gates"])))
+
+    def _rotary(self, length: int) -> tuple[jax.Array, jax.Array]:
+        if length not in self._tables:
+            config, at = self.config, np.arange(length)[None]
+            # Rows are padded to `length`, which may lie past the end; a dynamic base must not grow for that.
+            needed = np.array([min(length, config.max_position_embeddings)])
+            tables = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, at, needed)
+            self._tables[length] = self._place(tables)
+        return self._tables[length]
 
     def _advance(self, state: State, weights: Any, step: jax.Array, tokens, starts, answers, cos, sin):
         plan, (above, kv_heads) = self.plan, next(iter(state["gates"].values())).shape
@@ -240,65 +267,108 @@ class Learner:
 
 
 def learn(
-    loaded: LoadedModel, plan: Plan, output: Path, *, checkpoint_every: int = 100, keep: int = 3,
+    loaded: LoadedModel, plan: Plan, output: str | Path, *, checkpoint_every: int = 100, keep: int = 3,
     on_step: Report | None = None,
 ) -> Learned:  # fmt: skip
-    """Train the gates, or go on, in the folder `output`; leaves the head map and E[z] there.
+    """Train the gates, or go on, in the folder `output`; leaves the head map, E[z] and pictures there.
 
-    `on_step(done, metrics)` is called after every step, `metrics` empty until the first ones are known.
+    `on_step(done, metrics)` is called after every step was sent off, with the numbers of the last one that is known
+    (loss, kept, density, multiplier, excess); empty before there are any. Ctrl-C saves a checkpoint first.
 
     Raises:
         UserError: a plan that does not fit, a folder with another run, or a loss that is not a number any more.
     """
-    learner = Learner(loaded, plan)
-    described = {"model": loaded.config.fingerprint(), **dataclasses.asdict(plan)}
-    claim(output, described)
-    checkpoints = Checkpoints(output / "checkpoints", keep)
+    for name, value in (("checkpoint-every", checkpoint_every), ("keep", keep)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    output, learner = Path(output), Learner(loaded, plan)
+    claim(output, _described(loaded, plan))
+    checkpoints = Checkpoints(output / CHECKPOINTS, keep)
     try:
-        done, state = checkpoints.restore(learner.initial()) or (0, learner.initial())
-        metrics_file = MetricsFile(output / METRICS, done)
-        pending: list[tuple[int, dict[str, jax.Array]]] = []
-        latest: dict[str, Any] = {}
-
-        def settle() -> None:
-            """Look at the steps that were sent off: numbers to the file, and none of them NaN."""
-            nonlocal latest
-            for step, metrics in zip([n for n, _ in pending], jax.device_get([m for _, m in pending]), strict=True):
-                if not metrics.pop("finite"):
-                    good = checkpoints.latest()
-                    where = f"step {good} in {output / 'checkpoints'}" if good else "none yet"
-                    raise UserError(
-                        f"step {step}: the loss or a gate is not finite any more; the last good checkpoint: {where}"
-                    )
-                expected = metrics.pop("expected")
-                latest = {name: float(value) for name, value in metrics.items()}
-                if step % _LOG_EVERY == 0 or step == plan.steps:
-                    above = [[round(float(z), 4) for z in layer] for layer in expected]
-                    metrics_file.write(step=step, **latest, expected=above)
-            pending.clear()
-
+        run = _Run(learner, output, checkpoints)
         try:
-            while done < plan.steps:
-                state, metrics = learner.step(state, done, make_batch(plan, learner.source, done))
-                done += 1
-                pending.append((done, metrics))
-                if done % checkpoint_every == 0 or done == plan.steps:
-                    settle()
-                    checkpoints.save(done, state)
-                elif len(pending) > 1:  # one step behind, so that the device never waits for the host
-                    last = pending.pop()
-                    settle()
-                    pending.append(last)
+            while run.sent < plan.steps:
+                run.send()
+                if run.sent % checkpoint_every == 0 or run.sent == plan.steps:
+                    run.look()
+                    checkpoints.save(run.done, run.state)
+                else:
+                    run.look(but=1)  # one step behind, so that the device never waits for the host
                 if on_step is not None:
-                    on_step(done, latest)
+                    on_step(run.sent, run.latest)
         except KeyboardInterrupt:
-            settle()
-            if checkpoints.latest() != done:
-                checkpoints.save(done, state)
+            run.look()
+            checkpoints.save(run.done, run.state)
             raise
     finally:
         checkpoints.close()
-    return _conclude(loaded, plan, output, learner.expected(state))
+    return _conclude(loaded, plan, output, learner.expected(run.state))
+
+
+class _Run:
+    """Where a run is. A Ctrl-C may fall between any two instructions: numbers and states change hands in one of them.
+
+    `done` steps were looked at and led to `state`; more may be sent off.
+    """
+
+    def __init__(self, learner: Learner, output: Path, checkpoints: Checkpoints) -> None:
+        self._learner, self._checkpoints, self._folder = learner, checkpoints, output / CHECKPOINTS
+        first = learner.initial()
+        self._known: tuple[int, State] = checkpoints.restore(first) or (0, first)
+        self._on_the_way: list[tuple[int, State, dict[str, jax.Array]]] = []
+        self._metrics_file = MetricsFile(output / METRICS, self.done)
+        self.latest: dict[str, float] = {}
+
+    @property
+    def done(self) -> int:
+        return self._known[0]
+
+    @property
+    def state(self) -> State:
+        return self._known[1]
+
+    @property
+    def sent(self) -> int:
+        return self._on_the_way[-1][0] if self._on_the_way else self.done
+
+    def send(self) -> None:
+        """Send off the next step."""
+        step, state = self.sent, self._on_the_way[-1][1] if self._on_the_way else self.state
+        batch = make_batch(self._learner.plan, self._learner.source, step)
+        self._on_the_way.append((step + 1, *self._learner.step(state, step, batch)))
+
+    def look(self, *, but: int = 0) -> None:
+        """Wait for all steps but the last few: numbers go to the file, and none of them may be NaN."""
+        while len(self._on_the_way) > but:
+            step, state, metrics = self._on_the_way[0]
+            values = jax.device_get(metrics)
+            expected = values.pop("expected")
+            if not values.pop("finite"):
+                good = self._checkpoints.latest()
+                where = f"step {good} in {self._folder}" if good else "none yet"
+                raise UserError(
+                    f"step {step}: the loss or a gate is not finite any more; the last good checkpoint: {where}"
+                )
+            latest = {name: float(value) for name, value in values.items()}
+            if step % _LOG_EVERY == 0 or step in (1, self._learner.plan.steps):
+                above = [[round(float(z), 4) for z in layer] for layer in expected]
+                self._metrics_file.write(step=step, **latest, expected=above)
+            self._known, self.latest = (step, state), latest
+            del self._on_the_way[0]
+
+
+def _described(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
+    """What a run must agree with to go on in a folder: the model, its weights by a sample, the plan, its files."""
+    model = loaded.model
+    sample = [np.asarray(part, np.float32) for part in (model.norm.scale[...], model.embed.embedding[:4])]
+    weights = hashlib.sha256(b"".join(part.tobytes() for part in sample)).hexdigest()
+    described = {"model": loaded.config.fingerprint(), "weights": weights, "dtype": loaded.config.dtype}
+    described |= dataclasses.asdict(plan)
+    for name in ("text", "file"):
+        if described[name]:  # wherever it lies
+            path = Path(described[name])
+            described[name] = f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return described
 
 
 def _conclude(loaded: LoadedModel, plan: Plan, output: Path, expected: Float32[np.ndarray, "L K"]) -> Learned:
@@ -309,8 +379,9 @@ def _conclude(loaded: LoadedModel, plan: Plan, output: Path, expected: Float32[n
         "above_half": above_half,
     }  # fmt: skip
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
+    config, label = loaded.config, loaded.path.resolve().name
     head_map = HeadMap(
-        loaded.config.num_layers, loaded.config.num_kv_heads, retrieval, model=loaded.path.name, meta=json.dumps(meta)
+        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json.dumps(meta, sort_keys=True)
     )
     head_map.save(output / HEADS)
     described = {
@@ -318,4 +389,6 @@ def _conclude(loaded: LoadedModel, plan: Plan, output: Path, expected: Float32[n
         "expected": [[round(float(z), 6) for z in layer] for layer in expected],
     }  # fmt: skip
     (output / GATES).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    plot_heads(head_map, output / ROLES)
+    plot_training(output / METRICS, head_map, output / TRAINING)
     return Learned(head_map, expected, above_half)

@@ -124,7 +124,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Save the state after `step` steps; returns when it is on disk."""
+        """Save the state after `step` steps, unless it is there already; returns when it is on disk."""
+        self._manager.wait_until_finished()  # an earlier call that was interrupted
+        if step in self._manager.all_steps():
+            return
         self._manager.save(step, args=ocp.args.StandardSave(state))
         self._manager.wait_until_finished()
 
@@ -168,16 +171,21 @@ class MetricsFile:
     """One JSON object a line, appended; lines of steps that a resumed run does again are dropped first."""
 
     def __init__(self, path: Path, done: int) -> None:
-        kept: list[str] = []
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= done]
-        path.write_text("".join(line + "\n" for line in kept))
+        kept: dict[int, str] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                step = int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError):  # the run was killed while it wrote
+                continue
+            if step <= done:
+                kept[step] = line
+        path.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
         self._path = path
 
     def write(self, **values: Any) -> None:
         """Append a line; numbers are rounded to six digits."""
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rounded) + "\n")
 
 

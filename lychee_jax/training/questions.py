@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from lychee_jax.training.data import Tokens
 
 KINDS = ("passkeys", "mixed", "multi-hop")
 _DEPTHS = (0.05, 0.95)  # where facts may stand, as in the recipe of arXiv 2602.04541
+_LONGEST = 64  # tokens of a sentence of any text; what is longer is cut, so that facts find places between
+_SAMPLE = "The amber falcon slept at 07:45.\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +48,13 @@ class Writer:
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._own = config.vocab_size == language.VOCAB_SIZE
+        self._own = config.vocab_size == language.VOCAB_SIZE and (
+            tokenizer is None or tokenizer.encode_plain(_SAMPLE) == language.tokens_of(_SAMPLE)
+        )
         if tokenizer is None and not self._own:
             raise UserError("the model has no tokenizer, and questions are text; put its tokenizer into the folder")
+        # SentencePiece puts a space before every text; parts of a text bring their own.
+        self._prepends = not self._own and tokenizer is not None and self._with_space(tokenizer)
         self.eos: Tokens = [language.EOS] if self._own else list(config.eos_token_ids[:1])
         self.bos: Tokens = [language.BOS]
         if tokenizer is not None and not self._own:
@@ -58,13 +64,18 @@ class Writer:
         """Tokens of a text."""
         if self._tokenizer is None:
             return language.tokens_of(text.encode("ascii", "replace").decode())
-        return self._tokenizer.encode_plain(text)
+        return self._tokenizer.encode_plain(text.removeprefix(" ") if self._prepends else text)
+
+    @staticmethod
+    def _with_space(tokenizer: Tokenizer) -> bool:
+        return " " in tokenizer.decode(2 * tokenizer.encode_plain("a")).strip()
 
     def tokens(self, tokens: Tokens) -> Tokens:
         """Tokens of the bundled model's language, in this model's tokens."""
         return tokens if self._own else self.text(language.text_of(tokens))
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where documents and their questions come from."""
 
@@ -134,13 +145,15 @@ class Text:
             text = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"--text {file}: cannot be read as UTF-8 text ({error})") from error
-        self.sentences = [writer.text(part) for part in re.findall(r"\S[^.!?\n]*[.!?\n]*\s*|\s+", text)]
-        self.sentences = [sentence for sentence in self.sentences if sentence]
-        if not any(re.findall(r"\w", text)):
+        if not re.search(r"\w", text):
             raise UserError(f"--text {file}: holds no text")
+        sentences = map(writer.text, re.findall(r"\s*[^.!?\n]+[.!?\n]*|\s*[.!?\n]+", text))
+        self.sentences = [
+            sentence[at : at + _LONGEST] for sentence in sentences for at in range(0, len(sentence), _LONGEST)
+        ]
 
     def __call__(self, rng: np.random.Generator, total: int) -> list[Tokens]:
-        """Sentences of at most `total` tokens; a sentence that is longer is cut."""
+        """Sentences of `total` tokens; the last one is cut."""
         at, left = int(rng.integers(len(self.sentences))), total
         prose: list[Tokens] = []
         while left > 0:
@@ -166,14 +179,14 @@ class MultiHop:
             raw = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
             self.entries = [self._entry(entry) for entry in raw]
         except OSError as error:
-            raise UserError(f"--questions {file}: cannot be read ({error.strerror or error})") from error
+            raise UserError(f"--questions-file {file}: cannot be read ({error.strerror or error})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--questions {file}: not a list of questions, each with question, answer and context "
+                f"--questions-file {file}: not a list of questions, each with question, answer and context "
                 "([[title, [sentences]], …]), such as HotpotQA's files"
             ) from error
         if not self.entries:
-            raise UserError(f"--questions {file}: holds no questions")
+            raise UserError(f"--questions-file {file}: holds no questions")
 
     def _entry(self, entry: Any) -> tuple[list[Tokens], Tokens, Tokens]:
         write = self._write
@@ -232,7 +245,7 @@ def make_source(
         raise UserError(f"--data {kind} is unknown; use one of {', '.join(KINDS)}")
     if file is not None:
         if kind != "multi-hop" or text is not None:
-            raise UserError("--questions brings its own text: it goes with --data multi-hop and without --text")
+            raise UserError("--questions-file brings its own text: it goes with --data multi-hop and without --text")
         return MultiHop(writer, file, questions)
     make = {"passkeys": data.long_passkeys, "mixed": data.mixed, "multi-hop": data.variables}[kind]
     return Hidden(writer, Text(writer, text) if text else Generated(writer), make, facts, questions)

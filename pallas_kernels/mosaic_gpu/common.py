@@ -40,6 +40,13 @@ def targeting(target: Any) -> Iterator[None]:
         _target.reset(token)
 
 
+@contextlib.contextmanager
+def simulated(params: plgpu.InterpretGPUParams | None = None) -> Iterator[None]:
+    """Trace for JAX's GPU interpreter: see `pallas_kernels.interpreted`."""
+    with targeting(plgpu.InterpretGPUParams() if params is None else params):
+        yield
+
+
 def target() -> Any:
     """What the code is traced for: None is the device at hand."""
     return _target.get()

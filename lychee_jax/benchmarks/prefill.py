@@ -1,0 +1,88 @@
+"""Time of reading a long prompt into the cache, chunk after chunk as the engine does, by a model of random weights."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lychee_jax.benchmarks.rooflines import MATRIX_RATE
+from lychee_jax.benchmarks.step import peak_bytes, random_model
+from lychee_jax.config import ModelConfig
+from lychee_jax.generate import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillRow:
+    """One prompt length; `operations` counts products once with their sums twice, attention's causally.
+
+    `share` is of the tensor cores' 989 TFLOP/s (bfloat16, H200).
+    """
+
+    name: str
+    model: str
+    dtype: str
+    context: int
+    page_size: int
+    seconds: float
+    samples_s: list[float]
+    operations: float
+    attention_operations: float
+    tflops: float
+    share: float
+    peak_bytes: int | None
+
+
+def operations(config: ModelConfig, context: int) -> tuple[float, float]:
+    """Floating-point operations of a prefill: all, and attention's, in which token t reads t + 1 keys.
+
+    The logits of the last token and what is done once for an element (norms, rotation, softmax) are left out.
+    """
+    embed, head_dim = config.hidden_size, config.head_dim
+    layer = 2 * embed * head_dim * (config.num_heads + config.num_kv_heads) + 3 * embed * config.intermediate_size
+    attention = 4.0 * config.num_layers * config.num_heads * head_dim * context * (context + 1) / 2
+    return 2.0 * config.num_layers * layer * context + attention, attention
+
+
+def measure(
+    model: str,
+    config: ModelConfig,
+    *,
+    context: int,
+    page_size: int = 64,
+    dtype: Any = jnp.bfloat16,
+    repeats: int = 3,
+    report: Callable[[str], None] = lambda line: None,
+) -> PrefillRow:
+    """Read a random prompt `repeats` times after one that compiles; the median counts."""
+    config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context + 1))
+    spec, weights = random_model(config, dtype)
+    engine = Engine(spec.merge(weights))
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, context).tolist()
+    samples = []
+    for index in range(repeats + 1):
+        report(f"{model}, {context} tokens, run {index} of {repeats}")
+        # The cache of the run before is gone by then: two of them may not fit.
+        seconds = engine.prefill([prompt], max_new_tokens=1, page_size=page_size).prefill_s
+        if index:
+            samples.append(seconds)
+    seconds = float(np.median(samples))
+    total, attention = operations(config, context)
+    return PrefillRow(
+        "prefill", model, str(jnp.dtype(dtype)), context, page_size, seconds, samples, total, attention,
+        total / seconds / 1e12, total / seconds / MATRIX_RATE, peak_bytes(None),
+    )  # fmt: skip
+
+
+def table(rows: list[PrefillRow]) -> str:
+    """For people."""
+    lines = [
+        f"{'model':<12} {'tokens':>8} {'seconds':>8} {'TFLOP/s':>8} {'of 989':>7}  attention's part of the operations"
+    ]
+    for row in rows:
+        lines.append(
+            f"{row.model:<12} {row.context:>8} {row.seconds:>8.2f} {row.tflops:>8.1f} {row.share:>7.1%}  "
+            f"{row.attention_operations / row.operations:.0%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+"""`lychee heads`: head maps as text and as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lychee_jax.heads import HeadMap
+
+heads_app = typer.Typer(help="Look at a head map: which KV heads retrieve.", rich_markup_mode="rich")
+
+FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A head map (heads.json).")]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        metavar="DIR",
+        show_default="any model's maps are shown",
+        help="Refuse a map that was not made for the checkpoint in this folder; its weights are not loaded.",
+    ),
+]
+
+
+@heads_app.command("show")
+def heads_show(file: FileArgument, model: ModelOption = None) -> None:
+    """Print a head map: one line a layer, one mark a KV head.
+
+    [b]Example[/b]
+
+    [cyan]lychee heads show learned/heads.json --model my-8b[/cyan]
+    """
+    print_map(_read(file, model), str(file))
+
+
+@heads_app.command("plot")
+def heads_plot(
+    file: FileArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="PNG", show_default="FILE with .png", help="Where the picture goes."),
+    ] = None,
+    model: ModelOption = None,
+) -> None:
+    """Draw a head map as a PNG picture.
+
+    [b]Example[/b]
+
+    [cyan]lychee heads plot learned/heads.json --output roles.png[/cyan]
+    """
+    head_map = _read(file, model)
+    from lychee_jax.plots import plot_heads  # matplotlib takes a while
+
+    target = output or file.with_suffix(".png")
+    plot_heads(head_map, target)
+    print(target)
+
+
+def print_map(head_map: HeadMap, name: str) -> None:
+    """The roles of all heads on standard output, under the map's label or else `name`."""
+    total = head_map.num_layers * head_map.num_kv_heads
+    print(f"{head_map.model or name}: {head_map.num_retrieval} of {total} KV heads retrieve (■)")
+    for layer, retrieval in enumerate(head_map.retrieval):
+        marks = " ".join("■" if head in retrieval else "·" for head in range(head_map.num_kv_heads))
+        print(f"layer {layer:>3}  {marks}")
+
+
+def _read(file: Path, model: Path | None) -> HeadMap:
+    from lychee_jax.heads import HeadMap
+
+    if model is None:
+        return HeadMap.load(file)
+    from lychee_jax.loading import read_config
+
+    return HeadMap.load(file, read_config(model))

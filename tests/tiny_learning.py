@@ -1,0 +1,44 @@
+"""A tiny random model that speaks the bundled model's language, and a plan that learns its heads in seconds."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lychee_jax.config import ModelConfig
+from lychee_jax.loaded import LoadedModel
+from lychee_jax.model import Decoder
+from lychee_jax.selection import SelectionPolicy
+from lychee_jax.training import language
+from lychee_jax.training.learn_heads import Plan
+
+CONFIG = ModelConfig("llama", language.VOCAB_SIZE, 32, 48, 3, 4, 2, 16, 512)
+POLICY = SelectionPolicy(1 << 10, 8, 8, rule="ratio", ratio=0.3)
+PLAN = Plan(
+    retrieval_heads=3, steps=6, data="mixed", facts=3, questions=3, min_length=193, max_length=256, room=48,
+    policy=POLICY, page_size=8,
+)  # fmt: skip
+
+
+def make(config: ModelConfig = CONFIG, *, seed: int = 0, folder: Path | None = None) -> LoadedModel:
+    """Random weights under which attention is peaked, so that the choice of pages matters."""
+    rng = np.random.default_rng(seed)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    leaves = []
+    for path, leaf in nnx.to_flat_state(state):
+        name, value = ".".join(map(str, path)), rng.standard_normal(leaf.shape)
+        if name.endswith("scale"):
+            value = 1 + 0.3 * value
+        elif name.endswith("kernel"):
+            value = (2.0 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(config.hidden_size)
+        leaves.append((path, leaf.replace(jnp.asarray(value, jnp.float32))))
+    model = nnx.merge(graph, nnx.from_flat_state(leaves))
+    return LoadedModel(folder or Path("tiny"), config, model, None, (language.EOS,))
+
+
+def plan(**changes: Any) -> Plan:
+    """The plan, changed."""
+    return dataclasses.replace(PLAN, **changes)
