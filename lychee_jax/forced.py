@@ -21,7 +21,8 @@ from lychee_jax.sampling import SamplingParams
 class Forced:
     """What feeding gave: the cache with the tokens in it, and each row's natural log-probabilities of its tokens.
 
-    `greedy` says of each token whether greedy decoding would have chosen it after the tokens before it. `pages_read` and `pages_held` are summed over tokens, layers and KV heads: what was read, and what dense reads.
+    `greedy` says of each token whether greedy decoding would have chosen it after the tokens before it. `pages_read`
+    and `pages_held` are summed over tokens, layers and KV heads: what was read, and what dense reads.
     """
 
     filled: Prefilled

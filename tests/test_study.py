@@ -1,10 +1,12 @@
-"""The study: which rows there are, what is shrunk, chosen and calibrated; and that it goes on wherever it was stopped."""
+"""The study: which rows there are, what is shrunk, chosen and calibrated; it goes on wherever it was stopped."""
 
 import collections
 import dataclasses
 import json
+import math
 import re
 import shutil
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,7 @@ from . import checkpoints
 
 CONTEXT, HEADS = 512, 4
 SIZES = study.Sizes(
-    samples=3, retrieval_heads=HEADS, steps=3, lengths=(448, 512), dialogues=2, dialogue_tokens=120, validation=2,
-    calibration=2,
+    samples=3, retrieval_heads=HEADS, steps=3, lengths=(448, 512), dialogues=2, dialogue_tokens=120
 )  # fmt: skip
 FIELDS = {
     "model", "method", "seed", "task", "context", "budget", "page_size", "rule", "page_score", "correction", "sink",
@@ -72,9 +73,6 @@ def _small_chunks():
     """Two chunks of prompts a cell, the last one not full."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study, "_CHUNK_TOKENS", {"cpu": 2 * CONTEXT})
-        # What is fixed by the command's defaults.
-        patch.setattr(study.Sizes, "validation", 2)
-        patch.setattr(study.Sizes, "calibration", 2)
         yield
 
 
@@ -101,7 +99,7 @@ def test_sink_and_recent_shrink_only_where_they_must(budget: int, page_size: int
     assert forced_tokens(budget, page_size) == expected
 
 
-def test_the_grid_has_every_row_of_the_issue_once():
+def test_the_grid_has_every_row_once():
     grid = Grid()
     rows = grid.rows()
     assert len(set(rows)) == len(rows)
@@ -182,7 +180,7 @@ def test_random_maps_have_as_many_heads_and_differ_by_seed():
 # --- which numbers ----------------------------------------------------------------------------------------------------
 
 
-def row_of(context: int, budget: float, **changes: Any) -> Row:
+def row_of(context: int, budget: float, /, **changes: Any) -> Row:
     return dataclasses.replace(next(Grid()._row("hardkuma", 0, "passkey", context, budget)), **changes)
 
 
@@ -190,13 +188,10 @@ def row_of(context: int, budget: float, **changes: Any) -> Row:
 @pytest.mark.parametrize("budget", [1 / 32, 1 / 8])
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_the_ratio_takes_the_pages_of_the_budget(context: int, budget: float, page_size: int):
-    from fractions import Fraction
-    from math import ceil
-
     row = row_of(8192, budget, context=context, page_size=page_size)
     if row.budget_tokens:
         pages = -(-(context + 1) // page_size)
-        assert ceil(Fraction(str(ratio_for(row))) * pages) == row.budget_tokens // page_size
+        assert math.ceil(Fraction(str(ratio_for(row))) * pages) == row.budget_tokens // page_size
 
 
 def test_readers_are_counted_up_to_the_next_pick():
@@ -302,7 +297,9 @@ def test_every_row_is_there_in_its_form(whole: Path):
         assert sum(map(len, head_map["retrieval"])) == HEADS, name
     assert set(found["maps"]) == {f"{method}-0" for method in ("hardkuma", "hardconcrete", "plain", "layer", "random")}
     assert [run["method"] for run in found["between"]] == ["hardkuma", "hardconcrete", "plain"]
-    assert all(run["steps"] == [3] and 0.0 <= run["share"][0] <= 1.0 for run in found["between"])
+    assert all(
+        run["steps"] == [1, 3] and 0.0 <= min(run["share"]) <= max(run["share"]) <= 1.0 for run in found["between"]
+    )
 
 
 @pytest.mark.slow
@@ -397,7 +394,7 @@ def said(scores: dict[str, list[float]]) -> str:
 
 
 def test_the_targets_are_judged_by_the_rows():
-    good = said({"hardkuma": [98.0, 99.0], "layer": [90.0, 96.0], "none": [10.0, 10.0]})
+    good = said({"hardkuma": [98.0, 99.0], "layer": [92.0, 96.0], "none": [10.0, 10.0]})
     assert good.count(": met") == 2
     assert "(-0.50 points)" in good
     # A lead of 1.5 is less than what the seeds of the other differ by.

@@ -17,6 +17,7 @@ from lychee_jax.loaded import LoadedModel
 from lychee_jax.selection import SelectionPolicy
 from lychee_jax.training import language, learn_heads
 from lychee_jax.training.loop import claim
+from lychee_jax.training.pictures import History
 from lychee_jax.training.scorer import Scorer
 from lychee_jax.training.study import maps
 from lychee_jax.training.study.calibration import calibrate
@@ -29,7 +30,6 @@ type Report = Callable[[str, int, int], None]
 type Record = dict[str, Any]
 
 RESULTS, MAPS, CALIBRATION = "results.json", "maps.json", "calibration.json"
-_INSIDE = (0.05, 0.95)  # between these, a gate's E[z] is undecided
 _CHUNK_TOKENS = {"cpu": 1 << 14}  # prompt tokens that are read at once: what they need grows with them
 _MOST_CHUNK_TOKENS = 1 << 18
 
@@ -105,7 +105,7 @@ class Study:
 
     def _maps(self, scorer: Scorer) -> dict[str, tuple[HeadMap, Record]]:
         """Every map by its name, and how it was found."""
-        config, sizes, label = self.model.config, self.sizes, self.model.path.name
+        config, sizes, label = self.model.config, self.sizes, self.model.path.resolve().name
         found: dict[str, tuple[HeadMap, Record]] = {}
         for family in self.grid.families:
             for seed in self.grid.seeds:
@@ -188,7 +188,7 @@ class Study:
         share = row.retrieval_heads / (config.num_layers * config.num_kv_heads)
         read = count.read / count.held
         return {
-            "model": self.model.path.name,
+            "model": self.model.path.resolve().name,
             **dataclasses.asdict(row),
             "amount": amounts.get(_amount_name(row)),
             "budget_tokens": row.budget_tokens,
@@ -205,17 +205,10 @@ class Study:
         for family in self.grid.families:
             for seed in self.grid.seeds:
                 file = self.output / "runs" / f"{family}-{seed}" / learn_heads.METRICS
-                lines = [json.loads(line) for line in file.read_text().splitlines()]
-                shares = [_share_inside(line["expected"]) for line in lines]
-                found.append(
-                    {"method": family, "seed": seed, "steps": [line["step"] for line in lines], "share": shares}
-                )
+                history = History.read(file)
+                found.append({"method": family, "seed": seed, "steps": history.steps.astype(int).tolist(),
+                              "share": history.undecided.tolist()})  # fmt: skip
         return found
-
-
-def _share_inside(expected: list[list[float]]) -> float:
-    gates = [z for layer in expected for z in layer]
-    return sum(_INSIDE[0] < z < _INSIDE[1] for z in gates) / len(gates)
 
 
 def _amount_name(row: Row) -> str:
