@@ -23,6 +23,7 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.evaluation.longbench import TASKS
 from lychee_jax.loading import BUNDLED
 from lychee_jax.training import language, pretrain, profile_heads
+from lychee_jax.training.study import __main__ as study
 
 from . import checkpoints
 
@@ -154,7 +155,8 @@ def test_other_commands_name_what_there_is(line: str):
     elif words[1] == "-m":
         import typer
 
-        function = {"pretrain": pretrain.main, "profile_heads": profile_heads.run}[words[2].rpartition(".")[2]]
+        functions = {"pretrain": pretrain.main, "profile_heads": profile_heads.run, "study": study.run}
+        function = functions[words[2].rpartition(".")[2]]
         app = typer.Typer()
         app.command()(function)
         known = {option for parameter in get_command(app).params for option in parameter.opts}
