@@ -428,6 +428,13 @@ def test_a_batch_is_a_function_of_the_plan_and_the_step(learner):
         assert one.tokens[row, one.starts[row]] != 0
 
 
+def test_gates_are_drawn_anew_in_every_step(learner):
+    batch = make_batch(LONG, learner.source, 0)
+    one, again, other = (float(learner.step(learner.initial(), step, batch)[1]["loss"]) for step in (0, 0, 1))
+    assert one == again
+    assert one != pytest.approx(other, rel=1e-3)
+
+
 @pytest.mark.parametrize(("longest", "room"), [(10240, 768), (256, 48), (3, 1), (1000, 100)])
 def test_few_shapes_hold_all_lengths(longest, room):
     one = plan(min_length=1, max_length=longest, room=room)
