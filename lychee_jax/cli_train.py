@@ -169,8 +169,8 @@ def train_heads(
     [b]loss[/b] how much the answers' tokens differ from dense attention's, [b]kept[/b] the
     share of them that are the same.
 
-    Ctrl-C saves a checkpoint; the same command goes on, to the same result to
-    the last bit.
+    Ctrl-C ends it after the step in hand (twice: at once) and saves a checkpoint;
+    the same command goes on, to the same result to the last bit.
 
     [b]Examples[/b]
 

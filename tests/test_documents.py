@@ -32,7 +32,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", BUNDLED / "README.md"
 # Options that decide how long a command takes, and what they become here.
 SMALL = {
     "--samples": "1", "--max-new-tokens": "3", "--context": "200", "--batch": "2", "--decode-last": "4",
-    "--lengths": "1700", "--facts": "3",
+    "--lengths": "1700", "--facts": "3", "--retrieval-heads": "3",
 }  # fmt: skip
 HEADS = {"format": "lychee-heads/1", "model": "tiny", "num_layers": 2, "num_kv_heads": 2, "retrieval": [[0, 1], [1]]}
 MODELS = ("qwen3-8b", "my-8b")
@@ -79,6 +79,8 @@ def workplace(tmp_path_factory) -> Path:
         shutil.copy(BUNDLED / name, folder / "qwen3-8b")
     shutil.copytree(folder / "qwen3-8b", folder / "my-8b")
     (folder / "heads.json").write_text(json.dumps(HEADS))
+    (folder / "learned").mkdir()
+    shutil.copy(folder / "heads.json", folder / "learned")
     (folder / "question.txt").write_text("Where is the fox?")
     (folder / "book.txt").write_text("The old fox ran to the river. " * 700)
     shutil.copy(ROOT / "LICENSE", folder)
@@ -113,6 +115,9 @@ def made_small(argv: list[str], workplace: Path) -> list[str]:
     if argv[:2] == ["bench", "kernels"]:
         return [*argv, "--batch", "1", "--repeats", "1", "--dtype", "float32", "--page-size", "16", "--pages", "8",
                 "--context", "200"]  # fmt: skip
+    if argv[0] == "train-heads":
+        return [*argv, "--steps", "2", "--min-length", "193", "--max-length", "256", "--room", "48", "--facts", "3",
+                "--page-size", "8", "--sink", "8", "--recent", "8"]  # fmt: skip
     if "--shape" in argv:
         return [*argv, "--context", "200", "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16",
                 "--batch", "1", "--retrieval-heads", "3"]  # fmt: skip
@@ -123,7 +128,7 @@ def made_small(argv: list[str], workplace: Path) -> list[str]:
 
 def test_the_documents_show_commands():
     assert len(LYCHEE) >= 12
-    assert {"eval", "generate", "convert", "bench", "heads"} <= {shlex.split(line)[1] for line in LYCHEE}
+    assert {"eval", "generate", "convert", "bench", "heads", "train-heads"} <= {shlex.split(line)[1] for line in LYCHEE}
 
 
 @pytest.mark.slow

@@ -5,9 +5,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,52 @@ def test_ctrl_c_may_come_anywhere(loaded, learner, finished, tmp_path, monkeypat
     assert done >= 2
     learn(loaded, LONG, tmp_path, checkpoint_every=EVERY, keep=KEEP)
     assert_same(tmp_path, learner, finished)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Sends this process the signal, under Python's own handler."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_the_signal_waits_for_the_step_in_hand(loaded, tmp_path, ctrl_c):
+    """An exception in the midst of a step might be lost in somebody's callback."""
+    after: list[int] = []
+
+    def press(done: int, metrics: dict[str, float]) -> None:
+        if done == 4:
+            ctrl_c()
+        after.append(done)
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(loaded, LONG, tmp_path, on_step=press)
+    assert after == [1, 2, 3, 4]
+    assert steps_of(tmp_path) == [4]
+
+
+def test_a_second_signal_does_not_wait(ctrl_c):
+    waited = None
+    with pytest.raises(KeyboardInterrupt), loop.Patience() as patience:  # noqa: PT012
+        patience.heed()
+        ctrl_c()
+        waited = True
+        ctrl_c()
+        waited = False
+    assert waited
+
+
+def test_somebody_elses_handler_stays(ctrl_c):
+    seen: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    with loop.Patience() as patience:
+        ctrl_c()
+        patience.heed()
+    assert seen == [signal.SIGINT]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_the_last_checkpoints_are_kept(finished):
@@ -379,6 +426,13 @@ def test_a_batch_is_a_function_of_the_plan_and_the_step(learner):
     for row in range(3):
         assert one.answers[row, 0] == 1  # the first answer begins where the prompt ends
         assert one.tokens[row, one.starts[row]] != 0
+
+
+def test_gates_are_drawn_anew_in_every_step(learner):
+    batch = make_batch(LONG, learner.source, 0)
+    one, again, other = (float(learner.step(learner.initial(), step, batch)[1]["loss"]) for step in (0, 0, 1))
+    assert one == again
+    assert one != pytest.approx(other, rel=1e-3)
 
 
 @pytest.mark.parametrize(("longest", "room"), [(10240, 768), (256, 48), (3, 1), (1000, 100)])

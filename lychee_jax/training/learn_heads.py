@@ -34,7 +34,7 @@ from lychee_jax.selection import SelectionPolicy
 from lychee_jax.sharding import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
-from lychee_jax.training.loop import Checkpoints, MetricsFile, claim
+from lychee_jax.training.loop import Checkpoints, MetricsFile, Patience, claim
 from lychee_jax.training.pictures import plot_training
 from lychee_jax.training.questions import Source, Writer, make_source
 
@@ -273,7 +273,8 @@ def learn(
     """Train the gates, or go on, in the folder `output`; leaves the head map, E[z] and pictures there.
 
     `on_step(done, metrics)` is called after every step was sent off, with the numbers of the last one that is known
-    (loss, kept, density, multiplier, excess); empty before there are any. Ctrl-C saves a checkpoint first.
+    (loss, kept, density, multiplier, excess); empty before there are any. Ctrl-C ends the run after the step in hand,
+    a second one at once; a checkpoint is saved.
 
     Raises:
         UserError: a plan that does not fit, a folder with another run, or a loss that is not a number any more.
@@ -285,28 +286,30 @@ def learn(
     claim(output, _described(loaded, plan))
     checkpoints = Checkpoints(output / CHECKPOINTS, keep)
     try:
-        run = _Run(learner, output, checkpoints)
-        try:
-            while run.sent < plan.steps:
-                run.send()
-                if run.sent % checkpoint_every == 0 or run.sent == plan.steps:
-                    run.look()
-                    checkpoints.save(run.done, run.state)
-                else:
-                    run.look(but=1)  # one step behind, so that the device never waits for the host
-                if on_step is not None:
-                    on_step(run.sent, run.latest)
-        except KeyboardInterrupt:
-            run.look()
-            checkpoints.save(run.done, run.state)
-            raise
+        with Patience() as patience:
+            run = _Run(learner, output, checkpoints)
+            try:
+                while run.sent < plan.steps:
+                    patience.heed()
+                    run.send()
+                    if run.sent % checkpoint_every == 0 or run.sent == plan.steps:
+                        run.look()
+                        checkpoints.save(run.done, run.state)
+                    else:
+                        run.look(but=1)  # one step behind, so that the device never waits for the host
+                    if on_step is not None:
+                        on_step(run.sent, run.latest)
+            except KeyboardInterrupt:
+                run.look()
+                checkpoints.save(run.done, run.state)
+                raise
     finally:
         checkpoints.close()
     return _conclude(loaded, plan, output, learner.expected(run.state))
 
 
 class _Run:
-    """Where a run is. A Ctrl-C may fall between any two instructions: numbers and states change hands in one of them.
+    """Where a run is. A Ctrl-C may fall between any two instructions, so numbers and states change hands in one.
 
     `done` steps were looked at and led to `state`; more may be sent off.
     """

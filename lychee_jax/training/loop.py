@@ -11,6 +11,8 @@ import concurrent.futures
 import itertools
 import json
 import multiprocessing
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,36 @@ class Checkpoints:
     def close(self) -> None:
         """Let go of the folder."""
         self._manager.close()
+
+
+class Patience:
+    """Ctrl-C within the block waits until `heed` is called; a second one does not.
+
+    Where an exception falls into a foreign callback it is printed and lost, and in the midst of saving it does harm.
+    """
+
+    def __enter__(self) -> Patience:
+        self._pressed, self._before = False, signal.getsignal(signal.SIGINT)
+        # Only the main thread may ask for this, and a handler of somebody else's is to stay.
+        self._ours = self._before is signal.default_int_handler
+        self._ours = self._ours and threading.current_thread() is threading.main_thread()
+        if self._ours:
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> None:
+        if self._pressed:
+            raise KeyboardInterrupt
+        self._pressed = True
+
+    def heed(self) -> None:
+        """Raise the KeyboardInterrupt that has waited, if there is one."""
+        if self._pressed:
+            raise KeyboardInterrupt
 
 
 def claim(output: Path, plan: Mapping[str, Any]) -> None:
