@@ -23,7 +23,16 @@ from lychee_jax.training.scorer import Scorer
 from lychee_jax.training.study import __main__ as command
 from lychee_jax.training.study import maps, report, scoring, study
 from lychee_jax.training.study.calibration import calibrate, ratio_for, readers
-from lychee_jax.training.study.prompts import ANSWER_TOKENS, CALIBRATION, DIALOGUE, HELD_OUT, TASKS, Dialogue, dialogue, prompts
+from lychee_jax.training.study.prompts import (
+    ANSWER_TOKENS,
+    CALIBRATION,
+    DIALOGUE,
+    HELD_OUT,
+    TASKS,
+    Dialogue,
+    dialogue,
+    prompts,
+)
 from lychee_jax.training.study.rows import BUDGETS, Grid, Row, forced_tokens
 from lychee_jax.training.study.tally import Count, Tally
 
