@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ if importlib.util.find_spec("libtpu") and not has_tpu():
     without_tpu()
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Where the tests run in the background Ctrl-C may be ignored, and the commands that they start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jaxtyping
 
