@@ -370,10 +370,10 @@ def test_a_folder_with_another_study_is_refused(model: LoadedModel, whole: Path)
 def test_answers_in_dialogues_are_counted_as_the_engine_writes_them(model: LoadedModel, tmp_path: Path, monkeypatch):
     """The dialogues are what the engine itself writes with roles, in answers of five tokens; one token is changed."""
     row = next(each for each in grid_of((3,)).dialogues() if each.budget == 1 / 8 and not each.correction)
-    setting = scoring.Setting(maps.map_of(maps.random_roles(model.config, HEADS, 1), model.config, "r"), row.policy())
+    head_map, policy = maps.map_of(maps.random_roles(model.config, HEADS, 1), model.config, "r"), row.policy()
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 1000, CONTEXT).tolist() for _ in range(2)]
-    options = GenerateOptions("hybrid", setting.head_map, setting.policy, max_new_tokens=40, ignore_eos=True)
+    options = GenerateOptions("hybrid", head_map, policy, max_new_tokens=40, ignore_eos=True)
     stream = model.engine.stream(documents, options)
     for _ in stream:
         pass
@@ -384,8 +384,8 @@ def test_answers_in_dialogues_are_counted_as_the_engine_writes_them(model: Loade
     monkeypatch.setattr(scoring, "dialogue", lambda context, total, index: made[index])
     done: list[int] = []
     tally = Tally(tmp_path)
-    job = scoring.Job(DIALOGUE, CONTEXT, range(2), (row,))
-    scoring.score_dialogues(model, [job], lambda _: setting, tally, tokens=40, report=done.append)
+    job = scoring.Job(DIALOGUE, CONTEXT, range(2), 2, (row,))
+    scoring.score_dialogues(model, [job], lambda _: head_map, lambda _: policy, tally, done.append, tokens=40)
     count = tally.total(row)
     assert (count.right, count.total) == (15, 16)
     assert 0 < count.read < count.held

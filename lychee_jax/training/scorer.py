@@ -57,13 +57,14 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What decides which program scores: everything that is no array."""
+    """What decides which program scores: everything that is no array. `weighs`: it gives masses, not verdicts."""
 
     rows: int
     length: int
     answer: int
     policy: SelectionPolicy
     page_size: int
+    weighs: bool = False
 
 
 class Scorer:
@@ -100,7 +101,10 @@ class Scorer:
                 f"prompts of {length} tokens and answers of {answer} exceed the model's limit, {self.config.max_tokens}"
             )
         with self._precision():
-            layers, last = _read(self._graph, self._weights, prompts, *self._angles(0, length), answer - 1)
+            # Row by row: one program for every number of rows, and what it needs in between does not grow with them.
+            angles = self._angles(0, length)
+            read = [_read(self._graph, self._weights, row[None], *angles) for row in prompts]
+        layers, last = _gather(tuple(row for row, _ in read), tuple(row for _, row in read), answer - 1)
         return Memory(layers, last, length)
 
     def score(
@@ -108,9 +112,7 @@ class Scorer:
         page_size: int,
     ) -> Verdict:  # fmt: skip
         """Score `answers`, padded with −1, in hybrid decoding with these roles (layer 0 all True)."""
-        kind = Kind(memory.last.shape[0], memory.length, answers.shape[1], policy, page_size)
-        self.prepare([kind])
-        layer = self._programs[kind].result()
+        layer = self._program(Kind(memory.last.shape[0], memory.length, answers.shape[1], policy, page_size))
         fed = jnp.asarray(answers[:, 1:] >= 0)
         with self._precision():
             x, below, reads = self._start(memory, answers, page_size)
@@ -137,15 +139,15 @@ class Scorer:
 
         Positions after the one that is fed count as −∞.
         """
+        layer = self._program(Kind(memory.last.shape[0], memory.length, answers.shape[1], policy, page_size, True))
         with self._precision():
             x, below, _ = self._start(memory, answers, page_size)
-            for index, weights in enumerate(self._layers):
-                x, below, masses = _weigh_layer(
-                    self._layer_graph, policy, page_size, weights, x,
-                    *self._angles(memory.length, answers.shape[1] - 1), self._gates(roles, index, len(x)),
-                    memory.layers[index], below,
-                )  # fmt: skip
-                yield np.asarray(masses)
+        for index, weights in enumerate(self._layers):
+            x, below, masses = layer(
+                weights, x, *self._angles(memory.length, answers.shape[1] - 1), self._gates(roles, index, len(x)),
+                memory.layers[index], below,
+            )  # fmt: skip
+            yield np.asarray(masses)
 
     def _start(self, memory: Memory, answers: np.ndarray, page_size: int) -> tuple[jax.Array, jax.Array, list[Any]]:
         """What enters layer 0: the answers' tokens but the last, and no pages.
@@ -173,6 +175,10 @@ class Scorer:
         # As in decoding: accelerators would round the factors of float32 products.
         return jax.default_matmul_precision("highest") if self._dtype == jnp.float32 else contextlib.nullcontext()
 
+    def _program(self, kind: Kind) -> Any:
+        self.prepare([kind])
+        return self._programs[kind].result()
+
     def _compile(self, kind: Kind) -> Any:
         config, steps = self.config, kind.answer - 1
         rows, kv_heads, total = kind.rows, config.num_kv_heads, kind.length + steps
@@ -183,19 +189,31 @@ class Scorer:
         weights = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=leaf.dtype), self._layers[0])
         angles = array(1, steps, config.head_dim // 2, dtype=jnp.float32)
         kv = array(rows, total, kv_heads, config.head_dim, dtype=self._dtype)
+        fed = () if kind.weighs else (array(rows, steps, dtype=bool),)
+        program = _weigh_layer if kind.weighs else _score_layer
         with self._precision():
-            return _score_layer.lower(
+            return program.lower(
                 self._layer_graph, kind.policy, kind.page_size, weights,
                 array(rows, steps, config.hidden_size, dtype=self._dtype), angles, angles,
-                array(rows, kv_heads, dtype=jnp.float32), array(rows, steps, dtype=bool), (kv, kv),
+                array(rows, kv_heads, dtype=jnp.float32), *fed, (kv, kv),
                 array(rows, kv_heads, steps, pages_for(total, kind.page_size), dtype=bool),
             ).compile()  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "room"))
-def _read(graph: Any, weights: Any, tokens: Int[Array, "B T"], cos: jax.Array, sin: jax.Array, room: int) -> Any:
+@functools.partial(jax.jit, static_argnames=("graph",))
+def _read(graph: Any, weights: Any, tokens: Int[Array, "B T"], cos: jax.Array, sin: jax.Array) -> Any:
     hidden, layers = nnx.merge(graph, weights)(tokens, cos, sin, Remember(), ())
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))), layers), hidden[:, -1]
+    return layers, hidden[:, -1]
+
+
+@functools.partial(jax.jit, static_argnames=("room",))
+def _gather(layers: tuple[Any, ...], lasts: tuple[jax.Array, ...], room: int) -> tuple[Any, Float[Array, "B E"]]:
+    """All rows' keys and values, layer by layer, with room after them; and their last hidden states."""
+
+    def rows(*parts: jax.Array) -> jax.Array:
+        return jnp.pad(jnp.concatenate(parts), ((0, 0), (0, room), (0, 0), (0, 0)))
+
+    return jax.tree.map(rows, *layers), jnp.concatenate(lasts)
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32
 
 from lychee_jax.cache import pages_for
 from lychee_jax.selection import SelectionPolicy
-from lychee_jax.training.scorer import Scorer
+from lychee_jax.training.scorer import Kind, Scorer
 from lychee_jax.training.study.prompts import ANSWER_TOKENS, CALIBRATION, TASKS, prompts
 from lychee_jax.training.study.rows import Row
 from pallas_kernels.reference import page_limits
@@ -54,6 +54,16 @@ def bisect(share: Callable[[float], float], target: float, low: float, high: flo
     return high
 
 
+def by_ratio(row: Row) -> SelectionPolicy:
+    """The policy under which masses are looked at."""
+    return dataclasses.replace(row, rule="ratio").policy(ratio_for(row))
+
+
+def programs(row: Row, samples: int) -> set[Kind]:
+    """What `calibrate` runs."""
+    return {Kind(samples, row.context, width, by_ratio(row), row.page_size, True) for width in ANSWER_TOKENS.values()}
+
+
 def calibrate(
     scorer: Scorer, roles: Bool[np.ndarray, "L K"], row: Row, *, samples: int, tasks: tuple[str, ...] = TASKS
 ) -> dict[Rule, float]:
@@ -62,8 +72,7 @@ def calibrate(
     What top_p and threshold would pick is computed from the attention masses of calibration prompts; picks decide what
     later layers see, so that these are those of decoding by ratio.
     """
-    ratio = ratio_for(row)
-    policy = dataclasses.replace(row, rule="ratio").policy(ratio)
+    ratio, policy = ratio_for(row), by_ratio(row)
     count = readers(roles)
     layers, heads = np.nonzero(count)
     weights = count[layers, heads].astype(np.float64)

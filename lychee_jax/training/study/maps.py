@@ -14,7 +14,7 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.heads import HeadMap
 from lychee_jax.selection import SelectionPolicy
-from lychee_jax.training.scorer import Scorer
+from lychee_jax.training.scorer import Kind, Scorer
 from lychee_jax.training.study.prompts import ANSWER_TOKENS, VALIDATION, prompts
 from lychee_jax.training.study.rows import COMPARED, forced_tokens, tokens_of
 
@@ -78,14 +78,17 @@ def layer_roles(
 
 def validation_loss(scorer: Scorer, context: int, samples: int, seed: int) -> Callable[[Roles], float]:
     """Mean nats a token of answers to the seed's own validation prompts, all tasks, at the compared budgets."""
-    batches = []
-    for task, width in ANSWER_TOKENS.items():
-        tokens, answers = prompts(VALIDATION, task, context, range(samples), seed=seed)
-        batches.append((scorer.read(tokens, width), answers))
     policies = [
         SelectionPolicy(budget, *forced_tokens(budget, _PAGE))
         for budget in {max(_PAGE, tokens_of(share, context, _PAGE)) for share in COMPARED}
     ]
+    scorer.prepare(
+        Kind(samples, context, width, policy, _PAGE) for width in set(ANSWER_TOKENS.values()) for policy in policies
+    )
+    batches = []
+    for task, width in ANSWER_TOKENS.items():
+        tokens, answers = prompts(VALIDATION, task, context, range(samples), seed=seed)
+        batches.append((scorer.read(tokens, width), answers))
 
     def loss(roles: Roles) -> float:
         verdicts = [

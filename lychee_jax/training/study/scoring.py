@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -21,21 +21,20 @@ from lychee_jax.training.study.tally import Count, Tally
 type Report = Callable[[int], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """The map that answers and the policy under which it does."""
-
-    head_map: HeadMap
-    policy: SelectionPolicy
+type MapOf = Callable[[Row], HeadMap]
+type PolicyOf = Callable[[Row], SelectionPolicy]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A chunk of one cell's prompts, and the rows that lack it."""
+    """A chunk of one cell's prompts, and the rows that lack it. All chunks of a cell are `width` prompts wide; the last
+    one may have fewer.
+    """
 
     task: str
     context: int
     indices: range
+    width: int
     rows: tuple[Row, ...]
 
 
@@ -46,44 +45,38 @@ def jobs(rows: Sequence[Row], samples: int, chunk_tokens: int, tally: Tally) -> 
         cells.setdefault((row.task, row.context), {}).update({row.dense: None, row: None})
     found = []
     for (task, context), wanted in cells.items():
-        size = chunk_size(samples, context, chunk_tokens)
+        # What is read at once bounds the memory.
+        size = max(1, min(samples, chunk_tokens // context))
         for first in range(0, samples, size):
             missing = tuple(row for row in wanted if not tally.has(row, first))
             if missing:
-                found.append(Job(task, context, range(first, min(first + size, samples)), missing))
+                found.append(Job(task, context, range(first, min(first + size, samples)), size, missing))
     return found
 
 
-def chunk_size(samples: int, context: int, chunk_tokens: int) -> int:
-    """Prompts that are read at once: they bound the memory."""
-    return max(1, min(samples, chunk_tokens // context))
+def programs(todo: Sequence[Job], policy_of: PolicyOf) -> Iterator[Kind]:
+    """What `score_answers` runs, in its order."""
+    for job in todo:
+        for row in job.rows:
+            yield Kind(job.width, job.context, ANSWER_TOKENS[job.task], policy_of(row), row.page_size)
 
 
 def score_answers(
-    scorer: Scorer, todo: Sequence[Job], settings: Callable[[Row], Setting], tally: Tally, *, samples: int,
-    chunk_tokens: int, report: Report,
-) -> None:  # fmt: skip
+    scorer: Scorer, todo: Sequence[Job], map_of: MapOf, policy_of: PolicyOf, tally: Tally, report: Report
+) -> None:
     """Score all jobs on single answers; `report(rows)` after every row of a chunk."""
 
-    def size(job: Job) -> int:
-        return chunk_size(samples, job.context, chunk_tokens)
-
     def make(job: Job) -> tuple[np.ndarray, np.ndarray]:
-        return prompts(HELD_OUT, job.task, job.context, job.indices, rows=size(job))
+        return prompts(HELD_OUT, job.task, job.context, job.indices, rows=job.width)
 
-    for job in todo:
-        scorer.prepare(
-            Kind(size(job), job.context, ANSWER_TOKENS[job.task], settings(row).policy, row.page_size)
-            for row in job.rows
-        )
+    scorer.prepare(programs(todo, policy_of))
     host = concurrent.futures.ThreadPoolExecutor(1)
     try:
         for job, (tokens, answers) in zip(todo, host.map(make, todo), strict=True):
             memory = scorer.read(tokens, ANSWER_TOKENS[job.task])
             for row in job.rows:
-                setting = settings(row)
-                roles = roles_of(setting.head_map)
-                verdict = scorer.score(memory, answers, roles, setting.policy, row.page_size)
+                roles = roles_of(map_of(row))
+                verdict = scorer.score(memory, answers, roles, policy_of(row), row.page_size)
                 count = len(job.indices)
                 right = int(verdict.right[:count].sum())
                 read = verdict.sparse_read + int(roles.sum()) * verdict.held
@@ -94,8 +87,8 @@ def score_answers(
 
 
 def score_dialogues(
-    model: LoadedModel, todo: Sequence[Job], settings: Callable[[Row], Setting], tally: Tally, *, tokens: int,
-    report: Report,
+    model: LoadedModel, todo: Sequence[Job], map_of: MapOf, policy_of: PolicyOf, tally: Tally, report: Report, *,
+    tokens: int,
 ) -> None:  # fmt: skip
     """Score long generations: their tokens are fed one by one through the decode path, the questions' too.
 
@@ -106,9 +99,8 @@ def score_dialogues(
         page_size = job.rows[0].page_size
         filled = model.engine.prefill([each.document for each in made], max_new_tokens=tokens, page_size=page_size)
         for i, row in enumerate(job.rows):
-            setting = settings(row)
             options = GenerateOptions(
-                "dense" if row.method == "dense" else "hybrid", setting.head_map, setting.policy, page_size,
+                "dense" if row.method == "dense" else "hybrid", map_of(row), policy_of(row), page_size,
                 correct_every=CORRECT_EVERY if row.correction else 0,
             )  # fmt: skip
             fed = feed(

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,17 +20,17 @@ from lychee_jax.training import language, learn_heads
 from lychee_jax.training.loop import claim
 from lychee_jax.training.pictures import History
 from lychee_jax.training.scorer import Scorer
-from lychee_jax.training.study import maps
-from lychee_jax.training.study.calibration import calibrate
+from lychee_jax.training.study import calibration, maps
 from lychee_jax.training.study.prompts import TASKS
 from lychee_jax.training.study.rows import POINTS, Grid, Row
-from lychee_jax.training.study.scoring import Setting, is_dialogue, jobs, score_answers, score_dialogues
+from lychee_jax.training.study.scoring import Job, is_dialogue, jobs, programs, score_answers, score_dialogues
 from lychee_jax.training.study.tally import Tally
 
 type Report = Callable[[str, int, int], None]
 type Record = dict[str, Any]
 
 RESULTS, MAPS, CALIBRATION = "results.json", "maps.json", "calibration.json"
+_NUMBERED = ("ratio", "top_p", "threshold")  # rules with a number of their own
 _CHUNK_TOKENS = {"cpu": 1 << 14}  # prompt tokens that are read at once: what they need grows with them
 _MOST_CHUNK_TOKENS = 1 << 18
 
@@ -86,6 +87,10 @@ class Study:
         """Everything, from where it stopped; `command` is what the results say they come from."""
         scorer = Scorer(self.model.config, self.model.model, workers=min(8, os.cpu_count() or 1))
         try:
+            # What needs no number found first is compiled while gates are trained.
+            scorer.prepare(
+                programs(self._jobs([row for row in self._answered() if row.rule not in _NUMBERED]), _policy)
+            )
             chosen = self._maps(scorer)
             amounts = self._amounts(scorer, chosen)
             self._score(scorer, chosen, amounts)
@@ -137,11 +142,13 @@ class Study:
         """The numbers of the rules that have one, by `_amount_name`."""
         amounts: dict[str, float] = read(self.output / CALIBRATION)
         # One number for all tasks: a user does not know which task it is.
-        wanted = {_amount_name(row): row for row in self.grid.rows() if row.rule in ("ratio", "top_p", "threshold")}
+        wanted = {_amount_name(row): row for row in self.grid.rows() if row.rule in _NUMBERED}
         missing = {(row.context, row.budget): row for name, row in wanted.items() if name not in amounts}
+        for row in missing.values():
+            scorer.prepare(calibration.programs(row, self.sizes.calibration))
         for i, row in enumerate(missing.values()):
             roles = maps.roles_of(chosen[row.map_name][0])
-            numbers = calibrate(scorer, roles, row, samples=self.sizes.calibration)
+            numbers = calibration.calibrate(scorer, roles, row, samples=self.sizes.calibration)
             for rule, amount in numbers.items():
                 amounts[_amount_name(dataclasses.replace(row, rule=rule))] = amount
             write(self.output / CALIBRATION, amounts)
@@ -151,22 +158,32 @@ class Study:
     def _score(
         self, scorer: Scorer, chosen: Mapping[str, tuple[HeadMap, Record]], amounts: Mapping[str, float]
     ) -> None:  # fmt: skip
-        sizes, rows = self.sizes, self.grid.rows()
         every = HeadMap.all(self.model.config)
 
-        def setting(row: Row) -> Setting:
-            head_map = every if row.method == "dense" else chosen[row.map_name][0]
-            return Setting(head_map, row.policy(amounts.get(_amount_name(row))))
+        def map_of(row: Row) -> HeadMap:
+            return every if row.method == "dense" else chosen[row.map_name][0]
 
-        todo = jobs([row for row in rows if not is_dialogue(row)], sizes.samples, self.chunk_tokens, self.tally)
+        def policy_of(row: Row) -> SelectionPolicy:
+            return _policy(row, amounts)
+
+        todo = self._jobs(self._answered())
         self._counted("scoring answers", sum(len(job.rows) for job in todo), lambda report: score_answers(
-            scorer, todo, setting, self.tally, samples=sizes.samples, chunk_tokens=self.chunk_tokens, report=report
+            scorer, todo, map_of, policy_of, self.tally, report
         ))  # fmt: skip
-        talks = jobs([row for row in rows if is_dialogue(row)], sizes.dialogues, self.chunk_tokens, self.tally)
+        sizes, rows = self.sizes, [row for row in self.grid.rows() if is_dialogue(row)]
+        talks = jobs(rows, sizes.dialogues, self.chunk_tokens, self.tally)
         steps = sum(len(job.rows) for job in talks) * sizes.dialogue_tokens
         self._counted("generating dialogues", steps, lambda report: score_dialogues(
-            self.model, talks, setting, self.tally, tokens=sizes.dialogue_tokens, report=report
+            self.model, talks, map_of, policy_of, self.tally, report, tokens=sizes.dialogue_tokens
         ))  # fmt: skip
+
+    def _answered(self) -> list[Row]:
+        """The rows of single answers."""
+        return [row for row in self.grid.rows() if not is_dialogue(row)]
+
+    def _jobs(self, rows: list[Row]) -> list[Job]:
+        """What single answers they still lack."""
+        return jobs(rows, self.sizes.samples, self.chunk_tokens, self.tally)
 
     def _counted(self, stage: str, total: int, work: Callable[[Callable[[int], None]], None]) -> None:
         """Do the work, reporting a stage's progress from its increments."""
@@ -213,6 +230,10 @@ class Study:
 
 def _amount_name(row: Row) -> str:
     return f"{row.rule} {row.context} {row.budget}"
+
+
+def _policy(row: Row, amounts: Mapping[str, float] = MappingProxyType({})) -> SelectionPolicy:
+    return row.policy(amounts.get(_amount_name(row)))
 
 
 def _check(grid: Grid, sizes: Sizes, heads: int) -> None:
