@@ -54,7 +54,7 @@ def run(
 ) -> None:  # fmt: skip
     """Train gates of three families, and compare the maps with others and with dense attention.
 
-    Everything is a row of results.json; report.md has tables, heads_*.png pictures. About eight minutes on an H200; a
+    Everything is a row of results.json; report.md has tables, heads_*.png pictures. The defaults are for a GPU; a
     small form for two cores:
 
     [cyan]python -m lychee_jax.training.study -o study --contexts 1024 --samples 4 --seeds 0 --steps 6
