@@ -206,9 +206,11 @@ class Learner:
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step, of index `step` from 0. Returns before the device is done."""
         tables = self._rotary(batch.tokens.shape[1])
+        # An argument, not a constant of the program: all seeds share one, and the compilation cache keeps one.
+        key = jax.random.fold_in(jax.random.key(self.plan.seed), step)
         # Float32 models multiply in full float32, as they do in decoding.
         with jax.default_matmul_precision("highest") if self.config.dtype == "float32" else contextlib.nullcontext():
-            return self._step(state, self._weights, np.int32(step), batch.tokens, batch.starts, batch.answers, *tables)
+            return self._step(state, self._weights, key, batch.tokens, batch.starts, batch.answers, *tables)
 
     def expected(self, state: State) -> Float32[np.ndarray, "L K"]:
         """E[z] of every KV head, 1 for those of layer 0."""
@@ -223,9 +225,8 @@ class Learner:
             self._tables[length] = self._place(tables)
         return self._tables[length]
 
-    def _advance(self, state: State, weights: Any, step: jax.Array, tokens, starts, answers, cos, sin):
+    def _advance(self, state: State, weights: Any, key: jax.Array, tokens, starts, answers, cos, sin):
         plan, (above, kv_heads) = self.plan, next(iter(state["gates"].values())).shape
-        key = jax.random.fold_in(jax.random.key(plan.seed), step)
         uniform = jax.random.uniform(key, (plan.batch, above, kv_heads), jnp.float32)
 
         # The cap of a rule is static and costs memory: never more than the row has pages.
