@@ -3,11 +3,8 @@
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -489,55 +486,3 @@ def test_other_gates_learn_too(small, tmp_path, family):
     assert json.loads(learned.head_map.meta)["method"] == family
     start = np.asarray(gates.FAMILIES[family].expected(gates.FAMILIES[family].initial((1, 2))))
     assert (learned.expected[1:] != start).all()
-
-
-# Several devices ------------------------------------------------------------------------------------------------------
-
-CHILD = """
-import sys
-from pathlib import Path
-import jax
-from tests import tiny_learning
-from tests.test_learn_heads import EIGHT, SMALL
-from lychee_jax.errors import UserError
-from lychee_jax.training import learn_heads
-learn_heads._LOG_EVERY = 1
-assert jax.device_count() == 8
-loaded, folder = tiny_learning.make(SMALL), Path(sys.argv[1])
-def stop(done, metrics):
-    if done == 2:
-        raise KeyboardInterrupt
-try:
-    learn_heads.learn(loaded, EIGHT, folder / "eight", on_step=stop)
-except KeyboardInterrupt:
-    learn_heads.learn(loaded, EIGHT, folder / "eight")
-try:
-    learn_heads.learn(loaded, tiny_learning.plan(batch=12), folder / "refused")
-except UserError as error:
-    print(error)
-"""
-EIGHT = plan(batch=8, steps=4)
-
-
-def test_eight_devices_learn_what_one_does(small, tmp_path):
-    """Also with a pause: the state comes back onto all devices."""
-    root = Path(__file__).parent.parent
-    several = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path)], env=os.environ | several, cwd=root, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "a batch of 12 rows cannot be divided among 8 devices; use a multiple\n"
-    assert not (tmp_path / "refused").exists()
-
-    learn(small, EIGHT, tmp_path / "one")
-    one, eight = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "eight")
-    )
-    assert len(one) == 4
-    for mine, theirs in zip(one, eight, strict=True):
-        for name, value in mine.items():
-            np.testing.assert_allclose(theirs[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
-    assert one[0]["loss"] != pytest.approx(one[1]["loss"], rel=1e-3)
