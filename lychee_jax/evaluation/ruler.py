@@ -262,7 +262,7 @@ class FrequentWords:
 class Questions:
     """A question about one or more of many documents; sample i asks the i-th question of the file."""
 
-    sources: Callable[[], texts.Library]
+    sources: Callable[[], texts.Questionnaire]
 
     wording: Wording = RULER["qa"]
     least: int = 1

@@ -30,7 +30,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Library:
+class Questionnaire:
     """Questions and the documents that they are about."""
 
     questions: list[Question]
@@ -52,12 +52,12 @@ class Files:
         return self._read(ESSAYS, "niah tasks with essays", lambda raw: re.sub(r"\s+", " ", raw["text"]).split(" "))
 
     @functools.cached_property
-    def squad(self) -> Library:
+    def squad(self) -> Questionnaire:
         """SQuAD 2.0: the answerable questions; related documents are the other paragraphs of the same article."""
         return self._read(SQUAD, "qa_1", _squad)
 
     @functools.cached_property
-    def hotpotqa(self) -> Library:
+    def hotpotqa(self) -> Questionnaire:
         """HotpotQA, distractor setting."""
         return self._read(HOTPOTQA, "qa_2", _hotpotqa)
 
@@ -76,12 +76,12 @@ class Files:
             parsed = parse(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not the file that {reader} reads; {source}") from error
-        if not (parsed.questions if isinstance(parsed, Library) else parsed):
+        if not (parsed.questions if isinstance(parsed, Questionnaire) else parsed):
             raise UserError(f"{path} is empty; {source}")
         return parsed
 
 
-def _squad(raw: Any) -> Library:
+def _squad(raw: Any) -> Questionnaire:
     documents = sorted({paragraph["context"] for article in raw["data"] for paragraph in article["paragraphs"]})
     ids = {document: index for index, document in enumerate(documents)}
     questions = []
@@ -93,10 +93,10 @@ def _squad(raw: Any) -> Library:
                 if not entry["is_impossible"]:
                     answers = [answer["text"] for answer in entry["answers"]]
                     questions.append(Question(entry["question"], answers, [own], related))
-    return Library(questions, documents)
+    return Questionnaire(questions, documents)
 
 
-def _hotpotqa(raw: Any) -> Library:
+def _hotpotqa(raw: Any) -> Questionnaire:
     def document(title: str, sentences: Sequence[str]) -> str:
         return f"{title}\n{''.join(sentences)}"
 
@@ -106,7 +106,7 @@ def _hotpotqa(raw: Any) -> Library:
         Question(entry["question"], [entry["answer"]], [ids[document(*each)] for each in entry["context"]], [])
         for entry in raw
     ]
-    return Library(questions, documents)
+    return Questionnaire(questions, documents)
 
 
 @functools.cache
