@@ -190,7 +190,7 @@ class Learner:
         everywhere = jax.sharding.NamedSharding(self.mesh, EVERYWHERE)
         self._place = functools.partial(jax.device_put, device=everywhere)
         self._weights = self._place(weights)
-        # Adam with decay 0 is AdamW of the recipe.
+        # As in the recipe: AdamW, but no weight decay.
         self.optimizer = optax.adamw(schedule(plan), weight_decay=0.0)
         # The state is some numbers a head: not worth donating, and so it outlives a step that is interrupted.
         self._step = jax.jit(self._advance, out_shardings=everywhere)
