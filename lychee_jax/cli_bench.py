@@ -132,6 +132,36 @@ def bench_prefill(
     _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, prefill.table([row]))
 
 
+@app.command("train")
+def bench_train(
+    shape: Annotated[Shape, typer.Option(help="Random weights of this shape.")] = "llama-3-8b",
+    dtype: shared.DtypeOption = None,
+    context: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompts.")] = 10240,
+    loss: Annotated[Literal["hidden", "logits"], typer.Option(help="What is to stay as under dense attention.")] = (
+        "hidden"
+    ),
+    batch: Annotated[int, typer.Option(metavar="N", help="Documents a step.")] = 1,
+    retrieval_heads: Annotated[int, typer.Option(metavar="N", help="Of the head map that would be learned.")] = 32,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Samples, of which the median is shown.")] = 5,
+    json_file: JsonOption = None,
+) -> None:
+    """Time a training step of the gates, and the memory that it takes.
+
+    [b]Example[/b]
+
+    [cyan]lychee bench train --shape llama-3-8b --context 10240[/cyan]
+    """
+    if repeats < 1:
+        raise UserError("--repeats must be at least 1")
+    from lychee_jax.benchmarks import train
+    from lychee_jax.benchmarks.shapes import MODELS
+    from lychee_jax.training.learn_heads import Plan
+
+    plan = Plan(retrieval_heads, batch=batch, loss=loss, min_length=1, max_length=context)
+    row = train.measure(shape, MODELS[shape], plan, dtype=dtype or "bfloat16", repeats=repeats, report=_tell)
+    _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, train.table([row]))
+
+
 @app.command("kernels")
 def bench_kernels(
     implementation: shared.ImplementationOption = None,

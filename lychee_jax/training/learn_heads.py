@@ -157,10 +157,11 @@ def schedule(plan: Plan) -> optax.Schedule:
 class Learner:
     """A frozen model and a plan: the compiled training step, and the state that it changes.
 
-    Raises UserError where the plan does not fit the model or the devices.
+    `source` is what the plan names, unless one is given. Raises UserError where the plan does not fit the model or the
+    devices.
     """
 
-    def __init__(self, loaded: LoadedModel, plan: Plan) -> None:
+    def __init__(self, loaded: LoadedModel, plan: Plan, source: Source | None = None) -> None:
         config = loaded.config
         self.plan, self.config, self.family = plan, config, gates.FAMILIES[plan.family]
         total = config.num_layers * config.num_kv_heads
@@ -180,7 +181,7 @@ class Learner:
             )
         self.lagrangian = Lagrangian(plan.retrieval_heads / total, plan.multiplier, plan.multiplier_rate)
         self.mesh = data_mesh(plan.batch)
-        self.source = make_source(
+        self.source = source or make_source(
             Writer(config, loaded.tokenizer), plan.data, facts=plan.facts, questions=plan.questions,
             text=Path(plan.text) if plan.text else None, file=Path(plan.file) if plan.file else None,
         )  # fmt: skip
