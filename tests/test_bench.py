@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lychee_jax import cli
-from lychee_jax.benchmarks import decode, shapes, step
+from lychee_jax.benchmarks import decode, shapes, step, train
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load
@@ -149,6 +149,32 @@ def test_a_prefill_is_measured_by_its_operations(monkeypatch, tmp_path, capsys):
     assert row["share"] == pytest.approx(row["operations"] / row["seconds"] / 989e12)
 
 
+def test_a_training_step_is_measured(monkeypatch, tmp_path, capsys):
+    config = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 2048)
+    monkeypatch.setitem(shapes.MODELS, "llama-3-8b", config)
+    target = tmp_path / "rows.json"
+    arguments = ["--context", "300", "--dtype", "float32", "--repeats", "2", "--retrieval-heads", "3"]
+    assert cli.main(["bench", "train", *arguments, "--loss", "logits", "--json", str(target)]) == 0
+    assert "llama-3-8b" in capsys.readouterr().out
+    (row,) = json.loads(target.read_text())["rows"]
+    assert row["seconds"] == statistics.median(row["samples_s"]) > 0
+    assert len(row["samples_s"]) == 2
+    assert (row["context"], row["answer_tokens"], row["loss"]) == (300, 768, "logits")
+    layers = 3 * (32 * 16 * (4 + 2 + 2 + 4) + 3 * 32 * 48 + 2 * 32)
+    assert row["weight_bytes"] == 4 * (layers + 2 * 64 * 32 + 32)
+
+
+@pytest.mark.parametrize("room", [1, 63, 64, 200])
+def test_random_documents_fill_their_room_with_answers(room):
+    asked = train.RandomTokens(50)(np.random.default_rng(0), 100, room)
+    assert asked.start == 100
+    assert len(asked.tokens) == len(asked.answers) <= 100 + room
+    assert max(asked.tokens) < 50
+    answers = [mark for mark in asked.answers if mark]
+    assert len(answers) == (min(room, 48) if room < 128 else 48 * (room // 64))
+    assert len(set(answers)) == max(1, room // 64)
+
+
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_retrieval_heads_are_spread(count):
     config = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 128)
@@ -182,6 +208,9 @@ def test_kernels_are_timed_beside_their_rivals(tmp_path, capsys):
         (["decode", "--shape", "llama-3-8b", "--retrieval-heads", "7", "--page-size", "64"], "layer 0 alone has 8"),
         (["kernels", "--pages", "3"], "at least 7"),
         (["prefill", "--context", "0"], "at least 1"),
+        (["train", "--repeats", "0"], "at least 1"),
+        (["train", "--context", "0"], "min-length is 1"),
+        (["train", "--shape", "bundled", "--retrieval-heads", "3"], "layer 0 alone has 4"),
         (["kernels", "--implementation", "mosaic_gpu"], "Hopper"),
     ],
     ids=" ".join,

@@ -118,6 +118,10 @@ def made_small(argv: list[str], workplace: Path) -> list[str]:
     if argv[0] == "train-heads":
         return [*argv, "--steps", "2", "--min-length", "193", "--max-length", "256", "--room", "48", "--facts", "3",
                 "--page-size", "8", "--sink", "8", "--recent", "8"]  # fmt: skip
+    if argv[:2] == ["bench", "train"]:
+        return [*argv, "--repeats", "1", "--retrieval-heads", "3"]
+    if argv[:2] == ["bench", "prefill"]:
+        return [*argv, "--repeats", "1", "--page-size", "16"]
     if "--shape" in argv:
         return [*argv, "--context", "200", "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16",
                 "--batch", "1", "--retrieval-heads", "3"]  # fmt: skip
