@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu.common import Refs, compiler_params, interpreter, wait_for_predecessor
 from pallas_kernels.mosaic_gpu.merge import WARPGROUPS, merge, merge_scratch
 from pallas_kernels.mosaic_gpu.plan import Tiling
-from pallas_kernels.mosaic_gpu.select import SIDE, Selector, hand_on, make_triangles, select_scratch
+from pallas_kernels.mosaic_gpu.select import SIDE, Selector, chunking, hand_on, make_triangles, select_scratch
 
 
 @functools.partial(
@@ -36,8 +36,8 @@ def finish(
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Merge `pieces` (sums, stats) to an output of `shape` and `dtype`, select by `scores`, or both.
 
-    Selects by `scores [B, dense, rows, 64]`: `selected` pages where they exist, or `limits [B, dense]`. Heads that do
-    not select hand on their entry of `selection`.
+    Selects by `scores [B, dense, pages]`, whole chunks of them: `selected` pages where they exist, or
+    `limits [B, dense]`. Heads that do not select hand on their entry of `selection`.
     Returns the attention's output `[B, K, G, H]`, pages `[B, K, selected]` and counts `[B, K]`.
     """
     del target
@@ -59,9 +59,9 @@ def finish(
     selects = 0
     chunks = 1
     if scores is not None:
-        chunks = scores.shape[2] // SIDE
+        chunks, columns = chunking(scores.shape[2])
         names += ["scores", "flat_scores"]
-        inputs += [scores, scores.reshape(batch, tiling.dense, -1)]
+        inputs += [scores.reshape(batch, tiling.dense, chunks * SIDE, columns), scores]
         if limits is not None:
             names.append("limits")
             inputs.append(limits)
@@ -69,14 +69,16 @@ def finish(
         if selection is not None:
             names += ["old_pages", "old_counts"]
             old, counts = selection
-            inputs += [jnp.pad(old, ((0, 0), (0, 0), (0, padded - old.shape[2])), constant_values=-1), counts]
+            if old.shape[2] < padded:
+                old = jnp.pad(old, ((0, 0), (0, 0), (0, padded - old.shape[2])), constant_values=-1)
+            inputs += [old, counts]
         out_names += ["new_pages", "new_counts"]
         heads = tiling.heads
         outputs += [
             jax.ShapeDtypeStruct((batch, heads, padded), jnp.int32),
             jax.ShapeDtypeStruct((batch, heads), jnp.int32),
         ]
-        scratch |= select_scratch()
+        scratch |= select_scratch(columns)
         selects = batch * heads
     names += out_names
 

@@ -1,9 +1,10 @@
 """Exact top pages of one head: forced pages, then the highest scores, ties to the lower page; ascending.
 
-The least score that is taken is found by bisection on the scores' bits. Then scores are looked at as 64 × 64 pages, and
-ranks are counted by products with triangular matrices of ones: exact, as sums of up to 4096 ones are.
+The least score that is taken is found by bisection on the scores' bits. Then scores are looked at as 64 rows of up to
+64 pages, and ranks are counted by products with triangular matrices of ones: exact, as sums of up to 4096 ones are.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,13 +12,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.common import TILED, WGMMA, Refs, along_columns, along_rows, full, iota, load, store
+from pallas_kernels.mosaic_gpu.common import WGMMA, Refs, along_columns, along_rows, full, iota, load, store
 
 SIDE = 64
-CHUNK = SIDE * SIDE
 _SQUARE = (SIDE, SIDE)
 # A chunk is counted in slices, whose counts are added before lanes and warps are.
 _SLICE = 1024
+_LARGEST_CHUNK = SIDE * SIDE
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
 _ALL = 2**30
 # Four elements a thread, all lanes along one dimension: integers are then summed by one instruction a warp.
@@ -26,11 +27,23 @@ _FLAT = plgpu.Layout.TILED(
 )  # fmt: skip
 
 
-def select_scratch(dtype: Any = jnp.bfloat16) -> dict[str, Any]:
-    """Shared memory of `Selector`."""
-    square = plgpu.SMEM(_SQUARE, dtype, transforms=TILED)
+def chunking(capacity: int) -> tuple[int, int]:
+    """How many chunks `capacity` pages are looked at in, and the columns of a chunk's 64 rows.
+
+    A column less is 64 pages less to load, to count and to rank: no more than to the next 1024 pages is rounded up.
+    """
+    chunks = max(1, -(-capacity // _LARGEST_CHUNK))
+    return chunks, max(1, -(-capacity // (chunks * _SLICE))) * (_SLICE // SIDE)
+
+
+def select_scratch(columns: int, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
+    """Shared memory of `Selector`, for chunks of that many columns."""
+    # The two sides of a product must be swizzled alike, in tiles that fit both.
+    width = next(width for width in (64, 32, 16) if columns % width == 0)
+    tiled = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))  # pyright: ignore[reportAbstractUsage]
+    square, chunk = (plgpu.SMEM((SIDE, n), dtype, transforms=tiled) for n in (SIDE, columns))
     return {
-        "upper": square, "lower": square, "taken": square, "ranks": square, "which": square,
+        "upper": chunk, "lower": square, "taken": chunk, "ranks": chunk, "which": square,
         "row_ranks": plgpu.SMEM((2, SIDE), jnp.float32),
     }  # fmt: skip
 
@@ -40,7 +53,7 @@ def _multiply(a: Any, b: Any) -> jax.Array:
         plgpu.wgmma(acc, a, b)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(_SQUARE, jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
 
 
 def _ordered(scores: jax.Array) -> jax.Array:
@@ -76,9 +89,9 @@ def hand_on(refs: Refs, row: jax.Array, head: jax.Array) -> None:
 
 def make_triangles(refs: Refs) -> None:
     """Matrices of ones on and above the diagonal, and below it; depends on nothing."""
-    one = full(_SQUARE, 1.0, WGMMA)
-    store(refs.upper, jnp.where(iota(_SQUARE, 0) <= iota(_SQUARE, 1), one, 0.0).astype(refs.upper.dtype))
-    store(refs.lower, jnp.where(iota(_SQUARE, 0) > iota(_SQUARE, 1), one, 0.0).astype(refs.lower.dtype))
+    for ref, above in ((refs.upper, True), (refs.lower, False)):
+        row, column, one = iota(ref.shape, 0), iota(ref.shape, 1), full(ref.shape, 1.0, WGMMA)
+        store(ref, jnp.where((row <= column) == above, one, 0.0).astype(ref.dtype))
 
 
 class Selector:
@@ -89,6 +102,9 @@ class Selector:
     ):
         self.refs, self.chunks, self.page_size, self.budget_pages = refs, chunks, page_size, budget_pages
         self.sink_pages, self.recent_pages = sink_pages, recent_pages
+        self.shape = refs.taken.shape
+        self.columns = self.shape[1]
+        self.chunk = SIDE * self.columns
 
     def run(self, row: jax.Array, index: jax.Array, head: jax.Array) -> None:
         """Write pages and count of dense head `index`, which is KV head `head`."""
@@ -113,16 +129,16 @@ class Selector:
     def flat_keys(self, chunk: Any) -> list[jax.Array]:
         """Integers in the order of a chunk's scores, the least one where a page does not compete."""
         keys = []
-        for first in range(0, CHUNK, _SLICE):
-            place = chunk * CHUNK + first
+        for first in range(0, self.chunk, _SLICE):
+            place = chunk * self.chunk + first
             page = place + plgpu.broadcasted_iota(jnp.int32, (_SLICE,), 0, layout=_FLAT)
             key = _ordered(load(self.flat_scores.at[pl.ds(place, _SLICE)], _FLAT))
             keys.append(jnp.where(self.free(page), key, _LOWEST))
         return keys
 
     def square_keys(self, chunk: Any) -> tuple[jax.Array, jax.Array]:
-        """The same as rows of 64, and the pages' numbers."""
-        page = chunk * CHUNK + iota(_SQUARE, 0) * SIDE + iota(_SQUARE, 1)
+        """The same as 64 rows, and the pages' numbers."""
+        page = chunk * self.chunk + iota(self.shape, 0) * self.columns + iota(self.shape, 1)
         key = _ordered(load(self.scores.at[pl.ds(chunk * SIDE, SIDE)], WGMMA))
         return jnp.where(self.free(page), key, _LOWEST), page
 
@@ -130,7 +146,7 @@ class Selector:
         """Fold `fold(flat keys, state)` over all chunks that hold pages of this row."""
         if self.chunks == 1:
             return fold(self.held_flat, start)
-        count = (self.used + CHUNK - 1) // CHUNK
+        count = (self.used + self.chunk - 1) // self.chunk
         return jax.lax.fori_loop(0, count, lambda c, state: fold(self.flat_keys(c), state), start)
 
     def count_from(self, least: jax.Array) -> jax.Array:
@@ -138,7 +154,7 @@ class Selector:
 
         def fold(keys: list[jax.Array], count: jax.Array) -> jax.Array:
             flags = [jnp.where(key >= least, 1, 0) for key in keys]
-            return count + _sum((flags[0] + flags[1]) + (flags[2] + flags[3]))
+            return count + _sum(functools.reduce(jnp.add, flags))
 
         return self.over_chunks(fold, jnp.int32(0))
 
@@ -149,13 +165,11 @@ class Selector:
         """
 
         def highest(keys: list[jax.Array], best: jax.Array) -> jax.Array:
-            key = jnp.maximum(jnp.maximum(keys[0], keys[1]), jnp.maximum(keys[2], keys[3]))
-            return jnp.maximum(best, jnp.max(key, axis=0))
+            return jnp.maximum(best, jnp.max(functools.reduce(jnp.maximum, keys), axis=0))
 
         def lowest(keys: list[jax.Array], best: jax.Array) -> jax.Array:
             keys = [jnp.where(key == _LOWEST, _HIGHEST, key) for key in keys]
-            key = jnp.minimum(jnp.minimum(keys[0], keys[1]), jnp.minimum(keys[2], keys[3]))
-            return jnp.minimum(best, jnp.min(key, axis=0))
+            return jnp.minimum(best, jnp.min(functools.reduce(jnp.minimum, keys), axis=0))
 
         # Invariant: from `low` on there are enough, from `high` on too few.
         low = self.over_chunks(lowest, jnp.int32(_HIGHEST - 1))
@@ -184,7 +198,7 @@ class Selector:
         """Ranks of the flags in `taken`, from 1, within their row, and how many the rows before hold."""
         refs = self.refs
         plgpu.commit_smem()
-        within = _multiply(refs.taken, refs.upper)
+        within = _multiply(refs.taken, refs.upper.at[pl.ds(0, self.columns)])
         before = jnp.sum(_multiply(refs.lower, refs.taken), axis=1)
         # Nobody writes new flags before all have read these.
         plgpu.commit_smem()
@@ -192,7 +206,7 @@ class Selector:
 
     def flag(self, flags: jax.Array) -> None:
         """Put flags where `rank` finds them."""
-        store(self.refs.taken, jnp.where(flags, full(_SQUARE, 1.0, WGMMA), 0.0).astype(self.refs.taken.dtype))
+        store(self.refs.taken, jnp.where(flags, full(self.shape, 1.0, WGMMA), 0.0).astype(self.refs.taken.dtype))
 
     def write(self, row: jax.Array, head: jax.Array, least: jax.Array, exact: jax.Array, ties: jax.Array) -> None:
         """Take what lies above `least`, of equals to it the first `ties` ones, and what is forced."""
@@ -212,7 +226,7 @@ class Selector:
                 equal = keys == least
                 self.flag(equal)
                 within, before = self.rank()
-                rank = (within + along_columns(before, _SQUARE)).astype(jnp.int32)
+                rank = (within + along_columns(before, self.shape)).astype(jnp.int32)
                 self.flag((keys > least) | forced | (equal & (rank <= ties)))
                 return jnp.maximum(ties - _sum(jnp.where(equal, 1, 0)), 0)
 
@@ -237,7 +251,7 @@ class Selector:
             empty = full((SIDE,), -1, WGMMA.reduce(1), jnp.int32)
             for tile in range(tiles):
                 store(refs.new_pages.at[row, head, pl.ds(tile * SIDE, SIDE)], empty)
-            jax.lax.fori_loop(0, (self.used + CHUNK - 1) // CHUNK, each, start)
+            jax.lax.fori_loop(0, (self.used + self.chunk - 1) // self.chunk, each, start)
 
     def write_tile(
         self, row: jax.Array, head: jax.Array, chunk: Any, tile: int, done: jax.Array, found: jax.Array,
@@ -257,8 +271,8 @@ class Selector:
         ranks = _multiply(refs.which, refs.ranks).astype(jnp.int32)
         of_row = jnp.sum(jnp.where(here, iota(_SQUARE, 1), 0), axis=1)
         local = jnp.sum(jnp.where(here, wanted - first, 0), axis=1)
-        column = jnp.sum(jnp.where(ranks <= along_columns(local, _SQUARE), 1, 0), axis=1)
-        page = chunk * CHUNK + of_row * SIDE + column
+        column = jnp.sum(jnp.where(ranks <= along_columns(local, self.shape), 1, 0), axis=1)
+        page = chunk * self.chunk + of_row * self.columns + column
         target = refs.new_pages.at[row, head, pl.ds(tile * SIDE, SIDE)]
         number = jnp.max(wanted, axis=1)
         old = jnp.full_like(page, -1) if self.chunks == 1 else load(target, WGMMA.reduce(1))
