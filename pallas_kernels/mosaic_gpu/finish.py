@@ -81,6 +81,8 @@ def finish(
         scratch |= select_scratch(columns)
         selects = batch * heads
     names += out_names
+    # A block that only selects is one warpgroup, and may have more registers.
+    threads = WARPGROUPS if merges else 1
 
     def body(*args: Any, **named: Any) -> None:
         refs = Refs(dict(zip(names, args, strict=True)) | named)
@@ -126,7 +128,7 @@ def finish(
 
     results = plgpu.kernel(
         body, out_type=outputs, scratch_types=scratch, grid=(selects + merges,), grid_names=("block",),
-        num_threads=WARPGROUPS, thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(),
+        num_threads=threads, thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(),
         kernel_name="finish",
     )(*inputs)  # fmt: skip
     found = dict(zip(out_names, results, strict=True))
