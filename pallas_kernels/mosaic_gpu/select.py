@@ -1,7 +1,8 @@
 """Exact top pages of one head: forced pages, then the highest scores, ties to the lower page; ascending.
 
-The least score that is taken is found by bisection on the scores' bits. Then scores are looked at as 64 rows of up to
-64 pages, and ranks are counted by products with triangular matrices of ones: exact, as sums of up to 4096 ones are.
+The least score that is taken is found by dividing the range of scores, and in the end that of their bits. Then scores
+are looked at as 64 rows of up to 64 pages, and ranks are counted by products with triangular matrices of ones: exact,
+as sums of up to 4096 ones are.
 """
 
 import functools
@@ -20,7 +21,6 @@ _SQUARE = (SIDE, SIDE)
 _SLICE = 1024
 _LARGEST_CHUNK = SIDE * SIDE
 _LOWEST, _HIGHEST = -(2**31), 2**31 - 1
-_ALL = 2**30
 # Four elements a thread, all lanes along one dimension: integers are then summed by one instruction a warp.
 _FLAT = plgpu.Layout.TILED(
     plgpu.Tiling(((512,), (128,), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
@@ -117,9 +117,8 @@ class Selector:
         sink = jnp.minimum(self.used, self.sink_pages)
         forced = sink + jnp.minimum(self.used - sink, self.recent_pages)
         need = limit - forced
-        least, exact = self.find_least(need, self.used - forced)
-        ties = jax.lax.cond(exact, lambda: jnp.int32(_ALL), lambda: need - self.count_from(least + 1))
-        self.write(row, head, least, exact, ties)
+        least, exact, above = self.find_least(need, self.used - forced)
+        self.write(row, head, least, exact, need - above)
         refs.new_counts[row, head] = limit
 
     def free(self, page: jax.Array) -> jax.Array:
@@ -142,24 +141,27 @@ class Selector:
         key = _ordered(load(self.scores.at[pl.ds(chunk * SIDE, SIDE)], WGMMA))
         return jnp.where(self.free(page), key, _LOWEST), page
 
-    def over_chunks(self, fold: Any, start: jax.Array) -> jax.Array:
+    def over_chunks(self, fold: Any, start: Any) -> Any:
         """Fold `fold(flat keys, state)` over all chunks that hold pages of this row."""
         if self.chunks == 1:
             return fold(self.held_flat, start)
         count = (self.used + self.chunk - 1) // self.chunk
         return jax.lax.fori_loop(0, count, lambda c, state: fold(self.flat_keys(c), state), start)
 
-    def count_from(self, least: jax.Array) -> jax.Array:
-        """How many competing pages have at least this key."""
+    def count_from(self, keys: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """How many competing pages have at least each of two keys."""
 
-        def fold(keys: list[jax.Array], count: jax.Array) -> jax.Array:
-            flags = [jnp.where(key >= least, 1, 0) for key in keys]
-            return count + _sum(functools.reduce(jnp.add, flags))
+        def fold(held: list[jax.Array], counts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            # Both in one sum, as sums wait for all warps; neither exceeds the pages of a chunk.
+            flags = [jnp.where(key >= keys[0], 1, 0) + jnp.where(key >= keys[1], 1 << 16, 0) for key in held]
+            both = jnp.sum(functools.reduce(jnp.add, flags), axis=0)
+            return counts[0] + (both & 0xFFFF), counts[1] + (both >> 16)
 
-        return self.over_chunks(fold, jnp.int32(0))
+        return self.over_chunks(fold, (jnp.int32(0), jnp.int32(0)))
 
-    def find_least(self, need: jax.Array, competing: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The highest key with at least `need` competing keys from it on, and whether they are just as many.
+    def find_least(self, need: jax.Array, competing: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The highest key with at least `need` competing keys from it on, whether they are just as many, and how many
+        lie above it if they are more.
 
         Ends as soon as exactly `need` are found.
         """
@@ -168,31 +170,46 @@ class Selector:
             return jnp.maximum(best, jnp.max(functools.reduce(jnp.maximum, keys), axis=0))
 
         def lowest(keys: list[jax.Array], best: jax.Array) -> jax.Array:
-            keys = [jnp.where(key == _LOWEST, _HIGHEST, key) for key in keys]
-            return jnp.minimum(best, jnp.min(functools.reduce(jnp.minimum, keys), axis=0))
+            # The complement turns the order round: a warp has one instruction for the highest, but not for the lowest.
+            return ~highest([jnp.where(key == _LOWEST, _LOWEST, ~key) for key in keys], ~best)
 
-        # Invariant: from `low` on there are enough, from `high` on too few.
+        # Invariant: from `low` on there are enough (`taken`), from `high` on too few (`above`).
         low = self.over_chunks(lowest, jnp.int32(_HIGHEST - 1))
         high = jnp.maximum(jnp.minimum(self.over_chunks(highest, jnp.int32(_LOWEST)), _HIGHEST - 1) + 1, low)
 
         def more(state: Any) -> jax.Array:
-            low, high, taken, _ = state
+            low, high, taken, _, _ = state
             return (_middle(low, high) > low) & (taken != need)
 
-        def halve(state: Any) -> Any:
-            low, high, taken, by_value = state
-            # Every other time between the values, not between their bits: the exponent is found sooner.
-            between = _ordered(0.5 * _value(low) + 0.5 * _value(high))
-            at = jnp.where(by_value & (between > low) & (between < high), between, _middle(low, high))
-            count = self.count_from(at)
-            enough = count >= need
-            low, high = jnp.where(enough, at, low), jnp.where(enough, high, at)
-            return low, high, jnp.where(enough, count, taken), ~by_value
+        def narrow(state: Any) -> Any:
+            low, high, taken, above, by_value = state
+            # Two keys a round leave a third. Every other time they lie between the values, not between their bits: the
+            # exponent is found sooner.
+            third = jax.lax.div((high >> 1) - (low >> 1), jnp.int32(3)) * 2
+            values = _value(low), _value(high)
+
+            def between(weight: float, bits: jax.Array) -> jax.Array:
+                key = _ordered((1.0 - weight) * values[0] + weight * values[1])
+                return jnp.where(by_value & (key > low) & (key < high), key, bits)
+
+            ats = (
+                between(1 / 3, jnp.maximum(low + third, low + 1)),
+                between(2 / 3, jnp.minimum(high - third, high - 1)),
+            )
+            lows, highs, takens, aboves = [], [], [], []
+            for at, count in zip(ats, self.count_from(ats), strict=True):
+                enough = count >= need
+                lows.append(jnp.where(enough, at, low))
+                highs.append(jnp.where(enough, high, at))
+                takens.append(jnp.where(enough, count, taken))
+                aboves.append(jnp.where(enough, above, count))
+            return jnp.maximum(*lows), jnp.minimum(*highs), jnp.minimum(*takens), jnp.maximum(*aboves), ~by_value
 
         # Nothing needed: the loop would look for a key that no page has.
         high = jnp.where(need > 0, high, low)
-        low, _, taken, _ = jax.lax.while_loop(more, halve, (low, high, competing, jnp.bool_(True)))
-        return jnp.where(need > 0, low, jnp.int32(_HIGHEST)), (taken == need) | (need <= 0)
+        start = low, high, competing, jnp.int32(0), jnp.bool_(True)
+        low, _, taken, above, _ = jax.lax.while_loop(more, narrow, start)
+        return jnp.where(need > 0, low, jnp.int32(_HIGHEST)), (taken == need) | (need <= 0), above
 
     def rank(self) -> tuple[jax.Array, jax.Array]:
         """Ranks of the flags in `taken`, from 1, within their row, and how many the rows before hold."""
@@ -209,7 +226,7 @@ class Selector:
         store(self.refs.taken, jnp.where(flags, full(self.shape, 1.0, WGMMA), 0.0).astype(self.refs.taken.dtype))
 
     def write(self, row: jax.Array, head: jax.Array, least: jax.Array, exact: jax.Array, ties: jax.Array) -> None:
-        """Take what lies above `least`, of equals to it the first `ties` ones, and what is forced."""
+        """Take what lies above `least`, of equals to it all (`exact`) or the first `ties` ones, and what is forced."""
         refs = self.refs
         tiles = refs.new_pages.shape[2] // SIDE
 
