@@ -262,6 +262,25 @@ def test_pieces_cover_every_tile_once_and_have_numbers_of_their_own(batch: int) 
     assert end == total
 
 
+@pytest.mark.parametrize(
+    ("batch", "dense", "sparse", "pages"), [(1, 1, 7, 2048), (1, 8, 0, 2048), (4, 2, 6, 900), (8, 0, 8, 2048)]
+)
+def test_rows_of_one_length_have_no_more_pieces_than_are_merged_at_once(
+    batch: int, dense: int, sparse: int, pages: int
+) -> None:
+    tiling = Tiling(batch, 8, dense, sparse, 64, 64, 132)
+    most = 0
+    for used in [*range(1, 140), *range(pages - 9, pages)]:
+        length = jnp.int32(64 * used)
+        heads = [int(tiling.dense_tiles(length))] * dense + [int(tiling.sparse_tiles(length))] * sparse
+        ends = np.cumsum(heads * batch)
+        share = -(-int(ends[-1]) // tiling.blocks)
+        pieces = (ends - 1) // share - (ends - heads * batch) // share + 1
+        most = max(most, pieces.max())
+    assert most <= tiling.pieces_per_head
+    assert most >= 0.75 * tiling.pieces_per_head, "no bound to load by"
+
+
 def test_wrong_page_ids_are_never_followed() -> None:
     """What the interpreter would hide: every page that is fetched lies inside the pool, whatever the table says."""
     wrong = jnp.array([[-1, 9, 2**31 - 1, -(2**31), 3, 8]], jnp.int32)

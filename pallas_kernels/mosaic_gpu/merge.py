@@ -13,8 +13,13 @@ from pallas_kernels.reference import MASKED
 
 # Warpgroups that share the pieces of a head.
 WARPGROUPS = 4
-# Pieces that a warpgroup loads at once: a load takes long, but many take hardly longer.
-_AT_ONCE = 16
+# Pieces that a warpgroup loads at once, bounded by what a head has in rows of one length. A load takes long, but many
+# take hardly longer, as long as registers hold them. Fewer would make the long row among short ones wait.
+_FEWEST, _MOST = 8, 36
+# One element a thread: a piece's sum is one load of every warp and takes one register. Only for head_dim 128.
+_SPREAD = plgpu.Layout.TILED(
+    plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)  # fmt: skip
 
 
 def merge_scratch(head_dim: int) -> dict[str, Any]:
@@ -40,13 +45,14 @@ def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: j
     # A row without tokens has no pieces.
     count = jnp.where(tiles > 0, (start + tiles - 1) // rows.share - first + 1, 0)
     first = first + row * tiling.heads + index
-    vector = WGMMA.reduce(1)
     head_dim = refs.held_sums.shape[1]
+    vector = _SPREAD if head_dim == 128 else WGMMA.reduce(1)
+    at_once = min(max(-(-tiling.pieces_per_head // WARPGROUPS), _FEWEST), _MOST)
 
     def several(i: jax.Array, carry: Any) -> Any:
         top, total, out = carry
-        base = (i * WARPGROUPS + warpgroup) * _AT_ONCE
-        numbers = [first + jnp.minimum(base + u, count - 1) for u in range(_AT_ONCE)]
+        base = (i * WARPGROUPS + warpgroup) * at_once
+        numbers = [first + jnp.minimum(base + u, count - 1) for u in range(at_once)]
         tops = [refs.stats[n, 0, group] for n in numbers]
         totals = [refs.stats[n, 1, group] for n in numbers]
         sums = [load(refs.sums.at[n, group], vector) for n in numbers]
@@ -56,13 +62,13 @@ def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: j
             new_top = jnp.maximum(new_top, t)
         shrink = jnp.exp2(top - new_top)
         total, out = total * shrink, out * shrink
-        for u in range(_AT_ONCE):
+        for u in range(at_once):
             weight = jnp.where(base + u < count, jnp.exp2(tops[u] - new_top), 0.0)
             total = total + weight * totals[u]
             out = out + weight * sums[u]
         return new_top, total, out
 
-    rounds = (count + WARPGROUPS * _AT_ONCE - 1) // (WARPGROUPS * _AT_ONCE)
+    rounds = (count + WARPGROUPS * at_once - 1) // (WARPGROUPS * at_once)
     carry = jnp.float32(MASKED), jnp.float32(0.0), full((head_dim,), 0.0, vector)
     top, total, out = jax.lax.fori_loop(0, rounds, several, carry)
     store(refs.held_sums.at[warpgroup], out)
