@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu.common import Refs, compiler_params, interpreter, wait_for_predecessor
-from pallas_kernels.mosaic_gpu.merge import WARPGROUPS, merge, merge_scratch
+from pallas_kernels.mosaic_gpu.merge import WARPGROUPS, find_pieces, merge, merge_scratch
 from pallas_kernels.mosaic_gpu.plan import Tiling
 from pallas_kernels.mosaic_gpu.select import SIDE, Selector, chunking, hand_on, make_triangles, select_scratch
 
@@ -94,16 +94,23 @@ def finish(
             def _():
                 make_triangles(refs)
 
-        wait_for_predecessor()
-
         if merges:
+            # Before waiting: the blocks of `attend`, which comes before every merge, let this launch start only after
+            # their own wait, so that lengths and order, which `attend` reads too, were complete by then.
+            number = jnp.maximum(block - selects, 0)
+            segment = number // groups
+            row = segment // tiling.heads
+            mine = find_pieces(tiling, refs, row, segment - row * tiling.heads)
+            group = number - segment * groups
+
+            wait_for_predecessor()
 
             @pl.when(block >= selects)
             def _():
-                number = block - selects
-                segment = number // groups
-                row = segment // tiling.heads
-                merge(tiling, refs, row, segment - row * tiling.heads, number - segment * groups)
+                merge(tiling, refs, mine, group)
+
+        else:
+            wait_for_predecessor()
 
         if selects:
 

@@ -1,5 +1,6 @@
 """Merging pieces: the blocks that attended left, for every head, some weighted sums with tops of their own."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -31,9 +32,18 @@ def merge_scratch(head_dim: int) -> dict[str, Any]:
     }
 
 
-def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: jax.Array) -> None:
-    """Merge query head `group` of head `index` of `row`, and write it to the output; all warpgroups take part."""
-    warpgroup = jax.lax.axis_index("warpgroup").astype(jnp.int32)
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The pieces of KV head `head` of `row`: `count` of them, numbered from `first`."""
+
+    row: Any
+    head: Any
+    first: Any
+    count: Any
+
+
+def find_pieces(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array) -> Pieces:
+    """The pieces of head `index` of `row`; reads lengths and order alone."""
     length, head = refs.lengths[row], refs.order[index] if hasattr(refs, "order") else index
     rows = Rows(tiling, refs.lengths)
     dense_tiles, sparse_tiles = tiling.dense_tiles(length), tiling.sparse_tiles(length)
@@ -44,7 +54,13 @@ def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: j
     first = start // rows.share
     # A row without tokens has no pieces.
     count = jnp.where(tiles > 0, (start + tiles - 1) // rows.share - first + 1, 0)
-    first = first + row * tiling.heads + index
+    return Pieces(row, head, first + row * tiling.heads + index, count)
+
+
+def merge(tiling: Tiling, refs: Refs, pieces: Pieces, group: jax.Array) -> None:
+    """Merge query head `group` of a KV head, and write it to the output; all warpgroups take part."""
+    warpgroup = jax.lax.axis_index("warpgroup").astype(jnp.int32)
+    first, count = pieces.first, pieces.count
     head_dim = refs.held_sums.shape[1]
     vector = _SPREAD if head_dim == 128 else WGMMA.reduce(1)
     at_once = min(max(-(-tiling.pieces_per_head // WARPGROUPS), _FEWEST), _MOST)
@@ -91,4 +107,4 @@ def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: j
             total = total + weight * load(refs.held_stats.at[w, 1], vector)
             out = out + weight * load(refs.held_sums.at[w], vector)
         out = out / jnp.maximum(total, 1e-30)
-        store(refs.out.at[row, head, group], out.astype(refs.out.dtype))
+        store(refs.out.at[pieces.row, pieces.head, group], out.astype(refs.out.dtype))
