@@ -118,7 +118,7 @@ class Selector:
         forced = sink + jnp.minimum(self.used - sink, self.recent_pages)
         need = limit - forced
         least, exact, above = self.find_least(need, self.used - forced)
-        self.write(row, head, least, exact, need - above)
+        self.write(row, head, limit, least, exact, need - above)
         refs.new_counts[row, head] = limit
 
     def free(self, page: jax.Array) -> jax.Array:
@@ -216,16 +216,15 @@ class Selector:
         refs = self.refs
         plgpu.commit_smem()
         within = _multiply(refs.taken, refs.upper.at[pl.ds(0, self.columns)])
-        before = jnp.sum(_multiply(refs.lower, refs.taken), axis=1)
-        # Nobody writes new flags before all have read these.
-        plgpu.commit_smem()
-        return within, before
+        return within, jnp.sum(_multiply(refs.lower, refs.taken), axis=1)
 
     def flag(self, flags: jax.Array) -> None:
         """Put flags where `rank` finds them."""
         store(self.refs.taken, jnp.where(flags, full(self.shape, 1.0, WGMMA), 0.0).astype(self.refs.taken.dtype))
 
-    def write(self, row: jax.Array, head: jax.Array, least: jax.Array, exact: jax.Array, ties: jax.Array) -> None:
+    def write(
+        self, row: jax.Array, head: jax.Array, limit: jax.Array, least: jax.Array, exact: jax.Array, ties: jax.Array
+    ) -> None:
         """Take what lies above `least`, of equals to it all (`exact`) or the first `ties` ones, and what is forced."""
         refs = self.refs
         tiles = refs.new_pages.shape[2] // SIDE
@@ -244,6 +243,8 @@ class Selector:
                 self.flag(equal)
                 within, before = self.rank()
                 rank = (within + along_columns(before, self.shape)).astype(jnp.int32)
+                # Nobody writes new flags before all have read these.
+                plgpu.commit_smem()
                 self.flag((keys > least) | forced | (equal & (rank <= ties)))
                 return jnp.maximum(ties - _sum(jnp.where(equal, 1, 0)), 0)
 
@@ -256,7 +257,8 @@ class Selector:
             plgpu.commit_smem()
             row_first = load(refs.row_ranks.at[0], WGMMA.reduce(0)).astype(jnp.int32)
             row_count = load(refs.row_ranks.at[1], WGMMA.reduce(0)).astype(jnp.int32)
-            found = jnp.sum(in_row, axis=0).astype(jnp.int32)
+            # The only chunk holds all that is taken.
+            found = limit if self.chunks == 1 else jnp.sum(in_row, axis=0).astype(jnp.int32)
             for tile in range(tiles):
                 self.write_tile(row, head, chunk, tile, done, found, row_first, row_count)
             return done + found, ties
@@ -280,6 +282,8 @@ class Selector:
         with the ranks brings that row's ranks, of which those up to m's own are counted.
         """
         refs = self.refs
+        if tile:  # nobody writes new numbers before all have found the last ones
+            plgpu.commit_smem()
         wanted = iota(_SQUARE, 0) + (tile * SIDE - done)
         first, count = along_rows(row_first, _SQUARE), along_rows(row_count, _SQUARE)
         here = (wanted >= first) & (wanted < first + count)
@@ -294,4 +298,3 @@ class Selector:
         number = jnp.max(wanted, axis=1)
         old = jnp.full_like(page, -1) if self.chunks == 1 else load(target, WGMMA.reduce(1))
         store(target, jnp.where((number >= 0) & (number < found), page, old))
-        plgpu.commit_smem()
