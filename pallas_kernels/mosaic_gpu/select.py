@@ -48,12 +48,15 @@ def select_scratch(columns: int, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _multiply(a: Any, b: Any) -> jax.Array:
-    def run(acc: Any) -> jax.Array:
-        plgpu.wgmma(acc, a, b)
-        return acc[...]
+def _multiply(*pairs: tuple[Any, Any]) -> tuple[jax.Array, ...]:
+    """Products of pairs of matrices in shared memory, all on their way before the first is waited for."""
 
-    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+    def run(*accs: Any) -> tuple[jax.Array, ...]:
+        for acc, (a, b) in zip(accs, pairs, strict=True):
+            plgpu.wgmma(acc, a, b)
+        return tuple(acc[...] for acc in accs)
+
+    return pl.run_scoped(run, *(plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32) for a, b in pairs))
 
 
 def _ordered(scores: jax.Array) -> jax.Array:
@@ -215,8 +218,8 @@ class Selector:
         """Ranks of the flags in `taken`, from 1, within their row, and how many the rows before hold."""
         refs = self.refs
         plgpu.commit_smem()
-        within = _multiply(refs.taken, refs.upper.at[pl.ds(0, self.columns)])
-        return within, jnp.sum(_multiply(refs.lower, refs.taken), axis=1)
+        within, before = _multiply((refs.taken, refs.upper.at[pl.ds(0, self.columns)]), (refs.lower, refs.taken))
+        return within, jnp.sum(before, axis=1)
 
     def flag(self, flags: jax.Array) -> None:
         """Put flags where `rank` finds them."""
@@ -289,7 +292,8 @@ class Selector:
         here = (wanted >= first) & (wanted < first + count)
         store(refs.which, jnp.where(here, full(_SQUARE, 1.0, WGMMA), 0.0).astype(refs.which.dtype))
         plgpu.commit_smem()
-        ranks = _multiply(refs.which, refs.ranks).astype(jnp.int32)
+        (ranks,) = _multiply((refs.which, refs.ranks))
+        ranks = ranks.astype(jnp.int32)
         of_row = jnp.sum(jnp.where(here, iota(_SQUARE, 1), 0), axis=1)
         local = jnp.sum(jnp.where(here, wanted - first, 0), axis=1)
         column = jnp.sum(jnp.where(ranks <= along_columns(local, self.shape), 1, 0), axis=1)
