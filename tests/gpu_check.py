@@ -26,6 +26,8 @@ CASES = [
     (128, 64, 1, "float16", []),
     (64, 64, 2, "bfloat16", [0]),
 ]
+# Chunks of every width, full or padded, one and several.
+CAPACITIES = [64, 1024, 2048, 2112, 3072, 4096, 4160, 8192, 20000]
 
 
 def check(page: int, head_dim: int, groups: int, dtype: str, heads: list[int], seed: int) -> tuple[float, bool, bool]:
@@ -81,6 +83,32 @@ def check(page: int, head_dim: int, groups: int, dtype: str, heads: list[int], s
     return error, exact, same
 
 
+def check_select(capacity: int, seed: int) -> bool:
+    """Whether selections among up to `capacity` pages are exact: many ties, NaN past every row's end."""
+    rng = np.random.default_rng(seed)
+    counts = [capacity, capacity - 1, capacity // 2 + 1, BUDGET, 0]
+    rule = oracle.Rule(BUDGET, 1, 2)
+    scores = (np.round(40 * rng.standard_normal((len(counts), KV_HEADS, capacity))) / 16).astype(np.float32)
+    for b, count in enumerate(counts):
+        scores[b, :, count:] = np.nan
+    pages, got = ops.select_pages(
+        jnp.asarray(scores),
+        jnp.array(counts, jnp.int32) * 64,
+        page_size=64,
+        budget_pages=BUDGET,
+        sink_pages=1,
+        recent_pages=2,
+        implementation="mosaic_gpu",
+    )
+    exact = True
+    for b, count in enumerate(counts):
+        for head in range(KV_HEADS):
+            want = oracle.pick(scores[b, head, :count].astype(np.float64), rule).pages
+            exact &= int(got[b, head]) == len(want)
+            exact &= np.asarray(pages[b, head]).tolist() == want + [-1] * (BUDGET - len(want))
+    return exact
+
+
 def main() -> int:
     """Check every case with a seed from the clock."""
     seed = int(time.time())
@@ -94,6 +122,10 @@ def main() -> int:
             f"{'ok ' if good else 'BAD'} {case}: error {error:.1e}, selection exact {exact}, repeats equal {same}",
             flush=True,
         )
+    for capacity in CAPACITIES:
+        exact = check_select(capacity, seed)
+        bad += not exact
+        print(f"{'ok ' if exact else 'BAD'} selection among {capacity} pages exact {exact}", flush=True)
     return 1 if bad else 0
 
 
