@@ -118,8 +118,10 @@ def iota(shape: tuple[int, ...], dimension: int) -> jax.Array:
 def multiply_add(sums: jax.Array, weights: jax.Array, values: Any, meanwhile: Callable[[], None]) -> jax.Array:
     """`sums + weights · values` with weights in registers; `meanwhile` is done while the tensor cores are at it."""
     if interpreter() is not None:
-        # The interpreter multiplies what lies in shared memory only.
+        # The interpreter multiplies what lies in shared memory only. Other than a wgmma, a plain read must be fenced
+        # off from the copy that overwrites what was read.
         product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
         meanwhile()
         return sums + product
 

@@ -85,7 +85,7 @@ def extend(
 
     def body(*args: Any, **named: Any) -> None:
         refs = Refs(dict(zip(names, args, strict=True)) | named)
-        work = _Work.of(shape, refs)
+        work = _Work.of(shape, refs, jax.lax.axis_index("block").astype(jnp.int32))
         thread = jax.lax.axis_index("warpgroup")
 
         @pl.when(thread < WARPGROUPS)
@@ -140,13 +140,12 @@ class _Work:
     steps: jax.Array
 
     @classmethod
-    def of(cls, shape: _Shape, refs: Refs) -> "_Work":
-        """The work of this block.
+    def of(cls, shape: _Shape, refs: Refs, rest: jax.Array) -> "_Work":
+        """The work of a block by its number.
 
         Blocks that run side by side should read the same keys, so that they come from the second-level cache: all
         those of a KV head follow each other. The longest come first, so that the short ones fill the gaps at the end.
         """
-        rest = jax.lax.axis_index("block").astype(jnp.int32)
         rest, group = jax.lax.div(rest, jnp.int32(shape.groups)), remainder(rest, shape.groups)
         rest, block = jax.lax.div(rest, jnp.int32(shape.blocks)), remainder(rest, shape.blocks)
         row, kv_head = jax.lax.div(rest, jnp.int32(shape.kv_heads)), remainder(rest, shape.kv_heads)
