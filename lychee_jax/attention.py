@@ -106,7 +106,7 @@ class Extend:
         append = append_pages if self.aligned else append_tokens
         pool = append(pool, self.page_table, self.starts, self.counts, jnp.concatenate([k, v], axis=-1))
         out = extend_attention(
-            q, k, v, pool, self.page_table, self.starts, scale=attention_scale(q.shape[-1]),
+            q, k, v, pool, self.page_table, self.starts, self.counts, scale=attention_scale(q.shape[-1]),
             implementation=self.implementation,
         )  # fmt: skip
         return out, (*state[:index], pool, *state[index + 1 :])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from pallas_kernels.dispatch import available
 from pallas_kernels.reference import MASKED
 
 _QUERY_BLOCK = 512
@@ -120,6 +121,7 @@ def extend_attention(
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
     starts: Int[Array, "B"],
+    counts: Int[Array, "B"] | None = None,
     *,
     scale: float,
     implementation: str | None = None,
@@ -127,9 +129,22 @@ def extend_attention(
     """Causal attention of a chunk of new tokens at positions `starts[b] + t` over the cached positions < `starts[b]`
     and over the chunk itself. The work on the past follows the longest row's `starts`, not the cache's capacity.
 
+    The first `counts[b]` tokens (None: all) are real, and the cache must hold their keys and values already: one kernel
+    reads them there, the other ways of computing this take them from `k` and `v`. What comes out for the rest is finite
+    and nothing else.
+
     `implementation`: see `pallas_kernels.dispatch`; None takes the platform's kernel where it fits.
     """
     if implementation != "xla":
+        if counts is None:
+            counts = jnp.full(starts.shape, q.shape[1], jnp.int32)
+        try:
+            return pallas_kernels.extend_attention(
+                q, kv_pages, page_table, starts, counts, scale=scale, implementation=implementation
+            )
+        except NotImplementedError:
+            if implementation in available("extend_attention"):
+                raise
         try:
             return _extend_by_kernel(q, k, v, kv_pages, page_table, starts, scale, implementation)
         except NotImplementedError:

@@ -3,6 +3,7 @@
 from pallas_kernels.dispatch import (
     block_attention,
     dense_decode,
+    extend_attention,
     hybrid_decode,
     recorded,
     select_pages,
@@ -17,6 +18,7 @@ __all__ = [
     "Selection",
     "block_attention",
     "dense_decode",
+    "extend_attention",
     "hybrid_decode",
     "interpreted",
     "recorded",

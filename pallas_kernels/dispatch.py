@@ -33,7 +33,7 @@ _OPS: dict[str, dict[str, Callable[..., Any]]] = {
         "select_pages": reference.select_pages,
         "hybrid_decode": reference.hybrid_decode,
     },
-    "mosaic_gpu": {name: _lazy("pallas_kernels.mosaic_gpu", name) for name in _NAMES},
+    "mosaic_gpu": {name: _lazy("pallas_kernels.mosaic_gpu", name) for name in (*_NAMES, "extend_attention")},
     "mosaic_tpu": {name: _lazy("pallas_kernels.mosaic_tpu", name) for name in (*_NAMES, "block_attention")},
 }
 _PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -210,3 +210,37 @@ def block_attention(
     it: who calls it has one (`lychee_jax.prefill`), and takes it upon NotImplementedError.
     """
     return _run("block_attention", implementation, q, k, v, valid, scale=scale)
+
+
+def extend_attention(
+    q: Float[Array, "B T K G H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
+    page_table: Int[Array, "B P"],
+    starts: Int[Array, "B"],
+    counts: Int[Array, "B"],
+    *,
+    scale: float,
+    implementation: str | None = None,
+) -> Float[Array, "B T K G H"]:
+    """Causal attention of T new tokens over the pages that hold them and what came before them.
+
+    The first `counts[b]` tokens of a row are real, their keys and values lie in the cache at `starts[b] …` already, and
+    token t sees the positions 0 … `starts[b] + t`. Nothing from `starts[b] + counts[b]` on is looked at: slots there
+    may hold anything, NaN included, and so may the page table's entries behind the last page that is needed. What comes
+    out for tokens that are not real is finite. As with `block_attention`, the XLA form is in `lychee_jax.prefill`.
+
+    Raises:
+        NotImplementedError: no kernel covers the case.
+    """
+    batch, _, kv_heads, _, head_dim = q.shape
+    if kv_pages.shape[1] != kv_heads or kv_pages.shape[3] != 2 * head_dim:
+        raise ValueError(
+            f"kv_pages {kv_pages.shape} does not fit q {q.shape}: "
+            f"expected [num_pages, {kv_heads}, page_size, {2 * head_dim}]"
+        )
+    if not page_table.shape[0] == starts.shape[0] == counts.shape[0] == batch:
+        raise ValueError(
+            f"q has {batch} rows, page_table {page_table.shape[0]}, starts {starts.shape[0]} and counts "
+            f"{counts.shape[0]}: they must agree"
+        )
+    return _run("extend_attention", implementation, q, kv_pages, page_table, starts, counts, scale=scale)

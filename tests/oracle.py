@@ -160,6 +160,22 @@ def dense_decode(
     return out, scores
 
 
+def extend_attention(
+    q: Array, kv_pages: Array, page_table: Array, starts: Array, counts: Array, *, scale: float
+) -> list[Array]:
+    """For every row `[counts[b], K, G, H]`: token t of `q [B, T, K, G, H]` over the positions up to `starts[b] + t`."""
+    rows = []
+    for b, (start, count) in enumerate(zip(starts.tolist(), counts.tolist(), strict=True)):
+        out = np.zeros((count, *q.shape[2:]), dtype=np.float64)
+        for head in range(q.shape[2]):
+            k, v = read_cache(kv_pages, page_table, b, start + count, head)
+            for t in range(count):
+                end = start + t + 1
+                out[t, head] = attend(q[b, t, head].astype(np.float64), k[:end], v[:end], scale)
+        rows.append(out)
+    return rows
+
+
 def sparse_decode(
     q: Array,
     kv_pages: Array,

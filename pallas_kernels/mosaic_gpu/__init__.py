@@ -1,5 +1,8 @@
-"""Pallas kernels for NVIDIA Hopper GPUs and newer: `attend` reads, `finish` merges and selects."""
+"""Pallas kernels for NVIDIA Hopper GPUs and newer.
 
-from pallas_kernels.mosaic_gpu.ops import dense_decode, hybrid_decode, select_pages, sparse_decode
+Decoding: `attend` reads, `finish` merges and selects. Prefill: `extend`.
+"""
 
-__all__ = ["dense_decode", "hybrid_decode", "select_pages", "sparse_decode"]
+from pallas_kernels.mosaic_gpu.ops import dense_decode, extend_attention, hybrid_decode, select_pages, sparse_decode
+
+__all__ = ["dense_decode", "extend_attention", "hybrid_decode", "select_pages", "sparse_decode"]

@@ -3,11 +3,12 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
@@ -112,6 +113,23 @@ def along_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def iota(shape: tuple[int, ...], dimension: int) -> jax.Array:
     """Row or column numbers."""
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA)
+
+
+def multiply_add(sums: jax.Array, weights: jax.Array, values: Any, meanwhile: Callable[[], None]) -> jax.Array:
+    """`sums + weights · values` with weights in registers; `meanwhile` is done while the tensor cores are at it."""
+    if interpreter() is not None:
+        # The interpreter multiplies what lies in shared memory only. Other than a wgmma, a plain read must be fenced
+        # off from the copy that overwrites what was read.
+        product = jnp.dot(weights, values[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        meanwhile()
+        return sums + product
+
+    def multiply(acc: Any) -> None:
+        plgpu.wgmma(acc, weights, values)
+        meanwhile()
+
+    return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(sums))
 
 
 def remainder(x: jax.Array, n: int) -> jax.Array:

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from pallas_kernels.mosaic_gpu.attend import SCORE_ROW, attend
 from pallas_kernels.mosaic_gpu.common import COLUMNS, multiprocessors, target
+from pallas_kernels.mosaic_gpu.extend import BLOCK, extend
 from pallas_kernels.mosaic_gpu.finish import finish
 from pallas_kernels.mosaic_gpu.plan import Tiling
 from pallas_kernels.mosaic_gpu.select import SIDE, chunking
@@ -24,9 +25,20 @@ def _tiling(q: jax.Array, kv_pages: jax.Array, dense: int, sparse: int, selected
     Raises:
         NotImplementedError: a case that the kernels do not cover.
     """
-    batch, kv_heads, groups, head_dim = q.shape
-    page_size = kv_pages.shape[2]
+    batch, kv_heads = q.shape[:2]
     blocks = multiprocessors()
+    _check_coverage(q, kv_pages)
+    return Tiling(batch, kv_heads, dense, sparse, selected, kv_pages.shape[2], blocks)
+
+
+def _check_coverage(q: jax.Array, kv_pages: jax.Array) -> None:
+    """Queries `[…, G, H]` over a pool.
+
+    Raises:
+        NotImplementedError: a case that the kernels do not cover.
+    """
+    groups, head_dim = q.shape[-2:]
+    page_size = kv_pages.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float16) or kv_pages.dtype != q.dtype:
         raise NotImplementedError(
             f"mosaic_gpu takes bfloat16 or float16 queries over a cache of the same type, "
@@ -37,7 +49,6 @@ def _tiling(q: jax.Array, kv_pages: jax.Array, dense: int, sparse: int, selected
             f"mosaic_gpu takes head_dim 64 or 128, pages of 16, 32, 64 or 128 tokens and up to {COLUMNS} query heads "
             f"a KV head, not head_dim {head_dim}, pages of {page_size} and {groups}"
         )
-    return Tiling(batch, kv_heads, dense, sparse, selected, page_size, blocks)
 
 
 def _order(heads: Heads, kv_heads: int) -> Heads | None:
@@ -207,3 +218,25 @@ def hybrid_decode(
     assert pages is not None
     assert counts is not None
     return out, Selection(pages, counts)
+
+
+def extend_attention(
+    q: Float[Array, "B T K G H"],
+    kv_pages: Float[Array, "num_pages K page_size HH"],
+    page_table: Int[Array, "B P"],
+    starts: Int[Array, "B"],
+    counts: Int[Array, "B"],
+    *,
+    scale: float,
+) -> Float[Array, "B T K G H"]:
+    """Causal attention of a chunk over the pages that hold it and its past."""
+    multiprocessors()
+    _check_coverage(q, kv_pages)
+    batch, length, kv_heads, groups, head_dim = q.shape
+    flat = q.reshape(batch, length, kv_heads * groups, head_dim)
+    padding = -length % BLOCK
+    if padding:
+        flat = jnp.pad(flat, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    page_table, starts, counts = (x.astype(jnp.int32) for x in (page_table, starts, counts))
+    out = extend(flat, kv_pages, page_table, starts, jnp.minimum(counts, length), scale=scale, target=target())
+    return out[:, :length].reshape(q.shape)
