@@ -66,6 +66,9 @@ def bench_decode(
         int, typer.Option(metavar="N", help="With --shape: retrieval heads, those of layer 0 included.")
     ] = 32,
     batch: BatchOption = "1",
+    repeats: Annotated[
+        int | None, typer.Option(metavar="N", help="With --shape: samples, of which the median is shown.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Time a decoded token, dense and hybrid, in the same run; attention alone as well.
@@ -84,6 +87,8 @@ def bench_decode(
     if shape is None:
         if batch != "1":
             raise UserError("--batch needs --shape; a model is measured with one sequence")
+        if repeats is not None:
+            raise UserError("--repeats needs --shape; a model is measured token by token")
         from lychee_jax.benchmarks import decode
         from lychee_jax.generate import GenerateOptions
 
@@ -95,12 +100,15 @@ def bench_decode(
         return
     if model is not None:
         raise UserError("--model and --shape exclude each other; give one")
+    if repeats is not None and repeats < 1:
+        raise UserError("--repeats must be at least 1")
     from lychee_jax.benchmarks import step
     from lychee_jax.benchmarks.shapes import MODELS
 
     rows = step.measure(
         shape, MODELS[shape], batches=_batches(batch), context=context, retrieval_heads=retrieval_heads, policy=policy,
-        page_size=page_size, dtype=dtype or "bfloat16", implementation=implementation, report=_tell,
+        page_size=page_size, dtype=dtype or "bfloat16", implementation=implementation, repeats=repeats or 7,
+        report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, step.table(rows))
 

@@ -202,6 +202,8 @@ def test_kernels_are_timed_beside_their_rivals(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["decode", "--batch", "2"], "--shape"),
+        (["decode", "--repeats", "2"], "--shape"),
+        (["decode", "--shape", "bundled", "--repeats", "0"], "at least 1"),
         (["decode", "--shape", "llama-3-8b", "--model", "x"], "exclude"),
         (["decode", "--shape", "llama-3-8b", "--batch", "two"], "whole numbers"),
         (["kernels", "--batch", "0"], "at least one"),

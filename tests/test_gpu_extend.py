@@ -242,5 +242,5 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
     assert calls == [("extend_attention", "mosaic_gpu")] * config.num_layers
     for ours, theirs in zip(got, want, strict=True):
         assert np.isfinite(theirs).all()
-        print(np.abs(theirs).max(), np.abs(theirs).std(), np.abs(ours-theirs).max())
+        print(np.abs(theirs).max(), np.abs(theirs).std(), np.abs(ours - theirs).max())
         np.testing.assert_allclose(ours, theirs, atol=0.05)

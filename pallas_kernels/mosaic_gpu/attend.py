@@ -85,8 +85,8 @@ def attend(
     num_pages = kv_pages.shape[0]
     # A block loads eight query heads from its KV head's first on; those of other heads are computed and ignored.
     q = q.reshape(batch * kv_heads * groups, head_dim)
-    if q.shape[0] < COLUMNS:
-        q = jnp.pad(q, ((0, COLUMNS - q.shape[0]), (0, 0)))
+    # Whole tiles of eight rows: a copy from an array of another height is refused by JAX 0.11.
+    q = jnp.pad(q, ((0, -q.shape[0] % COLUMNS), (0, 0)))
     scored = page_scores is not None and tiling.dense > 0
     tokens, per_tile = tiling.tile_tokens, tiling.pages_per_tile
     stages = max(2, _TILE_BYTES // (tokens * 2 * head_dim * kv_pages.dtype.itemsize))
