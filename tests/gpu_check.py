@@ -29,6 +29,44 @@ CASES = [
 # Chunks of every width, full or padded, one and several.
 CAPACITIES = [64, 1024, 2048, 2112, 3072, 4096, 4160, 8192, 20000]
 
+CHUNKS = [
+    # page size, head_dim, query heads a KV head, dtype, tokens of the chunk
+    (64, 128, 4, "bfloat16", 512),
+    (16, 64, 8, "bfloat16", 256),
+    (32, 128, 7, "float16", 200),
+    (128, 64, 1, "float16", 64),
+    (128, 128, 2, "bfloat16", 384),
+]
+
+
+def check_chunk(page: int, head_dim: int, groups: int, dtype: str, length: int, seed: int) -> tuple[float, bool, bool]:
+    """Largest error of a chunk's attention, whether padding came out finite, and whether two calls agree to the bit."""
+    rng = np.random.default_rng(seed)
+    starts = np.array([0, page, 9 * 128 + 64, 1000, 77, 128], np.int32)
+    counts = np.array([length, length - 1, length, max(1, length - 130), 1, 0], np.int32)
+    ends = (starts + counts).tolist()
+    capacity = oracle.page_count(max(ends), page) + 3
+    num_pages = len(ends) * capacity + 2
+    table = rng.choice(np.array([-1, num_pages, 2**31 - 1]), (len(ends), capacity)).astype(np.int32)
+    pool = np.full((num_pages, KV_HEADS, page, 2 * head_dim), np.nan, np.float32)
+    free = iter(1 + rng.permutation(num_pages - 2))
+    for b, end in enumerate(ends):
+        for p in range(oracle.page_count(end, page)):
+            table[b, p] = next(free)
+            real = min(page, end - p * page)
+            pool[table[b, p], :, :real] = rng.standard_normal((KV_HEADS, real, 2 * head_dim))
+    q = 2 * rng.standard_normal((len(ends), length, KV_HEADS, groups, head_dim))
+    q, pool = (np.asarray(jnp.asarray(x, dtype)) for x in (q, pool))
+    scale = head_dim**-0.5
+    call = jax.jit(functools.partial(ops.extend_attention, scale=scale, implementation="mosaic_gpu"))
+    args = [jnp.asarray(x) for x in (q, pool, table, starts, counts)]
+    results = [np.asarray(call(*args)) for _ in range(2)]
+    want = oracle.extend_attention(q, pool, table, starts, counts, scale=scale)
+    pairs = [(out[: len(row)].astype(np.float64), row) for out, row in zip(results[0], want, strict=True)]
+    error = max(float(np.abs(out - row).max(initial=0.0)) for out, row in pairs)
+    finite = bool(np.isfinite(results[0].astype(np.float32)).all())
+    return error, finite, np.array_equal(results[0], results[1])
+
 
 def check(page: int, head_dim: int, groups: int, dtype: str, heads: list[int], seed: int) -> tuple[float, bool, bool]:
     """Largest error of the output, whether the selection is exact, and whether two calls agree to the bit."""
@@ -126,6 +164,14 @@ def main() -> int:
         exact = check_select(capacity, seed)
         bad += not exact
         print(f"{'ok ' if exact else 'BAD'} selection among {capacity} pages exact {exact}", flush=True)
+    for case in CHUNKS:
+        error, finite, same = check_chunk(*case, seed=seed)
+        good = error < 2e-2 and finite and same
+        bad += not good
+        print(
+            f"{'ok ' if good else 'BAD'} chunk {case}: error {error:.1e}, finite {finite}, repeats equal {same}",
+            flush=True,
+        )
     return 1 if bad else 0
 
 

@@ -4,6 +4,7 @@ NaN is in every slot that must not be read, and the page table ends in garbage.
 """
 
 import dataclasses
+import inspect
 from typing import Any
 
 import jax
@@ -210,7 +211,7 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
     spec, weights = ModelSpec.split(Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     # Large enough that attention is peaked, and that the layers say more than the token's own embedding.
-    weights = tuple(jnp.asarray(rng.normal(0.0, 0.2, leaf.shape), leaf.dtype) for leaf in weights)
+    weights = tuple(w if w.ndim == 1 else jnp.asarray(rng.normal(0.0, 0.2, w.shape), w.dtype) for w in weights)
     tokens = np.zeros((1, 2 * chunk), np.int32)
     tokens[0, :prompt] = rng.integers(0, config.vocab_size, prompt)
     num_pages = 20
@@ -227,7 +228,8 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
             cos, sin = rotary_tables(
                 config.rope, config.head_dim, 4096, start + np.arange(chunk)[None], np.array([prompt])
             )
-            pools, last = programs.prefill_chunk(
+            # Op by op: within one program the interpreter's calls back can starve on a machine with few cores.
+            pools, last = inspect.unwrap(programs.prefill_chunk)(
                 spec, weights, pools, jnp.asarray(table), jnp.asarray(tokens[:, start : start + chunk]),
                 jnp.asarray(cos), jnp.asarray(sin), jnp.array([start], jnp.int32),
                 jnp.array([min(chunk, prompt - start)], jnp.int32), implementation,
@@ -239,8 +241,8 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
     want = prefill("xla")
     with interpreted(), ops.recorded() as calls:
         got = prefill("mosaic_gpu")
-    assert calls == [("extend_attention", "mosaic_gpu")] * config.num_layers
+    assert set(calls) == {("extend_attention", "mosaic_gpu")}
     for ours, theirs in zip(got, want, strict=True):
         assert np.isfinite(theirs).all()
-        print(np.abs(theirs).max(), np.abs(theirs).std(), np.abs(ours - theirs).max())
+        assert np.abs(theirs).max() > 1
         np.testing.assert_allclose(ours, theirs, atol=0.05)

@@ -129,7 +129,8 @@ def multiply_add(sums: jax.Array, weights: jax.Array, values: Any, meanwhile: Ca
         plgpu.wgmma(acc, weights, values)
         meanwhile()
 
-    return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(sums))
+    accumulated: Any = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(sums))
+    return accumulated
 
 
 def remainder(x: jax.Array, n: int) -> jax.Array:
