@@ -23,8 +23,7 @@ def interpreted() -> Iterator[None]:
     gpu_callbacks.reset_gpu_interpret_mode_state()
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with pytest.MonkeyPatch.context() as patch, pallas_kernels.interpreted("mosaic_gpu", params):
-        patch.setattr(merge, "_FEWEST", 1)
-        patch.setattr(merge, "_MOST", 2)
+        patch.setattr(merge, "_AT_ONCE", 2)
         for module in (merge, finish):
             patch.setattr(module, "WARPGROUPS", 2)
         patch.setattr(plan, "_HELD_ROWS", 4)
