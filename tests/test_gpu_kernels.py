@@ -72,6 +72,18 @@ def test_more_rows_than_a_block_holds_lengths_of() -> None:
     check_dense(shape, make_cache(shape, lengths=[(7 * b) % 50 for b in range(9)]), [1], "max")
 
 
+@pytest.mark.parametrize("groups", range(1, 9))
+def test_the_queries_of_a_head_lie_in_one_tile_of_eight_rows(groups: int) -> None:
+    """A copy of eight rows brings zeros for those past the tile that it begins in; the interpreter brings the rows."""
+    q = np.random.default_rng(groups).standard_normal((2, 3, groups, 64)).astype(np.float32)
+    rows, stride = attend.query_rows(jnp.asarray(q))
+    assert rows.shape[0] % 8 == 0
+    for number, head in enumerate(q.reshape(6, groups, 64)):
+        first = number * stride
+        end = first // 8 * 8 + 8
+        np.testing.assert_array_equal(np.asarray(rows)[first : min(first + 8, end)][:groups], head)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy's, inside the interpreter
 def test_a_row_of_another_cache_does_not_leak_in() -> None:
     """Infinite values of one row stay in its own output, though rows share a block's memory."""

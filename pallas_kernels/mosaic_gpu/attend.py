@@ -80,13 +80,10 @@ def attend(
     page scores `[B, dense, score_rows, 64]`. `target` keeps what was traced for other machines apart.
     """
     del target
-    batch, kv_heads, groups, head_dim = q.shape
+    batch, _, groups, head_dim = q.shape
     capacity = page_table.shape[1]
     num_pages = kv_pages.shape[0]
-    # A block loads eight query heads from its KV head's first on; those of other heads are computed and ignored.
-    q = q.reshape(batch * kv_heads * groups, head_dim)
-    # Whole tiles of eight rows: a copy from an array of another height is refused by JAX 0.11.
-    q = jnp.pad(q, ((0, -q.shape[0] % COLUMNS), (0, 0)))
+    q, stride = query_rows(q)
     scored = page_scores is not None and tiling.dense > 0
     tokens, per_tile = tiling.tile_tokens, tiling.pages_per_tile
     stages = max(2, _TILE_BYTES // (tokens * 2 * head_dim * kv_pages.dtype.itemsize))
@@ -126,7 +123,7 @@ def attend(
 
         @pl.when(thread == 0)
         def _():
-            _Compute(tiling, refs, groups, scale, page_scores if scored else None, stages).run()
+            _Compute(tiling, refs, groups, stride, scale, page_scores if scored else None, stages).run()
 
         @pl.when(thread == 1)
         def _():
@@ -137,6 +134,20 @@ def attend(
         thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(), kernel_name="attend",
     )(*inputs)  # fmt: skip
     return out[0], out[1], out[2] if scored else None
+
+
+def query_rows(q: jax.Array) -> tuple[jax.Array, int]:
+    """The query heads `[B, K, G, H]` as rows, whole tiles of eight, and how many belong to a KV head.
+
+    A block loads eight rows from its KV head's first on; what is not its own is computed and ignored. Such a copy ends
+    with the tile of eight that it begins in: behind it the hardware gives zeros. So no KV head's rows may lie in two
+    tiles. The interpreter does not know that.
+    """
+    batch, kv_heads, groups, head_dim = q.shape
+    stride = groups if COLUMNS % groups == 0 else COLUMNS
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, stride - groups), (0, 0))).reshape(batch * kv_heads * stride, head_dim)
+    # JAX 0.11 refuses to copy from an array of another height.
+    return jnp.pad(q, ((0, -q.shape[0] % COLUMNS), (0, 0))), stride
 
 
 class _Walk:
@@ -257,10 +268,11 @@ class _Compute(_Walk):
     """Running top, total and weighted sum of values of each piece, rescaled from tile to tile."""
 
     def __init__(
-        self, tiling: Tiling, refs: Refs, groups: int, scale: float, page_scores: PageScores | None, stages: int
-    ):
+        self, tiling: Tiling, refs: Refs, groups: int, stride: int, scale: float, page_scores: PageScores | None,
+        stages: int,
+    ):  # fmt: skip
         super().__init__(tiling, refs, stages)
-        self.groups, self.scale, self.page_scores = groups, scale, page_scores
+        self.groups, self.stride, self.scale, self.page_scores = groups, stride, scale, page_scores
         self.head_dim = refs.query.shape[1]
 
     def real(self, piece: _Piece, tile: jax.Array) -> tuple[jax.Array, ...]:
@@ -280,7 +292,7 @@ class _Compute(_Walk):
     def piece(self, piece: _Piece, count: jax.Array) -> None:
         tiling, refs, last = self.tiling, self.refs, piece.steps - 1
         tokens, head_dim = tiling.tile_tokens, self.head_dim
-        query = (piece.row * tiling.kv_heads + piece.head) * self.groups
+        query = (piece.row * tiling.kv_heads + piece.head) * self.stride
         plgpu.copy_gmem_to_smem(refs.q.at[pl.ds(query, COLUMNS)], refs.query, refs.asked)
 
         def step(i: jax.Array, carry: Any) -> Any:
