@@ -29,8 +29,8 @@ def next_power_of_two(n: int) -> int:
 class CacheLayout:
     """Which pool pages every row owns: `page_table [B, P]`, and the size of the pools.
 
-    P is a power of two and the pool grows in eighths of one, so that prompts of similar length share one compiled
-    program, while a large pool wastes at most an eighth.
+    P is a power of two, and the pool grows in eighths of one as long as these are at most 128 pages, later in steps of
+    128 pages or a 64th: prompts of similar length share one compiled program, and a large pool wastes little.
     """
 
     page_table: np.ndarray
@@ -42,7 +42,8 @@ class CacheLayout:
         needs = [pages_for(n, page_size) for n in tokens]
         capacity = next_power_of_two(max(needs))
         total = shared + sum(n - shared for n in needs)
-        grain = max(1, next_power_of_two(total) // 8)
+        power = next_power_of_two(total)
+        grain = max(1, min(power // 8, max(128, power // 64)))
         # Entries past a row's need are never followed; page 0 keeps them inside the pool all the same.
         table = np.zeros((len(needs), capacity), np.int32)
         free = shared

@@ -148,7 +148,9 @@ def bench_train(
     loss: Annotated[Literal["hidden", "logits"], typer.Option(help="What is to stay as under dense attention.")] = (
         "hidden"
     ),
-    batch: Annotated[int, typer.Option(metavar="N", help="Documents a step.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", show_default="one a device", help="Documents a step.")
+    ] = None,
     retrieval_heads: Annotated[int, typer.Option(metavar="N", help="Of the head map that would be learned.")] = 32,
     repeats: Annotated[int, typer.Option(metavar="N", help="Samples, of which the median is shown.")] = 5,
     json_file: JsonOption = None,
@@ -159,12 +161,15 @@ def bench_train(
 
     [cyan]lychee bench train --shape llama-3-8b --context 10240[/cyan]
     """
-    if repeats < 1:
-        raise UserError("--repeats must be at least 1")
+    if context < 1 or repeats < 1:
+        raise UserError("--context and --repeats must be at least 1")
+    import jax
+
     from lychee_jax.benchmarks import train
     from lychee_jax.benchmarks.shapes import MODELS
     from lychee_jax.training.learn_heads import Plan
 
+    batch = len(jax.devices()) if batch is None else batch
     plan = Plan(retrieval_heads, batch=batch, loss=loss, min_length=1, max_length=context)
     row = train.measure(shape, MODELS[shape], plan, dtype=dtype or "bfloat16", repeats=repeats, report=_tell)
     _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, train.table([row]))

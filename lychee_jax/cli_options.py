@@ -34,7 +34,7 @@ ImplementationOption = Annotated[
     Implementation | None,
     typer.Option(
         show_default="the best here",
-        help="Kernels for attention over the cache; a named one runs or fails, it never falls back.",
+        help="Kernels for decoding over the cache; a named one runs or fails, it never falls back. xla: none at all.",
         rich_help_panel=MODEL,
     ),
 ]

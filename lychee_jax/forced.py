@@ -97,7 +97,7 @@ def feed(
         if options.correct_every and (left == size).any():
             pools = call(
                 correct_cache, engine.spec, engine.weights, pools, filled.page_table, jnp.asarray(block), cos, sin,
-                jnp.asarray(positions[:, 0], jnp.int32), jnp.asarray(left == size),
+                jnp.asarray(positions[:, 0], jnp.int32), jnp.asarray(left == size), options.extend_implementation,
             )  # fmt: skip
         logprobs[first : first + size] = np.sum([np.asarray(each.logprobs) for each in fed], axis=0)
         greedy[first : first + size] = np.any([np.asarray(each.greedy) for each in fed], axis=0)

@@ -77,6 +77,11 @@ class GenerateOptions:
             raise UserError(f"implementation {self.implementation!r} is not available; this version has {names}")
         self.policy.validate(self.page_size)
 
+    @property
+    def extend_implementation(self) -> str | None:
+        """What reads prompts and corrects caches: named kernels are for decoding, but "xla" keeps out all of them."""
+        return "xla" if self.implementation == "xla" else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -224,8 +229,12 @@ class Engine:
         max_new_tokens: int,
         page_size: int = 64,
         on_prefill: Callable[[int, int], None] | None = None,
+        implementation: str | None = None,
     ) -> Prefilled:
-        """Read prompts into a fresh cache with room for `max_new_tokens` more; `on_prefill(done, total)` in tokens."""
+        """Read prompts into a fresh cache with room for `max_new_tokens` more; `on_prefill(done, total)` in tokens.
+
+        `implementation`: None takes the platform's kernels where they fit, "xla" none.
+        """
         self.check_prompts(prompts, max_new_tokens)
         if page_size < 1:
             raise UserError(f"page size is {page_size}; it must be at least 1")
@@ -239,12 +248,12 @@ class Engine:
         table = jnp.asarray(layout.page_table)
         progress = _Progress(shared + sum(len(row) - shared for row in rows), on_prefill)
         if shared:
-            pools, _ = self._feed(call, pools, table[:1], rows[0], 0, shared, page_size, progress)
+            pools, _ = self._feed(call, pools, table[:1], rows[0], 0, shared, page_size, progress, implementation)
         lasts = []
         for index, row in enumerate(rows):
             # Row by row, in the same chunks as alone: what a row becomes does not depend on its company.
             own = table[index : index + 1]
-            pools, last = self._feed(call, pools, own, row, shared, len(row), page_size, progress)
+            pools, last = self._feed(call, pools, own, row, shared, len(row), page_size, progress, implementation)
             lasts.append(last)
         progress.wait()
         last = jnp.concatenate([*lasts, *[jnp.zeros_like(lasts[0])] * idle])
@@ -279,6 +288,7 @@ class Engine:
         end: int,
         page_size: int,
         progress: "_Progress",
+        implementation: str | None,
     ) -> tuple[Pools, jax.Array]:
         """Send a row's tokens `first … end` through the prefill program, chunk by chunk."""
         chunk = self._chunk(len(row), page_size)
@@ -290,7 +300,7 @@ class Engine:
             cos, sin = self.rotary(start + np.arange(chunk)[None], np.asarray([len(row)]))
             pools, last = call(
                 prefill_chunk, self.spec, self.weights, pools, table, tokens, cos, sin,
-                np.asarray([start], np.int32), np.asarray([count], np.int32),
+                np.asarray([start], np.int32), np.asarray([count], np.int32), implementation,
             )  # fmt: skip
             progress.sent(last, count)
         return pools, last
@@ -335,8 +345,9 @@ class Engine:
         """
         self.check_implementation(prompts, options)
         prefilled = self.prefill(
-            prompts, max_new_tokens=options.max_new_tokens, page_size=options.page_size, on_prefill=on_prefill
-        )
+            prompts, max_new_tokens=options.max_new_tokens, page_size=options.page_size, on_prefill=on_prefill,
+            implementation=options.extend_implementation,
+        )  # fmt: skip
         return self.decode(prefilled, options)
 
     def check_implementation(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
@@ -489,6 +500,7 @@ class Stream(Iterator[Step]):
             self._pools = self._call(
                 correct_cache, engine.spec, engine.weights, self._pools, self._table, jnp.maximum(tokens, 0), cos, sin,
                 jnp.asarray(begin, jnp.int32), rows.active & jnp.array(self._running),
+                self._options.extend_implementation,
             )  # fmt: skip
         return rows, tuple(blocks)
 

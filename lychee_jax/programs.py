@@ -97,7 +97,7 @@ def prefill_chunk(
     return pools, jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("spec",), donate_argnames=("pools",))
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"), donate_argnames=("pools",))
 def correct_cache(
     spec: ModelSpec,
     weights: tuple[jax.Array, ...],
@@ -108,10 +108,11 @@ def correct_cache(
     sin: Float32[Array, "#B T half"],
     starts: Int[Array, "B"],
     active: Bool[Array, "B"],
+    implementation: str | None = None,
 ) -> Pools:
     """Rewrite the cache of the last T tokens of active rows by a dense pass (LycheeDecode's cache correction)."""
     counts = jnp.where(active, tokens.shape[1], 0).astype(jnp.int32)
-    way = Extend(page_table, starts, counts, aligned=False)
+    way = Extend(page_table, starts, counts, aligned=False, implementation=implementation)
     return spec.merge(weights)(tokens, cos, sin, way, pools)[1]
 
 

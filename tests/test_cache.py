@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lychee_jax.cache import CacheLayout, append_pages, append_token, append_tokens, next_power_of_two, pages_for
+from lychee_jax.cache import CacheLayout, append_pages, append_token, append_tokens, pages_for
 
 KV_HEADS, PAGE, WIDTH = 2, 4, 6
 
@@ -39,10 +39,11 @@ def test_layout_shares_a_beginning():
     assert not set(layout.page_table[0, 3:5].tolist()) & set(layout.page_table[1, 3:8].tolist())
 
 
-@pytest.mark.parametrize("pages", [1, 2, 7, 100, 1025, 4097])
-def test_pools_grow_in_buckets_that_waste_at_most_an_eighth_of_a_power_of_two(pages):
-    size = CacheLayout.plan([pages * PAGE], PAGE).num_pages - 1
-    assert pages <= size <= pages + max(1, next_power_of_two(pages) // 8)
+@pytest.mark.parametrize(
+    ("pages", "size"), [(1, 1), (2, 2), (7, 7), (100, 112), (1025, 1152), (2049, 2176), (8193, 8448), (16385, 16896)]
+)
+def test_pools_grow_in_steps_and_large_ones_waste_little(pages, size):
+    assert CacheLayout.plan([pages * PAGE], PAGE).num_pages - 1 == size
 
 
 def test_similar_lengths_share_a_bucket():

@@ -12,6 +12,7 @@ import numpy as np
 
 from lychee_jax.benchmarks.step import peak_bytes, random_model
 from lychee_jax.config import ModelConfig
+from lychee_jax.errors import UserError
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.training.learn_heads import Learner, Plan, make_batch
 from lychee_jax.training.questions import Asked
@@ -63,9 +64,10 @@ def measure(
 ) -> TrainRow:
     """Take `repeats` steps of a plan whose prompts all have `max_length` tokens, after one that compiles.
 
-    Raises UserError for a plan that does not fit the model.
+    Raises UserError for a plan that does not fit the model or the devices, and for a loss that is no number.
     """
     plan = dataclasses.replace(plan, min_length=plan.max_length)
+    plan.check(config)  # before there are weights: they take long
     spec, weights = random_model(config, dtype)
     loaded = LoadedModel(
         Path(model), dataclasses.replace(config, dtype=str(jnp.dtype(dtype))), spec.merge(weights), None, ()
@@ -78,7 +80,8 @@ def measure(
         start = time.perf_counter()
         state, metrics = jax.block_until_ready(learner.step(state, step, batch))
         samples.append(time.perf_counter() - start)
-        assert bool(metrics["finite"]), "random weights gave a loss that is no number"
+        if not bool(metrics["finite"]):
+            raise UserError(f"random weights gave a loss that is not a number in {dtype}; try another --dtype")
     return TrainRow(
         "train_step", model, str(jnp.dtype(dtype)), plan.batch, plan.max_length, plan.room, plan.loss,
         float(np.median(samples[1:])), samples[1:], sum(leaf.nbytes for leaf in weights), peak_bytes(None),

@@ -96,8 +96,9 @@ def _batch(
         journal.keep_prompt(cell, index, case)
     room = max(len(case.forced) for case in cases) + max(case.max_new_tokens for case in cases)
     filled = model.engine.prefill(
-        [case.tokens for case in cases], max_new_tokens=room, page_size=plan.options.page_size
-    )
+        [case.tokens for case in cases], max_new_tokens=room, page_size=plan.options.page_size,
+        implementation=plan.options.extend_implementation,
+    )  # fmt: skip
     for i, way in enumerate(ways):
         options = way.options(plan.options, cell.length, max(case.max_new_tokens for case in cases))
         found = _answer(model, filled, cases, options, keep=i + 1 < len(ways))

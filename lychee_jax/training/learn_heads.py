@@ -25,6 +25,7 @@ from jaxtyping import Float32
 
 from lychee_jax import gates
 from lychee_jax.cache import pages_for
+from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
@@ -99,6 +100,25 @@ class Plan:
             raise UserError(f"multiplier-rate is {self.multiplier_rate}; it must not be negative")
         self.policy.validate(self.page_size)
 
+    def check(self, config: ModelConfig) -> None:
+        """Raise UserError if the plan does not fit a model of this config, or the devices."""
+        total = config.num_layers * config.num_kv_heads
+        if not config.num_kv_heads <= self.retrieval_heads <= total:
+            raise UserError(
+                f"retrieval-heads is {self.retrieval_heads}; layer 0 alone has {config.num_kv_heads}, "
+                f"and the model has {total} KV heads"
+            )
+        if config.num_layers < 2:
+            raise UserError("the model has one layer, all of whose heads retrieve: there is nothing to learn")
+        # A dynamic base grows with the sequence past the original positions: no table would fit all rows of a batch.
+        end = config.max_position_embeddings if config.rope.kind == "dynamic" else config.max_tokens
+        if self.max_length + self.room > end:
+            raise UserError(
+                f"max-length {self.max_length} and the answers' room of {self.room} make "
+                f"{self.max_length + self.room} tokens, but the model has positions for {end}"
+            )
+        data_mesh(self.batch)
+
     def capacity(self, length: int) -> int:
         """Tokens of the compiled row that a prompt of `length` goes into, one of a few, so that few are compiled."""
         step = -(-self.max_length // _BUCKETS)
@@ -163,28 +183,17 @@ class Learner:
 
     def __init__(self, loaded: LoadedModel, plan: Plan, source: Source | None = None) -> None:
         config = loaded.config
+        plan.check(config)
         self.plan, self.config, self.family = plan, config, gates.FAMILIES[plan.family]
-        total = config.num_layers * config.num_kv_heads
-        if not config.num_kv_heads <= plan.retrieval_heads <= total:
-            raise UserError(
-                f"retrieval-heads is {plan.retrieval_heads}; layer 0 alone has {config.num_kv_heads}, "
-                f"and the model has {total} KV heads"
-            )
-        if config.num_layers < 2:
-            raise UserError("the model has one layer, all of whose heads retrieve: there is nothing to learn")
-        # A dynamic base grows with the sequence past the original positions: no table would fit all rows of a batch.
-        end = config.max_position_embeddings if config.rope.kind == "dynamic" else config.max_tokens
-        if plan.max_length + plan.room > end:
-            raise UserError(
-                f"max-length {plan.max_length} and the answers' room of {plan.room} make "
-                f"{plan.max_length + plan.room} tokens, but the model has positions for {end}"
-            )
-        self.lagrangian = Lagrangian(plan.retrieval_heads / total, plan.multiplier, plan.multiplier_rate)
+        share = plan.retrieval_heads / (config.num_layers * config.num_kv_heads)
+        self.lagrangian = Lagrangian(share, plan.multiplier, plan.multiplier_rate)
         self.mesh = data_mesh(plan.batch)
-        self.source = source or make_source(
-            Writer(config, loaded.tokenizer), plan.data, facts=plan.facts, questions=plan.questions,
-            text=Path(plan.text) if plan.text else None, file=Path(plan.file) if plan.file else None,
-        )  # fmt: skip
+        if source is None:
+            source = make_source(
+                Writer(config, loaded.tokenizer), plan.data, facts=plan.facts, questions=plan.questions,
+                text=Path(plan.text) if plan.text else None, file=Path(plan.file) if plan.file else None,
+            )  # fmt: skip
+        self.source = source
         for draw in range(_TRIALS):  # what does not even fit into the shortest prompts is to be refused at once
             self.source(np.random.default_rng(draw), plan.min_length, plan.room)
         self._graph, weights = nnx.split(loaded.model)

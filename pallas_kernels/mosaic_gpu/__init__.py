@@ -1,4 +1,4 @@
-"""Pallas kernels for NVIDIA Hopper GPUs and newer.
+"""Pallas kernels for NVIDIA Hopper GPUs.
 
 Decoding: `attend` reads, `finish` merges and selects. Prefill: `extend`.
 """

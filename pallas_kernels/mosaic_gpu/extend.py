@@ -278,7 +278,7 @@ def _compute(shape: _Shape, refs: Refs, work: _Work, thread: jax.Array, scale: f
 
     # The second warpgroup is half a step behind the first.
     pl.when(thread == 1)(hand_over)
-    wholly_seen = jnp.minimum(_tiles(jnp.minimum(position + 1, work.seen)), work.steps)
+    wholly_seen = jnp.clip(_tiles(jnp.minimum(position + 1, work.seen)), 0, work.steps)
     carry = jax.lax.fori_loop(0, wholly_seen, functools.partial(step, whole=True), carry)
     _, total, out = jax.lax.fori_loop(wholly_seen, work.steps, functools.partial(step, whole=False), carry)
     pl.when(thread == 0)(hand_over)

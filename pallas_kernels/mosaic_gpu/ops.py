@@ -1,4 +1,4 @@
-"""The ops on NVIDIA Hopper GPUs: what `reference` says, in two launches of Pallas Mosaic GPU kernels."""
+"""The ops on NVIDIA Hopper GPUs: what `reference` says, decoding in two launches of Pallas Mosaic GPU kernels."""
 
 import jax
 import jax.numpy as jnp
