@@ -6,6 +6,7 @@ what the compiler or the hardware makes of a kernel.
 """
 
 import functools
+import itertools
 import sys
 import time
 
@@ -121,12 +122,14 @@ def check(page: int, head_dim: int, groups: int, dtype: str, heads: list[int], s
     return error, exact, same
 
 
-def check_select(capacity: int, seed: int) -> bool:
-    """Whether selections among up to `capacity` pages are exact: many ties, NaN past every row's end."""
+def check_select(capacity: int, ties: bool, seed: int) -> bool:
+    """Whether selections among up to `capacity` pages are exact: NaN past every row's end, and ties if there are to be."""
     rng = np.random.default_rng(seed)
     counts = [capacity, capacity - 1, capacity // 2 + 1, BUDGET, 0]
     rule = oracle.Rule(BUDGET, 1, 2)
-    scores = (np.round(40 * rng.standard_normal((len(counts), KV_HEADS, capacity))) / 16).astype(np.float32)
+    scores = rng.standard_normal((len(counts), KV_HEADS, capacity)).astype(np.float32)
+    if ties:
+        scores = np.round(8 * scores) / 8
     for b, count in enumerate(counts):
         scores[b, :, count:] = np.nan
     pages, got = ops.select_pages(
@@ -160,10 +163,11 @@ def main() -> int:
             f"{'ok ' if good else 'BAD'} {case}: error {error:.1e}, selection exact {exact}, repeats equal {same}",
             flush=True,
         )
-    for capacity in CAPACITIES:
-        exact = check_select(capacity, seed)
+    for capacity, ties in itertools.product(CAPACITIES, (False, True)):
+        exact = check_select(capacity, ties, seed)
         bad += not exact
-        print(f"{'ok ' if exact else 'BAD'} selection among {capacity} pages exact {exact}", flush=True)
+        kind = "ties" if ties else "no ties"
+        print(f"{'ok ' if exact else 'BAD'} selection among {capacity} pages, {kind}: exact {exact}", flush=True)
     for case in CHUNKS:
         error, finite, same = check_chunk(*case, seed=seed)
         good = error < 2e-2 and finite and same
