@@ -123,7 +123,7 @@ def check(page: int, head_dim: int, groups: int, dtype: str, heads: list[int], s
 
 
 def check_select(capacity: int, ties: bool, seed: int) -> bool:
-    """Whether selections among up to `capacity` pages are exact: NaN past every row's end, and ties if there are to be."""
+    """Whether selections among up to `capacity` pages are exact: NaN past every row's end, and ties if asked for."""
     rng = np.random.default_rng(seed)
     counts = [capacity, capacity - 1, capacity // 2 + 1, BUDGET, 0]
     rule = oracle.Rule(BUDGET, 1, 2)
