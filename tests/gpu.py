@@ -1,11 +1,13 @@
 """GPU kernels without a GPU: JAX's interpreter with race detection, and lowering for CUDA."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import pytest
+from jax._src.pallas.mosaic_gpu import lowering
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -46,3 +48,28 @@ def lower(function: Any, *args: Any) -> str:
     """The CUDA module of a function that is traced for a Hopper GPU; nothing is compiled by ptxas."""
     with targeting("cuda"):
         return jax.export.export(jax.jit(function), platforms=["cuda"])(*args).mlir_module()
+
+
+def unsigned(code: list[str]) -> list[str]:
+    """Lines of kernels that compare integers as unsigned ones: none of ours are, but JAX forgets signs.
+
+    A choice between a constant and an array is one such case; only the hardware shows it.
+    """
+    return [line for text in code for line in text.splitlines() if re.search(r"\b(maxui|minui|umax|umin|cmpi u)", line)]
+
+
+def kernels(function: Any, *args: Any) -> list[str]:
+    """The code of every kernel in a function that is traced for a Hopper GPU, before LLVM sees it."""
+    made = lowering.lower_jaxpr_to_module
+    found: list[str] = []
+
+    def keep(*args: Any, **options: Any) -> Any:
+        result = made(*args, **options)
+        found.append(str(result.module))
+        return result
+
+    jax.clear_caches()  # what was lowered before would not be lowered again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowering, "lower_jaxpr_to_module", keep)
+        lower(function, *args)
+    return found

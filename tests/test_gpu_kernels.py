@@ -18,7 +18,7 @@ from pallas_kernels.mosaic_gpu.common import Refs, targeting
 from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
 
 from . import oracle
-from .gpu import interpreted, lower, run
+from .gpu import interpreted, kernels, run, unsigned
 from .test_ops import Cache, Shape, make_cache, padded, some_pages
 
 BF16, F16 = "bfloat16", "float16"
@@ -301,7 +301,7 @@ def test_other_machines_are_refused_by_name_and_served_by_xla_otherwise() -> Non
 def test_kernels_lower_for_cuda(
     batch: int, groups: int, head_dim: int, page_size: int, pages: int, dense: int, dtype: Any
 ) -> None:
-    """The real shapes: shared memory, TMA boxes and layouts are checked while lowering, which interpreting is not."""
+    """The real shapes: shared memory, TMA boxes, layouts and signs show while lowering, which interpreting does not."""
     heads = np.arange(dense, dtype=np.int32)
     shapes: list[Any] = [
         jax.ShapeDtypeStruct(shape, kind)
@@ -317,8 +317,24 @@ def test_kernels_lower_for_cuda(
             recent_pages=4, implementation="mosaic_gpu",
         )  # fmt: skip
 
-    module = lower(call, *shapes)
-    assert module.count("mosaic_gpu_v2") + module.count('"mosaic_gpu') >= 2, "two launches"
+    code = kernels(call, *shapes)
+    assert len(code) == 2, "two launches"
+    assert unsigned(code) == []
+
+
+@pytest.mark.parametrize("pages", [1000, 20000])
+def test_scores_below_zero_are_lower_than_others(pages: int) -> None:
+    """In the code for CUDA; whether the interpreter knows is `test_select_pages_is_exact`'s matter."""
+    arguments = jax.ShapeDtypeStruct((2, 3, pages), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    numbers = {"budget_pages": 12, "sink_pages": 1, "recent_pages": 2}
+
+    def call(scores: Any, lengths: Any) -> Any:
+        return ops.select_pages(scores, lengths, page_size=64, implementation="mosaic_gpu", **numbers)
+
+    code = kernels(call, *arguments)
+    assert len(code) == 1
+    assert "maxsi" in code[0]
+    assert unsigned(code) == []
 
 
 def test_the_interpreter_sees_a_copy_that_is_not_waited_for() -> None:

@@ -153,7 +153,8 @@ class Selector:
             return jnp.maximum(best, jnp.max(key, axis=0))
 
         def lowest(keys: list[jax.Array], best: jax.Array) -> jax.Array:
-            keys = [jnp.where(key == _LOWEST, _HIGHEST, key) for key in keys]
+            # The array comes first: JAX takes a choice between a constant and an array for unsigned.
+            keys = [jnp.where(key != _LOWEST, key, _HIGHEST) for key in keys]
             key = jnp.minimum(jnp.minimum(keys[0], keys[1]), jnp.minimum(keys[2], keys[3]))
             return jnp.minimum(best, jnp.min(key, axis=0))
 
