@@ -326,10 +326,11 @@ def test_kernels_lower_for_cuda(
 def test_scores_below_zero_are_lower_than_others(pages: int) -> None:
     """In the code for CUDA; whether the interpreter knows is `test_select_pages_is_exact`'s matter."""
     arguments = jax.ShapeDtypeStruct((2, 3, pages), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
-    numbers = {"budget_pages": 12, "sink_pages": 1, "recent_pages": 2}
 
     def call(scores: Any, lengths: Any) -> Any:
-        return ops.select_pages(scores, lengths, page_size=64, implementation="mosaic_gpu", **numbers)
+        return ops.select_pages(
+            scores, lengths, page_size=64, budget_pages=12, sink_pages=1, recent_pages=2, implementation="mosaic_gpu"
+        )
 
     code = kernels(call, *arguments)
     assert len(code) == 1
