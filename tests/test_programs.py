@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lychee_jax import generate, programs
+from lychee_jax import attention, generate, programs
 from lychee_jax.cache import make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
@@ -200,3 +200,21 @@ def test_a_row_comes_out_the_same_alone_and_in_company(dtype):
 def test_prompts_that_the_model_cannot_take_are_refused(engine, prompts):
     with pytest.raises(UserError):
         engine.check_prompts(prompts, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(("named", "wanted"), [("xla", "xla"), (None, None)])
+def test_xla_by_name_keeps_kernels_out_of_prefill_and_correction(engine, monkeypatch, named, wanted):
+    """Both read many tokens over the cache, each with a program of its own."""
+    asked = []
+    real = attention.extend_attention
+
+    def watched(*args: Any, **options: Any) -> jax.Array:
+        asked.append((args[0].shape[1], options["implementation"]))
+        return real(*args, **options)
+
+    jax.clear_caches()  # a program that is known is not traced again
+    monkeypatch.setattr(attention, "extend_attention", watched)
+    options = GenerateOptions("dense", page_size=PAGE, max_new_tokens=8, correct_every=3, implementation=named)
+    engine.generate([[5] * 40], options)
+    assert {length for length, _ in asked} == {64, 3}, "a chunk of the prompt, and a correction"
+    assert {implementation for _, implementation in asked} == {wanted}
