@@ -25,7 +25,8 @@ def interpreted() -> Iterator[None]:
     gpu_callbacks.reset_gpu_interpret_mode_state()
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
     with pytest.MonkeyPatch.context() as patch, pallas_kernels.interpreted("mosaic_gpu", params):
-        patch.setattr(merge, "_AT_ONCE", 2)
+        patch.setattr(merge, "_FEWEST", 1)
+        patch.setattr(merge, "_MOST", 2)
         for module in (merge, finish):
             patch.setattr(module, "WARPGROUPS", 2)
         patch.setattr(plan, "_HELD_ROWS", 4)
@@ -55,7 +56,7 @@ def unsigned(code: list[str]) -> list[str]:
 
     A choice between a constant and an array is one such case; only the hardware shows it.
     """
-    return [line for text in code for line in text.splitlines() if re.search(r"\b(maxui|minui|umax|umin|cmpi u)", line)]
+    return [line for text in code for line in text.splitlines() if re.search(r"\b(maxui|minui|umax|umin|shrui|divui|remui|cmpi u)", line)]
 
 
 def kernels(function: Any, *args: Any) -> list[str]:

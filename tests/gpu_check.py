@@ -27,7 +27,7 @@ CASES = [
     (128, 64, 1, "float16", []),
     (64, 64, 2, "bfloat16", [0]),
 ]
-# Pages of one chunk and of several, full and padded.
+# Chunks of every width, full or padded, one and several.
 CAPACITIES = [64, 1024, 2048, 2112, 3072, 4096, 4160, 8192, 20000]
 
 CHUNKS = [

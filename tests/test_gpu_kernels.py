@@ -159,6 +159,31 @@ def test_select_pages_is_exact(make: str) -> None:
     check_select(scores, [300, 0, 1, 40, 41], oracle.Rule(40, 2, 3))
 
 
+@pytest.mark.parametrize("capacity", [64, 1024, 2048, 2112, 4096, 4160])
+def test_select_pages_of_every_chunk(capacity: int) -> None:
+    """Chunks of 16, 32, 48 and 64 columns, full or padded, and two of them; the last page is taken by its score."""
+    rng = np.random.default_rng(capacity)
+    scores = np.round(40 * rng.standard_normal((2, 1, capacity))) / 16
+    scores[:, :, capacity - 4] = 20
+    check_select(scores, [capacity, capacity - 1], oracle.Rule(60, 2, 3))
+
+
+def test_scores_of_whole_chunks_are_selected_from_in_one_launch() -> None:
+    """Nothing is padded before the kernel nor cut off after it."""
+
+    def select(scores: Any, lengths: Any) -> Any:
+        return ops.select_pages(
+            scores, lengths, page_size=64, budget_pages=64, sink_pages=2, recent_pages=4, implementation="mosaic_gpu"
+        )
+
+    for capacity, launches in ((2048, 1), (2000, 2)):
+        module = lower(
+            select, jax.ShapeDtypeStruct((1, 8, capacity), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        )
+        found = sum(module.count(name) for name in ("stablehlo.pad", "stablehlo.slice", "stablehlo.custom_call"))
+        assert found == launches
+
+
 def test_select_pages_of_the_longest_contexts() -> None:
     """More pages than a chunk holds, and more places than one product brings."""
     rng = np.random.default_rng(1)
@@ -249,6 +274,25 @@ def test_pieces_cover_every_tile_once_and_have_numbers_of_their_own(batch: int) 
     assert end == total
 
 
+@pytest.mark.parametrize(
+    ("batch", "dense", "sparse", "pages"), [(1, 1, 7, 2048), (1, 8, 0, 2048), (4, 2, 6, 900), (8, 0, 8, 2048)]
+)
+def test_rows_of_one_length_have_no_more_pieces_than_are_merged_at_once(
+    batch: int, dense: int, sparse: int, pages: int
+) -> None:
+    tiling = Tiling(batch, 8, dense, sparse, 64, 64, 132)
+    most = 0
+    for used in [*range(1, 140), *range(pages - 9, pages)]:
+        length = jnp.int32(64 * used)
+        heads = [int(tiling.dense_tiles(length))] * dense + [int(tiling.sparse_tiles(length))] * sparse
+        ends = np.cumsum(heads * batch)
+        share = -(-int(ends[-1]) // tiling.blocks)
+        pieces = (ends - 1) // share - (ends - heads * batch) // share + 1
+        most = max(most, pieces.max())
+    assert most <= tiling.pieces_per_head
+    assert most >= 0.75 * tiling.pieces_per_head, "no bound to load by"
+
+
 def test_wrong_page_ids_are_never_followed() -> None:
     """What the interpreter would hide: every page that is fetched lies inside the pool, whatever the table says."""
     wrong = jnp.array([[-1, 9, 2**31 - 1, -(2**31), 3, 8]], jnp.int32)
@@ -295,7 +339,7 @@ def test_other_machines_are_refused_by_name_and_served_by_xla_otherwise() -> Non
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize(
     ("batch", "groups", "head_dim", "page_size", "pages", "dense"),
-    [(1, 4, 128, 64, 2048, 1), (4, 4, 128, 64, 2048, 8), (64, 7, 128, 16, 512, 2), (6, 1, 64, 128, 8192, 0),
+    [(1, 4, 128, 64, 2048, 1), (4, 4, 128, 64, 3072, 8), (64, 7, 128, 16, 512, 2), (6, 1, 64, 128, 8192, 0),
      (2, 8, 64, 32, 32768, 8)],
 )  # fmt: skip
 def test_kernels_lower_for_cuda(

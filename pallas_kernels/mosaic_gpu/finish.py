@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu.common import Refs, compiler_params, interpreter, wait_for_predecessor
-from pallas_kernels.mosaic_gpu.merge import WARPGROUPS, merge, merge_scratch
+from pallas_kernels.mosaic_gpu.merge import WARPGROUPS, find_pieces, merge, merge_scratch
 from pallas_kernels.mosaic_gpu.plan import Tiling
-from pallas_kernels.mosaic_gpu.select import SIDE, Selector, hand_on, make_triangles, select_scratch
+from pallas_kernels.mosaic_gpu.select import SIDE, Selector, chunking, hand_on, make_triangles, select_scratch
 
 
 @functools.partial(
@@ -36,8 +36,8 @@ def finish(
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """Merge `pieces` (sums, stats) to an output of `shape` and `dtype`, select by `scores`, or both.
 
-    Selects by `scores [B, dense, rows, 64]`: `selected` pages where they exist, or `limits [B, dense]`. Heads that do
-    not select hand on their entry of `selection`.
+    Selects by `scores [B, dense, pages]`, whole chunks of them: `selected` pages where they exist, or
+    `limits [B, dense]`. Heads that do not select hand on their entry of `selection`.
     Returns the attention's output `[B, K, G, H]`, pages `[B, K, selected]` and counts `[B, K]`.
     """
     del target
@@ -59,9 +59,9 @@ def finish(
     selects = 0
     chunks = 1
     if scores is not None:
-        chunks = scores.shape[2] // SIDE
+        chunks, columns = chunking(scores.shape[2])
         names += ["scores", "flat_scores"]
-        inputs += [scores, scores.reshape(batch, tiling.dense, -1)]
+        inputs += [scores.reshape(batch, tiling.dense, chunks * SIDE, columns), scores]
         if limits is not None:
             names.append("limits")
             inputs.append(limits)
@@ -69,16 +69,20 @@ def finish(
         if selection is not None:
             names += ["old_pages", "old_counts"]
             old, counts = selection
-            inputs += [jnp.pad(old, ((0, 0), (0, 0), (0, padded - old.shape[2])), constant_values=-1), counts]
+            if old.shape[2] < padded:
+                old = jnp.pad(old, ((0, 0), (0, 0), (0, padded - old.shape[2])), constant_values=-1)
+            inputs += [old, counts]
         out_names += ["new_pages", "new_counts"]
         heads = tiling.heads
         outputs += [
             jax.ShapeDtypeStruct((batch, heads, padded), jnp.int32),
             jax.ShapeDtypeStruct((batch, heads), jnp.int32),
         ]
-        scratch |= select_scratch()
+        scratch |= select_scratch(columns)
         selects = batch * heads
     names += out_names
+    # A block that only selects is one warpgroup, and may have more registers.
+    threads = WARPGROUPS if merges else 1
 
     def body(*args: Any, **named: Any) -> None:
         refs = Refs(dict(zip(names, args, strict=True)) | named)
@@ -90,16 +94,23 @@ def finish(
             def _():
                 make_triangles(refs)
 
-        wait_for_predecessor()
-
         if merges:
+            # Before waiting: the blocks of `attend`, which comes before every merge, let this launch start only after
+            # their own wait, so that lengths and order, which `attend` reads too, were complete by then.
+            number = jnp.maximum(block - selects, 0)
+            segment = number // groups
+            row = segment // tiling.heads
+            mine = find_pieces(tiling, refs, row, segment - row * tiling.heads)
+            group = number - segment * groups
+
+            wait_for_predecessor()
 
             @pl.when(block >= selects)
             def _():
-                number = block - selects
-                segment = number // groups
-                row = segment // tiling.heads
-                merge(tiling, refs, row, segment - row * tiling.heads, number - segment * groups)
+                merge(tiling, refs, mine, group)
+
+        else:
+            wait_for_predecessor()
 
         if selects:
 
@@ -124,7 +135,7 @@ def finish(
 
     results = plgpu.kernel(
         body, out_type=outputs, scratch_types=scratch, grid=(selects + merges,), grid_names=("block",),
-        num_threads=WARPGROUPS, thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(),
+        num_threads=threads, thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(),
         kernel_name="finish",
     )(*inputs)  # fmt: skip
     found = dict(zip(out_names, results, strict=True))

@@ -1,5 +1,6 @@
 """Merging pieces: the blocks that attended left, for every head, some weighted sums with tops of their own."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,8 +14,13 @@ from pallas_kernels.reference import MASKED
 
 # Warpgroups that share the pieces of a head.
 WARPGROUPS = 4
-# Pieces that a warpgroup loads at once: a load takes long, but many take hardly longer.
-_AT_ONCE = 16
+# Pieces that a warpgroup loads at once, bounded by what a head has in rows of one length. A load takes long, but many
+# take hardly longer, as long as registers hold them. Fewer would make the long row among short ones wait.
+_FEWEST, _MOST = 8, 36
+# One element a thread: a piece's sum is one load of every warp and takes one register. Only for head_dim 128.
+_SPREAD = plgpu.Layout.TILED(
+    plgpu.Tiling(((128,), (32,), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
+)  # fmt: skip
 
 
 def merge_scratch(head_dim: int) -> dict[str, Any]:
@@ -26,9 +32,18 @@ def merge_scratch(head_dim: int) -> dict[str, Any]:
     }
 
 
-def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: jax.Array) -> None:
-    """Merge query head `group` of head `index` of `row`, and write it to the output; all warpgroups take part."""
-    warpgroup = jax.lax.axis_index("warpgroup").astype(jnp.int32)
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The pieces of KV head `head` of `row`: `count` of them, numbered from `first`."""
+
+    row: Any
+    head: Any
+    first: Any
+    count: Any
+
+
+def find_pieces(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array) -> Pieces:
+    """The pieces of head `index` of `row`; reads lengths and order alone."""
     length, head = refs.lengths[row], refs.order[index] if hasattr(refs, "order") else index
     rows = Rows(tiling, refs.lengths)
     dense_tiles, sparse_tiles = tiling.dense_tiles(length), tiling.sparse_tiles(length)
@@ -39,14 +54,21 @@ def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: j
     first = start // rows.share
     # A row without tokens has no pieces.
     count = jnp.where(tiles > 0, (start + tiles - 1) // rows.share - first + 1, 0)
-    first = first + row * tiling.heads + index
-    vector = WGMMA.reduce(1)
+    return Pieces(row, head, first + row * tiling.heads + index, count)
+
+
+def merge(tiling: Tiling, refs: Refs, pieces: Pieces, group: jax.Array) -> None:
+    """Merge query head `group` of a KV head, and write it to the output; all warpgroups take part."""
+    warpgroup = jax.lax.axis_index("warpgroup").astype(jnp.int32)
+    first, count = pieces.first, pieces.count
     head_dim = refs.held_sums.shape[1]
+    vector = _SPREAD if head_dim == 128 else WGMMA.reduce(1)
+    at_once = min(max(-(-tiling.pieces_per_head // WARPGROUPS), _FEWEST), _MOST)
 
     def several(i: jax.Array, carry: Any) -> Any:
         top, total, out = carry
-        base = (i * WARPGROUPS + warpgroup) * _AT_ONCE
-        numbers = [first + jnp.minimum(base + u, count - 1) for u in range(_AT_ONCE)]
+        base = (i * WARPGROUPS + warpgroup) * at_once
+        numbers = [first + jnp.minimum(base + u, count - 1) for u in range(at_once)]
         tops = [refs.stats[n, 0, group] for n in numbers]
         totals = [refs.stats[n, 1, group] for n in numbers]
         sums = [load(refs.sums.at[n, group], vector) for n in numbers]
@@ -56,13 +78,13 @@ def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: j
             new_top = jnp.maximum(new_top, t)
         shrink = jnp.exp2(top - new_top)
         total, out = total * shrink, out * shrink
-        for u in range(_AT_ONCE):
+        for u in range(at_once):
             weight = jnp.where(base + u < count, jnp.exp2(tops[u] - new_top), 0.0)
             total = total + weight * totals[u]
             out = out + weight * sums[u]
         return new_top, total, out
 
-    rounds = (count + WARPGROUPS * _AT_ONCE - 1) // (WARPGROUPS * _AT_ONCE)
+    rounds = (count + WARPGROUPS * at_once - 1) // (WARPGROUPS * at_once)
     carry = jnp.float32(MASKED), jnp.float32(0.0), full((head_dim,), 0.0, vector)
     top, total, out = jax.lax.fori_loop(0, rounds, several, carry)
     store(refs.held_sums.at[warpgroup], out)
@@ -85,4 +107,4 @@ def merge(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array, group: j
             total = total + weight * load(refs.held_stats.at[w, 1], vector)
             out = out + weight * load(refs.held_sums.at[w], vector)
         out = out / jnp.maximum(total, 1e-30)
-        store(refs.out.at[row, head, group], out.astype(refs.out.dtype))
+        store(refs.out.at[pieces.row, pieces.head, group], out.astype(refs.out.dtype))

@@ -11,7 +11,7 @@ from pallas_kernels.mosaic_gpu.common import COLUMNS, multiprocessors, target
 from pallas_kernels.mosaic_gpu.extend import BLOCK, extend
 from pallas_kernels.mosaic_gpu.finish import finish
 from pallas_kernels.mosaic_gpu.plan import Tiling
-from pallas_kernels.mosaic_gpu.select import CHUNK
+from pallas_kernels.mosaic_gpu.select import SIDE, chunking
 from pallas_kernels.reference import other_heads, page_limits
 from pallas_kernels.types import Heads, PageScores, Rule, Selection
 
@@ -137,6 +137,12 @@ def _limits(
     return page_limits(page_scores, used, forced, budget_pages=budget, rule=rule, amount=amount)
 
 
+def _whole_chunks(capacity: int) -> int:
+    """The pages of the chunks that a selection among `capacity` pages looks at."""
+    chunks, columns = chunking(capacity)
+    return chunks * SIDE * columns
+
+
 def select_pages(
     page_scores: Float32[Array, "B R P"],
     lengths: Int[Array, "B"],
@@ -154,8 +160,10 @@ def select_pages(
     limits = None
     if rule != "budget":
         limits = _limits(page_scores, lengths, page_size, budget_pages, sink_pages, recent_pages, rule, amount)
-    padding = -capacity % CHUNK
-    scores = jnp.pad(page_scores, ((0, 0), (0, 0), (0, padding))).reshape(batch, rows, -1, SCORE_ROW)
+    scores = page_scores
+    whole = _whole_chunks(capacity)
+    if whole > capacity:
+        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, whole - capacity)))
     tiling = Tiling(batch, rows, rows, 0, 0, page_size, 1)
     _, pages, counts = finish(
         lengths, None, tiling=tiling, scores=scores, limits=limits, target=target(),
@@ -189,7 +197,7 @@ def hybrid_decode(
     order = _order(heads, kv_heads)
     sums, stats, scores = attend(
         q, kv_pages, page_table, lengths, order, selection.pages, selection.counts, tiling=tiling, scale=scale,
-        page_scores=page_scores, score_rows=-(-page_table.shape[1] // CHUNK) * (CHUNK // SCORE_ROW), target=target(),
+        page_scores=page_scores, score_rows=_whole_chunks(page_table.shape[1]) // SCORE_ROW, target=target(),
     )  # fmt: skip
     merged = {"tiling": tiling, "pieces": (sums, stats), "shape": q.shape, "dtype": q.dtype, "target": target()}
     if dense == 0:
@@ -197,10 +205,11 @@ def hybrid_decode(
         assert out is not None
         return out, selection
     assert scores is not None
+    scores = scores.reshape(*scores.shape[:2], -1)
     limits = None
     if rule != "budget":
-        flat = scores.reshape(*scores.shape[:2], -1)[:, :, : page_table.shape[1]]
-        limits = _limits(flat, lengths, page_size, budget_pages, sink_pages, recent_pages, rule, amount)
+        real = scores[:, :, : page_table.shape[1]]
+        limits = _limits(real, lengths, page_size, budget_pages, sink_pages, recent_pages, rule, amount)
     out, pages, counts = finish(
         lengths, order, **merged, scores=scores, limits=limits, selection=tuple(selection),
         selected=budget_pages, sink_pages=sink_pages, recent_pages=recent_pages,

@@ -55,6 +55,13 @@ class Tiling:
         """A bound on the numbers of pieces."""
         return self.batch * self.heads + self.blocks
 
+    @property
+    def pieces_per_head(self) -> int:
+        """A bound on the pieces of a head if all rows are equally long."""
+        # No head has more than its share of the tiles of the heads that read everything.
+        longest = self.batch * (self.dense or self.sparse)
+        return min(-(-self.blocks // longest) + 1, self.blocks)
+
     def dense_tiles(self, length: jax.Array) -> jax.Array:
         """Tiles of a dense head over `length` tokens."""
         return (length + self.tile_tokens - 1) // self.tile_tokens
