@@ -56,7 +56,7 @@ def unsigned(code: list[str]) -> list[str]:
 
     A choice between a constant and an array is one such case; only the hardware shows it.
     """
-    return [line for text in code for line in text.splitlines() if re.search(r"\b(maxui|minui|umax|umin|shrui|divui|remui|cmpi u)", line)]
+    return [line for text in code for line in text.splitlines() if re.search(r"\b(maxui|minui|umax|umin|cmpi u)", line)]
 
 
 def kernels(function: Any, *args: Any) -> list[str]:

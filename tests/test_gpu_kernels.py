@@ -18,7 +18,7 @@ from pallas_kernels.mosaic_gpu.common import Refs, targeting
 from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
 
 from . import oracle
-from .gpu import interpreted, kernels, run, unsigned
+from .gpu import interpreted, kernels, lower, run, unsigned
 from .test_ops import Cache, Shape, make_cache, padded, some_pages
 
 BF16, F16 = "bfloat16", "float16"
