@@ -1,7 +1,9 @@
 """Attention of the new token over paged keys and values: every block reads its share of tiles and leaves pieces.
 
-One warpgroup fetches tiles (TMA, by page id, several in flight), the other one computes. A tile's tokens are the rows
-of a wgmma and the query heads of one KV head its eight columns, so that K·qᵀ and Vᵀ·pᵀ waste no tensor work on padding.
+One warpgroup fetches tiles (TMA, by page id, several in flight); two others compute, every other tile each, so that one
+waits for its tensor cores while the other has its softmax, and unite what they found at the end of a piece. A tile's
+tokens are the rows of a wgmma and the query heads of one KV head its eight columns, so that K·qᵀ and Vᵀ·pᵀ waste no
+tensor work on padding.
 """
 
 import dataclasses
@@ -37,8 +39,11 @@ from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
 from pallas_kernels.reference import MASKED
 from pallas_kernels.types import PageScores
 
-# Shared memory for tiles in flight.
+# Warpgroups that compute.
+COMPUTING = 2
+# Shared memory for tiles in flight, and how many of them there may be: their page ids are held in registers.
 _TILE_BYTES = 192 * 1024
+_MOST_STAGES = 8
 # Scores of pages come as rows of this many.
 SCORE_ROW = 64
 
@@ -86,7 +91,9 @@ def attend(
     q, stride = query_rows(q)
     scored = page_scores is not None and tiling.dense > 0
     tokens, per_tile = tiling.tile_tokens, tiling.pages_per_tile
-    stages = max(2, _TILE_BYTES // (tokens * 2 * head_dim * kv_pages.dtype.itemsize))
+    stages = min(_MOST_STAGES, _TILE_BYTES // (tokens * 2 * head_dim * kv_pages.dtype.itemsize))
+    # A slot is always the same warpgroup's, as whoever waits at a barrier must do so every time.
+    stages -= stages % COMPUTING
 
     names = ["q", "kv_pages", "page_table", "lengths"]
     inputs = [q, kv_pages, page_table, lengths]
@@ -103,17 +110,21 @@ def attend(
     ]
     scratch = {
         "tiles": plgpu.SMEM((stages, tokens, 2 * head_dim), kv_pages.dtype, transforms=TILED),
-        "query": plgpu.SMEM((COLUMNS, head_dim), kv_pages.dtype, transforms=TILED),
-        "weights": plgpu.SMEM((COLUMNS, tokens), kv_pages.dtype, transforms=TILED),
+        "query": plgpu.SMEM((COMPUTING, COLUMNS, head_dim), kv_pages.dtype, transforms=TILED),
+        "weights": plgpu.SMEM((COMPUTING, COLUMNS, tokens), kv_pages.dtype, transforms=TILED),
         "turned": plgpu.SMEM((COLUMNS, head_dim), jnp.float32, transforms=TILED_32),
-        "asked": plgpu.Barrier(),
+        "other_out": plgpu.SMEM((head_dim, COLUMNS), jnp.float32),
+        "other_stats": plgpu.SMEM((2, COLUMNS), jnp.float32),
+        "asked": plgpu.Barrier(num_barriers=COMPUTING),
         "full": plgpu.Barrier(num_arrivals=per_tile, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages),
+        "other_done": plgpu.Barrier(),
+        "other_read": plgpu.Barrier(),
     }
     if scored:
         names.append("scores")
         outputs.append(jax.ShapeDtypeStruct((batch, tiling.dense, score_rows, SCORE_ROW), jnp.float32))
-        scratch["ready_scores"] = plgpu.SMEM((COLUMNS,), jnp.float32)
+        scratch["ready_scores"] = plgpu.SMEM((COMPUTING, COLUMNS), jnp.float32)
 
     def body(*args: Any, **named: Any) -> None:
         refs = Refs(dict(zip(names, args, strict=True)) | named)
@@ -121,17 +132,20 @@ def attend(
         let_successor_start()
         thread = jax.lax.axis_index("warpgroup")
 
-        @pl.when(thread == 0)
-        def _():
-            _Compute(tiling, refs, groups, stride, scale, page_scores if scored else None, stages).run()
+        for number in range(COMPUTING):
 
-        @pl.when(thread == 1)
+            @pl.when(thread == number)
+            def _(number: int = number) -> None:
+                _Compute(tiling, refs, number, groups, stride, scale, page_scores if scored else None, stages).run()
+
+        @pl.when(thread == COMPUTING)
         def _():
             _Fetch(tiling, refs, num_pages, capacity, stages).run()
 
     out = plgpu.kernel(
-        body, out_type=outputs, scratch_types=scratch, grid=(tiling.blocks,), grid_names=("block",), num_threads=2,
-        thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(), kernel_name="attend",
+        body, out_type=outputs, scratch_types=scratch, grid=(tiling.blocks,), grid_names=("block",),
+        num_threads=COMPUTING + 1, thread_name="warpgroup", compiler_params=compiler_params(),
+        interpret=interpreter(), kernel_name="attend",
     )(*inputs)  # fmt: skip
     return out[0], out[1], out[2] if scored else None
 
@@ -151,17 +165,17 @@ def query_rows(q: jax.Array) -> tuple[jax.Array, int]:
 
 
 class _Walk:
-    """A block's walk over its pieces; the fetching and the computing warpgroup take the same one."""
+    """A block's walk over its pieces; all warpgroups take the same one."""
 
     def __init__(self, tiling: Tiling, refs: Refs, stages: int):
         self.tiling, self.refs, self.stages = tiling, refs, stages
 
-    def piece(self, piece: _Piece, count: jax.Array) -> None:
-        """Work on a piece, which may have no steps; `count` tiles came before it."""
+    def piece(self, piece: _Piece, count: jax.Array, pieces: jax.Array) -> None:
+        """Work on a piece, which may have no steps; `count` tiles in `pieces` pieces came before it."""
         raise NotImplementedError
 
-    def run(self) -> jax.Array:
-        """Take all pieces of this block in turn; returns the number of tiles."""
+    def run(self) -> tuple[jax.Array, jax.Array]:
+        """Take all pieces of this block in turn; returns the numbers of tiles and of pieces."""
         tiling, refs = self.tiling, self.refs
         # Loaded before they are needed, so that no load waits for another.
         order = [refs.order[j] for j in range(tiling.heads)] if hasattr(refs, "order") else None
@@ -171,7 +185,7 @@ class _Walk:
         end = jnp.minimum(start + rows.share, rows.total)
 
         def step(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            tile, count = carry
+            tile, count, pieces = carry
             row, row_start, length = rows.locate(tile)
             offset = tile - row_start
             dense_tiles, sparse_tiles = tiling.dense_tiles(length), tiling.sparse_tiles(length)
@@ -191,10 +205,11 @@ class _Walk:
                 chosen = (refs.counts[row, head] + tiling.pages_per_tile - 1) // tiling.pages_per_tile
                 steps = jnp.where(dense, planned, jnp.clip(chosen - first, 0, planned))
             piece = _Piece(row, index, head, dense, first, steps, length, row * tiling.heads + index + block)
-            self.piece(piece, count)
-            return tile + planned, count + steps
+            self.piece(piece, count, pieces)
+            return tile + planned, count + steps, pieces + 1
 
-        return jax.lax.while_loop(lambda carry: carry[0] < end, step, (start, jnp.int32(0)))[1]
+        none = jnp.int32(0)
+        return jax.lax.while_loop(lambda carry: carry[0] < end, step, (start, none, none))[1:]
 
     def logical(self, piece: _Piece, tile: jax.Array) -> list[jax.Array]:
         """The logical pages of a tile, −1 where there is none."""
@@ -219,23 +234,32 @@ class _Fetch(_Walk):
         super().__init__(tiling, refs, stages)
         self.num_pages, self.capacity = num_pages, capacity
 
-    def physical(self, piece: _Piece, tile: jax.Array) -> tuple[jax.Array, ...]:
+    def physical(self, piece: _Piece, pages: list[jax.Array]) -> list[jax.Array]:
         """The pool pages of a tile. Wrong ids are never followed: every one of these lies inside the pool."""
-        pages = self.logical(piece, tile)
         # An empty place repeats a page that is read anyway.
         pages = [jnp.where(page < 0, jnp.maximum(pages[0], 0), page) for page in pages]
         ids = [self.refs.page_table[piece.row, jnp.clip(page, 0, self.capacity - 1)] for page in pages]
-        return tuple(jnp.clip(i, 0, self.num_pages - 1) for i in ids)
+        return [jnp.clip(i, 0, self.num_pages - 1) for i in ids]
 
-    def piece(self, piece: _Piece, count: jax.Array) -> None:
-        tiling, refs, last = self.tiling, self.refs, piece.steps - 1
+    def piece(self, piece: _Piece, count: jax.Array, pieces: jax.Array) -> None:
+        """One round after the other, each of as many tiles as there are slots.
 
-        def step(i: jax.Array, ids: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            # The ids of the next tile are on their way while this one waits for its slot.
-            ahead = self.physical(piece, piece.first + jnp.minimum(i + 1, last))
-            slot = remainder(count + i, self.stages)
+        A tile's ids take two loads, the second of which waits for the first. Those of a round are all on their way at
+        once, and those of the next round while this one's tiles wait for their slots.
+        """
+        tiling, refs, stages, last = self.tiling, self.refs, self.stages, piece.steps - 1
 
-            @pl.when(count + i >= self.stages)
+        def logical(turn: Any) -> list[list[jax.Array]]:
+            tiles = [piece.first + jnp.minimum(turn * stages + k, jnp.maximum(last, 0)) for k in range(stages)]
+            return [self.logical(piece, tile) for tile in tiles]
+
+        def physical(pages: list[list[jax.Array]]) -> list[list[jax.Array]]:
+            return [self.physical(piece, pages_of_tile) for pages_of_tile in pages]
+
+        def fetch(i: jax.Array, ids: list[jax.Array]) -> None:
+            slot = remainder(count + i, stages)
+
+            @pl.when(count + i >= stages)
             def _():
                 plgpu.barrier_wait(refs.empty.at[slot])
 
@@ -244,36 +268,46 @@ class _Fetch(_Walk):
                 if len(ids) > 1:
                     target = target.at[pl.ds(k * tiling.page_size, tiling.page_size)]
                 plgpu.copy_gmem_to_smem(refs.kv_pages.at[page, piece.head], target, refs.full.at[slot])
-            return ahead
+
+        def round_of(turn: jax.Array, ids: list[list[jax.Array]]) -> list[list[jax.Array]]:
+            ahead = logical(turn + 1)
+            for k in range(stages):
+                i = turn * stages + k
+                pl.when(i < piece.steps)(functools.partial(fetch, i, ids[k]))
+            return physical(ahead)
 
         # Before it is known whether there is any: loads must not wait for each other.
-        first = self.physical(piece, piece.first)
+        first = physical(logical(0))
 
         @pl.when(piece.steps > 0)
         def _():
-            jax.lax.fori_loop(0, piece.steps, step, first)
+            jax.lax.fori_loop(0, (piece.steps + stages - 1) // stages, round_of, first)
 
-    def run(self) -> jax.Array:
-        count = super().run()
+    def run(self) -> tuple[jax.Array, jax.Array]:
+        count, pieces = super().run()
 
         # Every slot was given back before its barrier goes.
         def drain(i: jax.Array, _: None) -> None:
             plgpu.barrier_wait(self.refs.empty.at[remainder(i, self.stages)])
 
         jax.lax.fori_loop(jnp.maximum(count - self.stages, 0), count, drain, None)
-        return count
+        return count, pieces
 
 
 class _Compute(_Walk):
-    """Running top, total and weighted sum of values of each piece, rescaled from tile to tile."""
+    """Running top, total and weighted sum of values of each piece, rescaled from tile to tile.
+
+    Warpgroup `number` of two takes every other tile of all that the block has, and with it every other slot.
+    """
 
     def __init__(
-        self, tiling: Tiling, refs: Refs, groups: int, stride: int, scale: float, page_scores: PageScores | None,
-        stages: int,
+        self, tiling: Tiling, refs: Refs, number: int, groups: int, stride: int, scale: float,
+        page_scores: PageScores | None, stages: int,
     ):  # fmt: skip
         super().__init__(tiling, refs, stages)
-        self.groups, self.stride, self.scale, self.page_scores = groups, stride, scale, page_scores
-        self.head_dim = refs.query.shape[1]
+        self.number, self.groups, self.stride, self.scale, self.page_scores = number, groups, stride, scale, page_scores
+        self.head_dim = refs.query.shape[2]
+        self.query, self.weights, self.asked = (ref.at[number] for ref in (refs.query, refs.weights, refs.asked))
 
     def real(self, piece: _Piece, tile: jax.Array) -> tuple[jax.Array, ...]:
         """How many tokens of each page of a tile are real."""
@@ -289,22 +323,24 @@ class _Compute(_Walk):
             inside = jnp.where(token < k * size, inside, token < k * size + real[k])
         return inside
 
-    def piece(self, piece: _Piece, count: jax.Array) -> None:
+    def piece(self, piece: _Piece, count: jax.Array, pieces: jax.Array) -> None:
         tiling, refs, last = self.tiling, self.refs, piece.steps - 1
         tokens, head_dim = tiling.tile_tokens, self.head_dim
         query = (piece.row * tiling.kv_heads + piece.head) * self.stride
-        plgpu.copy_gmem_to_smem(refs.q.at[pl.ds(query, COLUMNS)], refs.query, refs.asked)
+        plgpu.copy_gmem_to_smem(refs.q.at[pl.ds(query, COLUMNS)], self.query, self.asked)
+        mine = remainder(count + self.number, COMPUTING)
 
-        def step(i: jax.Array, carry: Any) -> Any:
+        def step(turn: jax.Array, carry: Any) -> Any:
             top, total, out, real = carry
+            i = mine + turn * COMPUTING
             slot = remainder(count + i, self.stages)
-            ahead = self.real(piece, piece.first + jnp.minimum(i + 1, last))
+            ahead = self.real(piece, piece.first + jnp.minimum(i + COMPUTING, last))
             keys = refs.tiles.at[slot, :, pl.ds(0, head_dim)]
             values = refs.tiles.at[slot, :, pl.ds(head_dim, head_dim)]
             plgpu.barrier_wait(refs.full.at[slot])
 
             def multiply_keys(acc: Any) -> jax.Array:
-                plgpu.wgmma(acc, keys, refs.query.transpose((1, 0)))
+                plgpu.wgmma(acc, keys, self.query.transpose((1, 0)))
                 return acc[...]
 
             scores = pl.run_scoped(multiply_keys, plgpu.WGMMAAccumulatorRef((tokens, COLUMNS), jnp.float32))
@@ -315,7 +351,7 @@ class _Compute(_Walk):
             new_top = jnp.maximum(top, jnp.max(scores, axis=0))
             weights = jnp.where(inside, jnp.exp2(scores - along_rows(new_top, scores.shape)), 0.0)
             shrink = jnp.exp2(top - new_top)
-            store(refs.weights.transpose((1, 0)), weights.astype(refs.weights.dtype))
+            store(self.weights.transpose((1, 0)), weights.astype(self.weights.dtype))
             least = real[0]
             for other in real[1:]:
                 least = jnp.minimum(least, other)
@@ -332,7 +368,7 @@ class _Compute(_Walk):
                 self.write_scores(piece, i)
 
             def multiply_values(acc: Any) -> jax.Array:
-                plgpu.wgmma(acc, values.transpose((1, 0)), refs.weights.transpose((1, 0)))
+                plgpu.wgmma(acc, values.transpose((1, 0)), self.weights.transpose((1, 0)))
                 return acc[...]
 
             added = pl.run_scoped(multiply_values, plgpu.WGMMAAccumulatorRef((head_dim, COLUMNS), jnp.float32))
@@ -345,16 +381,59 @@ class _Compute(_Walk):
             full((COLUMNS,), MASKED, WGMMA.reduce(0)),
             full((tokens, COLUMNS), 0.0, WGMMA),
             full((head_dim, COLUMNS), 0.0, WGMMA),
-            self.real(piece, piece.first),
+            self.real(piece, piece.first + jnp.minimum(mine, jnp.maximum(last, 0))),
         )
-        plgpu.barrier_wait(refs.asked)
-        top, total, out, _ = jax.lax.fori_loop(0, piece.steps, step, start)
+        plgpu.barrier_wait(self.asked)
+        turns = (jnp.maximum(piece.steps - mine, 0) + COMPUTING - 1) // COMPUTING
+        top, total, out, _ = jax.lax.fori_loop(0, turns, step, start)
+        total = jnp.sum(total, axis=0)
+        if self.number:
+            self.hand_over(top, total, out, pieces)
+        else:
+            self.unite(piece, top, total, out)
+
+    def hand_over(self, top: jax.Array, total: jax.Array, out: jax.Array, pieces: jax.Array) -> None:
+        """Leave what the second warpgroup found in a piece for the first one."""
+        refs = self.refs
+
+        @pl.when(pieces > 0)
+        def _():
+            plgpu.barrier_wait(refs.other_read)
+
+        store(refs.other_out, out)
+        store(refs.other_stats.at[0], top)
+        store(refs.other_stats.at[1], total)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.other_done)
+
+    def unite(self, piece: _Piece, top: jax.Array, total: jax.Array, out: jax.Array) -> None:
+        """Write what both warpgroups found in a piece."""
+        refs = self.refs
+        plgpu.barrier_wait(refs.other_done)
+        column = WGMMA.reduce(0)
+        other_top, other_total = load(refs.other_stats.at[0], column), load(refs.other_stats.at[1], column)
+        other_out = load(refs.other_out, WGMMA)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.other_read)
+        united = jnp.maximum(top, other_top)
+        kept, added = jnp.exp2(top - united), jnp.exp2(other_top - united)
+        out = out * along_rows(kept, out.shape) + other_out * along_rows(added, out.shape)
         store(refs.turned.transpose((1, 0)), plgpu.layout_cast(out, WGMMA_SINGLE))
-        store(refs.stats.at[piece.number, 0], top)
-        store(refs.stats.at[piece.number, 1], jnp.sum(total, axis=0))
+        store(refs.stats.at[piece.number, 0], united)
+        store(refs.stats.at[piece.number, 1], total * kept + other_total * added)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(refs.turned, refs.sums.at[piece.number])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def run(self) -> tuple[jax.Array, jax.Array]:
+        count, pieces = super().run()
+        if self.number:
+            # Everything was read before the barrier goes.
+            @pl.when(pieces > 0)
+            def _():
+                plgpu.barrier_wait(self.refs.other_read)
+
+        return count, pieces
 
     def score_pages(self, scores: jax.Array, inside: jax.Array) -> None:
         """Score the pages of a tile: one column for each of them, in which only its own tokens count."""
@@ -367,7 +446,7 @@ class _Compute(_Walk):
         if self.page_scores == "lse":
             shifted = jnp.where(own, jnp.exp2((mean - along_rows(best, shape)) * LOG2E), 0.0)
             best = best + jnp.log2(jnp.sum(shifted, axis=0)) * (1.0 / LOG2E)
-        store(self.refs.ready_scores, best)
+        store(self.refs.ready_scores.at[self.number], best)
 
     def write_scores(self, piece: _Piece, i: jax.Array) -> None:
         """Write the scores that `score_pages` left; pages past the length get some, too."""
@@ -378,5 +457,5 @@ class _Compute(_Walk):
             for k in range(per_tile):
                 page = (piece.first + i) * per_tile + k
                 refs.scores[piece.row, piece.index, page // SCORE_ROW, remainder(page, SCORE_ROW)] = refs.ready_scores[
-                    k
+                    self.number, k
                 ]

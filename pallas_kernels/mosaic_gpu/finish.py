@@ -1,4 +1,8 @@
-"""The second launch: some blocks merge the pieces of the heads, others select pages by the scores of the first."""
+"""The second launch: some blocks merge the pieces of the heads, others select pages by the scores of the first.
+
+Blocks come in three kinds, in this order: those that select for a dense head; those that merge a dense head or, where
+its pieces are many, one of its query heads; those that merge a sparse head and hand on its pages.
+"""
 
 import functools
 from typing import Any
@@ -8,8 +12,21 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.common import Refs, compiler_params, interpreter, wait_for_predecessor
-from pallas_kernels.mosaic_gpu.merge import WARPGROUPS, find_pieces, merge, merge_scratch
+from pallas_kernels.mosaic_gpu.common import (
+    Refs,
+    compiler_params,
+    interpreter,
+    let_successor_start,
+    wait_for_predecessor,
+)
+from pallas_kernels.mosaic_gpu.merge import (
+    WARPGROUPS,
+    find_pieces,
+    merge_heads,
+    merge_scratch,
+    merge_together,
+    together,
+)
 from pallas_kernels.mosaic_gpu.plan import Tiling
 from pallas_kernels.mosaic_gpu.select import SIDE, Selector, chunking, hand_on, make_triangles, select_scratch
 
@@ -41,13 +58,12 @@ def finish(
     Returns the attention's output `[B, K, G, H]`, pages `[B, K, selected]` and counts `[B, K]`.
     """
     del target
-    batch = tiling.batch
+    batch, dense, sparse = tiling.batch, tiling.dense, tiling.sparse
     names, inputs, outputs, scratch = ["lengths"], [lengths], [], {}
     if order is not None:
         names, inputs = [*names, "order"], [*inputs, order]
     out_names = []
-    merges = 0
-    groups = 0
+    selects = merges = groups = 0
     if pieces is not None:
         names += ["sums", "stats"]
         inputs += list(pieces)
@@ -55,8 +71,8 @@ def finish(
         outputs.append(jax.ShapeDtypeStruct(shape, dtype))
         scratch |= merge_scratch(shape[3])
         groups = shape[2]
-        merges = batch * tiling.heads * groups
-    selects = 0
+        merges = batch * (dense * groups if together(tiling) else dense)
+    blocks_a_head = groups if together(tiling) else 1
     chunks = 1
     if scores is not None:
         chunks, columns = chunking(scores.shape[2])
@@ -79,65 +95,64 @@ def finish(
             jax.ShapeDtypeStruct((batch, heads), jnp.int32),
         ]
         scratch |= select_scratch(columns)
-        selects = batch * heads
+        selects = batch * dense
     names += out_names
     # A block that only selects is one warpgroup, and may have more registers.
-    threads = WARPGROUPS if merges else 1
+    threads = 1 if pieces is None else WARPGROUPS
 
     def body(*args: Any, **named: Any) -> None:
         refs = Refs(dict(zip(names, args, strict=True)) | named)
         block = jax.lax.axis_index("block").astype(jnp.int32)
         warpgroup = jax.lax.axis_index("warpgroup")
+        selecting, reads_all = block < selects, block < selects + merges
+        number = jnp.where(reads_all, (block - selects) // blocks_a_head, block - selects - merges)
+        group = block - selects - number * blocks_a_head
+        number = jnp.where(selecting, block, number)
+        row = number // jnp.where(reads_all, max(dense, 1), max(sparse, 1))
+        index = number - jnp.where(reads_all, row * dense, row * sparse - dense)
+
         if selects:
 
-            @pl.when((block < selects) & (warpgroup == 0))
+            @pl.when(selecting & (warpgroup == 0))
             def _():
                 make_triangles(refs)
 
-        if merges:
-            # Before waiting: the blocks of `attend`, which comes before every merge, let this launch start only after
-            # their own wait, so that lengths and order, which `attend` reads too, were complete by then.
-            number = jnp.maximum(block - selects, 0)
-            segment = number // groups
-            row = segment // tiling.heads
-            mine = find_pieces(tiling, refs, row, segment - row * tiling.heads)
-            group = number - segment * groups
-
-            wait_for_predecessor()
-
-            @pl.when(block >= selects)
-            def _():
-                merge(tiling, refs, mine, group)
-
-        else:
-            wait_for_predecessor()
+        # Before waiting: the blocks of `attend`, which comes before every merge, let this launch start only after
+        # their own wait, so that lengths and order, which `attend` reads too, were complete by then.
+        found = None if pieces is None else find_pieces(tiling, refs, row, index)
+        wait_for_predecessor()
+        let_successor_start()
 
         if selects:
 
-            @pl.when((block < selects) & (warpgroup == 0))
+            @pl.when(selecting & (warpgroup == 0))
             def _():
-                row = block // tiling.heads
-                index = block - row * tiling.heads
-                head = index if order is None else refs.order[index]
+                Selector(
+                    refs, chunks=chunks, page_size=tiling.page_size, sink_pages=sink_pages,
+                    recent_pages=recent_pages, budget_pages=None if limits is not None else selected,
+                ).run(row, index, index if found is None else found.head)  # fmt: skip
 
-                @pl.when(index < tiling.dense)
-                def _():
-                    Selector(
-                        refs, chunks=chunks, page_size=tiling.page_size, sink_pages=sink_pages,
-                        recent_pages=recent_pages, budget_pages=None if limits is not None else selected,
-                    ).run(row, index, head)  # fmt: skip
+        if found is None:
+            return
 
-                if selection is not None:
+        @pl.when(reads_all & ~selecting)
+        def _():
+            if together(tiling):
+                merge_together(tiling, refs, found, group)
+            elif dense:
+                merge_heads(tiling, refs, found, True, groups)
 
-                    @pl.when(index >= tiling.dense)
-                    def _():
-                        hand_on(refs, row, head)
+        @pl.when(~reads_all)
+        def _():
+            merge_heads(tiling, refs, found, False, groups)
+            if selection is not None:
+                pl.when(warpgroup == WARPGROUPS - 1)(lambda: hand_on(refs, row, found.head))
 
+    blocks = selects + merges + (0 if pieces is None else batch * sparse)
     results = plgpu.kernel(
-        body, out_type=outputs, scratch_types=scratch, grid=(selects + merges,), grid_names=("block",),
-        num_threads=threads, thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(),
-        kernel_name="finish",
+        body, out_type=outputs, scratch_types=scratch, grid=(blocks,), grid_names=("block",), num_threads=threads,
+        thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(), kernel_name="finish",
     )(*inputs)  # fmt: skip
-    found = dict(zip(out_names, results, strict=True))
-    pages = found.get("new_pages")
-    return found.get("out"), pages if pages is None else pages[:, :, :selected], found.get("new_counts")
+    named = dict(zip(out_names, results, strict=True))
+    new_pages = named.get("new_pages")
+    return named.get("out"), new_pages if new_pages is None else new_pages[:, :, :selected], named.get("new_counts")

@@ -1,4 +1,8 @@
-"""Merging pieces: the blocks that attended left, for every head, some weighted sums with tops of their own."""
+"""Merging pieces: the blocks that attended left, for every head, some weighted sums with tops of their own.
+
+The few pieces of a query head are one warpgroup's, so that a block merges several; where one head's are spread over the
+whole chip, all warpgroups of a block share them.
+"""
 
 import dataclasses
 from typing import Any
@@ -12,7 +16,7 @@ from pallas_kernels.mosaic_gpu.common import WGMMA, Refs, full, load, store
 from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
 from pallas_kernels.reference import MASKED
 
-# Warpgroups that share the pieces of a head.
+# Warpgroups of a block.
 WARPGROUPS = 4
 # Pieces that a warpgroup loads at once, bounded by what a head has in rows of one length. A load takes long, but many
 # take hardly longer, as long as registers hold them. Fewer would make the long row among short ones wait.
@@ -57,17 +61,23 @@ def find_pieces(tiling: Tiling, refs: Refs, row: jax.Array, index: jax.Array) ->
     return Pieces(row, head, first + row * tiling.heads + index, count)
 
 
-def merge(tiling: Tiling, refs: Refs, pieces: Pieces, group: jax.Array) -> None:
-    """Merge query head `group` of a KV head, and write it to the output; all warpgroups take part."""
-    warpgroup = jax.lax.axis_index("warpgroup").astype(jnp.int32)
+def together(tiling: Tiling) -> bool:
+    """Whether all warpgroups of a block share the pieces of one query head of a dense head: one could not hold them."""
+    return tiling.dense > 0 and tiling.pieces_of(dense=True) > _MOST
+
+
+def _gather(
+    tiling: Tiling, refs: Refs, pieces: Pieces, group: jax.Array, dense: bool, part: Any, parts: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Top, total and weighted sum of part `part` of `parts` of a query head's pieces."""
     first, count = pieces.first, pieces.count
     head_dim = refs.held_sums.shape[1]
-    vector = _SPREAD if head_dim == 128 else WGMMA.reduce(1)
-    at_once = min(max(-(-tiling.pieces_per_head // WARPGROUPS), _FEWEST), _MOST)
+    at_once = min(max(-(-tiling.pieces_of(dense) // parts), _FEWEST), _MOST)
+    vector = _vector(head_dim)
 
     def several(i: jax.Array, carry: Any) -> Any:
         top, total, out = carry
-        base = (i * WARPGROUPS + warpgroup) * at_once
+        base = (i * parts + part) * at_once
         numbers = [first + jnp.minimum(base + u, count - 1) for u in range(at_once)]
         tops = [refs.stats[n, 0, group] for n in numbers]
         totals = [refs.stats[n, 1, group] for n in numbers]
@@ -84,9 +94,38 @@ def merge(tiling: Tiling, refs: Refs, pieces: Pieces, group: jax.Array) -> None:
             out = out + weight * sums[u]
         return new_top, total, out
 
-    rounds = (count + WARPGROUPS * at_once - 1) // (WARPGROUPS * at_once)
+    rounds = (count + parts * at_once - 1) // (parts * at_once)
     carry = jnp.float32(MASKED), jnp.float32(0.0), full((head_dim,), 0.0, vector)
-    top, total, out = jax.lax.fori_loop(0, rounds, several, carry)
+    return jax.lax.fori_loop(0, rounds, several, carry)
+
+
+def _vector(head_dim: int) -> Any:
+    return _SPREAD if head_dim == 128 else WGMMA.reduce(1)
+
+
+def _write(refs: Refs, pieces: Pieces, group: jax.Array, total: jax.Array, out: jax.Array) -> None:
+    out = out / jnp.maximum(total, 1e-30)
+    store(refs.out.at[pieces.row, pieces.head, group], out.astype(refs.out.dtype))
+
+
+def merge_heads(tiling: Tiling, refs: Refs, pieces: Pieces, dense: bool, groups: int) -> None:
+    """Merge the query heads of a KV head, each by one warpgroup, and write them to the output."""
+    warpgroup = jax.lax.axis_index("warpgroup").astype(jnp.int32)
+    for first in range(0, groups, WARPGROUPS):
+        group = first + warpgroup
+
+        @pl.when(group < groups)
+        def _(group: jax.Array = group) -> None:
+            _, total, out = _gather(tiling, refs, pieces, group, dense, 0, 1)
+            _write(refs, pieces, group, total, out)
+
+
+def merge_together(tiling: Tiling, refs: Refs, pieces: Pieces, group: jax.Array) -> None:
+    """Merge one query head of a dense head, and write it to the output; all warpgroups take part."""
+    warpgroup = jax.lax.axis_index("warpgroup").astype(jnp.int32)
+    head_dim = refs.held_sums.shape[1]
+    vector = _vector(head_dim)
+    top, total, out = _gather(tiling, refs, pieces, group, True, warpgroup, WARPGROUPS)
     store(refs.held_sums.at[warpgroup], out)
     # As vectors: every thread later finds what it needs where it looks for its sums.
     store(refs.held_stats.at[warpgroup, 0], full((head_dim,), 0.0, vector) + top)
@@ -106,5 +145,4 @@ def merge(tiling: Tiling, refs: Refs, pieces: Pieces, group: jax.Array) -> None:
             weight = jnp.exp2(tops[w] - new_top)
             total = total + weight * load(refs.held_stats.at[w, 1], vector)
             out = out + weight * load(refs.held_sums.at[w], vector)
-        out = out / jnp.maximum(total, 1e-30)
-        store(refs.out.at[pieces.row, pieces.head, group], out.astype(refs.out.dtype))
+        _write(refs, pieces, group, total, out)

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Tokens of a tile, unless a page has more: 64 KiB at head_dim 128. Smaller tiles spend their time in barriers.
-TILE_TOKENS = 128
+# Tokens of a tile, unless a page has more: 32 KiB at head_dim 128. Blocks differ by at most one tile.
+TILE_TOKENS = 64
 # Rows whose lengths a block keeps in registers, or loads at once.
 _HELD_ROWS = 16
 
@@ -55,12 +55,11 @@ class Tiling:
         """A bound on the numbers of pieces."""
         return self.batch * self.heads + self.blocks
 
-    @property
-    def pieces_per_head(self) -> int:
-        """A bound on the pieces of a head if all rows are equally long."""
-        # No head has more than its share of the tiles of the heads that read everything.
-        longest = self.batch * (self.dense or self.sparse)
-        return min(-(-self.blocks // longest) + 1, self.blocks)
+    def pieces_of(self, dense: bool) -> int:
+        """A bound on the pieces of a dense or of a sparse head if all rows are equally long."""
+        # No head has more than its share of the tiles of the heads that are at least as long.
+        as_long = self.batch * (self.dense if dense else self.heads) or 1
+        return min(-(-self.blocks // as_long) + 1, self.blocks)
 
     def dense_tiles(self, length: jax.Array) -> jax.Array:
         """Tiles of a dense head over `length` tokens."""
