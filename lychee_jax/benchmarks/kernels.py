@@ -1,7 +1,7 @@
 """Time of each op beside its rivals, in one process: our kernels, plain XLA, cuDNN through JAX, and torch if it can.
 
-A sample is many calls in one program, sent one program after the other without waiting, over caches that take turns, so
-that nothing comes from the L2 and no launch from the host is waited for.
+A sample is one program of many calls, over caches that take turns, so that nothing comes from the L2 and what the host
+does for a program hardly counts.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pallas_kernels import Selection
 
 # Caches that take turns hold at least this much: several times an L2.
 _TURN_BYTES = 1 << 30
-_CALLS, _PROGRAMS = 16, 8
+_CALLS, _ROUNDS = 16, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,16 +171,24 @@ def _measure_batch(
 
 def _time(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> list[float]:
     """Microseconds of `call(i, *arguments)`, `repeats` samples."""
-    program = jax.jit(lambda *args: [jax.tree.leaves(call(i, *args)) for i in range(_CALLS)])
+
+    def program(first: Any, *rest: Any) -> jax.Array:
+        def turn(_: Any, found: jax.Array) -> jax.Array:
+            # Nothing may be taken out of the loop: every round's arguments come with what the last one found.
+            args, found = jax.lax.optimization_barrier((first, found))
+            outputs = [leaf for i in range(_CALLS) for leaf in jax.tree.leaves(call(i, args, *rest))]
+            outputs = jax.lax.optimization_barrier(outputs)  # whole ones, not only what is looked at
+            return sum((leaf.ravel()[0].astype(jnp.float32) for leaf in outputs), found)
+
+        return jax.lax.fori_loop(0, _ROUNDS, turn, jnp.float32(0))
+
+    program = jax.jit(program)
     jax.block_until_ready(program(*arguments))
     samples = []
     for _ in range(repeats + 2):
         started = time.perf_counter()
-        out = None
-        for _ in range(_PROGRAMS):
-            out = program(*arguments)
-        jax.block_until_ready(out)
-        samples.append(1e6 * (time.perf_counter() - started) / (_CALLS * _PROGRAMS))
+        jax.block_until_ready(program(*arguments))
+        samples.append(1e6 * (time.perf_counter() - started) / (_CALLS * _ROUNDS))
     return samples[2:]
 
 
