@@ -21,7 +21,7 @@ from pallas_kernels import Selection
 
 # Caches that take turns hold at least this much: several times an L2.
 _TURN_BYTES = 1 << 30
-_CALLS, _ROUNDS = 16, 16
+_CALLS, _ROUNDS = 16, 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,11 @@ Dense attention is timed in two ways: over pages, as the engine decodes, and wit
 piece, the best that JAX offers without pages. Hybrid attention and its rivals run in the same process.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +28,7 @@ from lychee_jax.generate import idle_rows
 from lychee_jax.heads import HeadMap
 from lychee_jax.layers import attention_scale
 from lychee_jax.model import Decoder
-from lychee_jax.programs import DecodePlan, ModelSpec, Pools, Rows, decode_block
+from lychee_jax.programs import DecodePlan, ModelSpec, Rows, decode_block
 from lychee_jax.rope import rotary_tables
 from lychee_jax.sampling import SamplingParams
 from lychee_jax.selection import SelectionPolicy
@@ -73,15 +76,20 @@ def spread_heads(config: ModelConfig, count: int) -> HeadMap:
     return HeadMap(config.num_layers, first, tuple(tuple(sorted(layer)) for layer in layers), "spread")
 
 
-def random_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
-    """Weights of the model's shape, made on the device leaf by leaf."""
+def abstract_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.ShapeDtypeStruct, ...]]:
+    """The model's structure, and the shapes of its weights."""
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     leaves, treedef = jax.tree.flatten(state)
+    return ModelSpec(config, graphdef, treedef), tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
+
+
+def random_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
+    """Weights of the model's shape, made on the device leaf by leaf."""
+    spec, shapes = abstract_model(config, dtype)
     make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    weights = tuple(make(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True))
-    return ModelSpec(config, graphdef, treedef), weights
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return spec, tuple(make(key, leaf.shape) for key, leaf in zip(keys, shapes, strict=True))
 
 
 def measure(
@@ -106,7 +114,22 @@ def measure(
     policy = policy or SelectionPolicy()
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context))
     head_map = spread_heads(config, retrieval_heads)
-    spec, weights = random_model(config, dtype)
+    spec, shapes = abstract_model(config, dtype)
+    programs = {}
+    for batch, mode in itertools.product(batches, modes):
+        if mode == "cudnn":
+            programs[batch, mode] = _Contiguous.lower(spec, shapes, batch, context)
+        else:
+            plan = DecodePlan(
+                head_map if mode == "hybrid" else None, policy, SamplingParams().kind, _STEPS, implementation
+            )
+            programs[batch, mode] = _Paged.lower(spec, shapes, plan, batch, context, page_size)
+    report(f"{model}: {len(programs)} programs are compiled")
+    # Side by side, and before anything is timed.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for done in [pool.submit(program.compile) for program in programs.values()]:
+            done.result()
+    _, weights = random_model(config, dtype)
     weight_bytes = sum(leaf.nbytes for leaf in weights)
     read_bytes = weight_bytes
     if not config.tie_word_embeddings:
@@ -117,18 +140,11 @@ def measure(
         peak, copies, cache_bytes = None, 0, 0
         for mode in modes:
             report(f"{model}, batch {batch}, {mode}")
-            if mode == "cudnn":
-                run = _contiguous_runner(spec, weights, batch, context)
-            else:
-                plan = DecodePlan(
-                    head_map if mode == "hybrid" else None, policy, SamplingParams().kind, _STEPS, implementation
-                )
-                run, cache_bytes, found = _paged_runner(spec, weights, plan, batch, context, page_size)
-                copies = max(copies, found)
-            times[mode] = _samples(run, repeats)
-            del run
+            program = programs.pop((batch, mode))
+            times[mode] = _samples(program.runner(weights), repeats)
             if mode != "cudnn":
                 peak = peak_bytes(peak)
+                copies, cache_bytes = max(copies, program.pool_copies), program.cache_bytes
         us = float(np.median(times["hybrid"]))
         kv_page = 2 * config.head_dim * page_size * weights[0].dtype.itemsize
         pages = pages_for(context, page_size)
@@ -175,39 +191,68 @@ def pool_copies(program: str, pool: jax.Array | jax.ShapeDtypeStruct) -> int:
     return len(re.findall(rf"= {shape}\S* (?:copy|copy-start|dynamic-update-slice|transpose)\(", program))
 
 
-def _paged_runner(
-    spec: ModelSpec, weights: tuple[jax.Array, ...], plan: DecodePlan, batch: int, context: int, page_size: int
-) -> tuple[Callable[[int], None], int, int]:
-    config = spec.config
-    idle = idle_rows(batch)
-    layout = CacheLayout.plan([context] * batch + [0] * idle, page_size)
-    shape = (layout.num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
-    make = jax.jit(lambda key: jax.random.normal(key, shape, weights[0].dtype))
-    held = {"pools": tuple(make(key) for key in jax.random.split(jax.random.key(1), config.num_layers))}
-    table = jnp.asarray(layout.page_table)
-    # The last tokens of the context, again and again.
-    active = jnp.arange(batch + idle) < batch
-    positions = jnp.where(active, context - _STEPS, 0).astype(jnp.int32)
-    rows = Rows(jnp.zeros_like(positions), positions, active, jnp.zeros_like(positions), None)
-    numbers = context - _STEPS + np.arange(_STEPS)[None].repeat(batch + idle, 0)
-    cos, sin = map(
-        jnp.asarray, rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, numbers, numbers + 1)
-    )
-    rest = (table, cos, sin, active, SamplingParams().arrays(), jnp.full((4,), -1, jnp.int32))
-    compiled = decode_block.lower(spec, plan, weights, held["pools"], rows, *rest, jnp.int32(_STEPS)).compile()
-    copies = pool_copies(compiled.as_text() or "", held["pools"][0])
+class _Program:
+    """A decode step in a loop: lowered from shapes alone, compiled, and then run over a cache of random content."""
 
-    def run(count: int) -> None:
-        block: Any = None
-        for _ in range(count):
-            held["pools"], _, block = compiled(weights, held["pools"], rows, *rest, jnp.int32(_STEPS))
-        jax.block_until_ready(block)
+    def __init__(self, lowered: jax.stages.Lowered):
+        self.lowered, self.compiled = lowered, None
 
-    return run, sum(pool.nbytes for pool in held["pools"]), copies
+    def compile(self) -> None:
+        """Compile, on whatever thread."""
+        self.compiled = self.lowered.compile()
+
+
+class _Paged(_Program):
+    """As the engine decodes."""
+
+    @classmethod
+    def lower(
+        cls, spec: ModelSpec, weights: tuple[Any, ...], plan: DecodePlan, batch: int, context: int, page_size: int
+    ) -> "_Paged":
+        """Lower `decode_block`."""
+        config = spec.config
+        idle = idle_rows(batch)
+        layout = CacheLayout.plan([context] * batch + [0] * idle, page_size)
+        shape = (layout.num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
+        pools = tuple(jax.ShapeDtypeStruct(shape, weights[0].dtype) for _ in range(config.num_layers))
+        # The last tokens of the context, again and again.
+        active = jnp.arange(batch + idle) < batch
+        positions = jnp.where(active, context - _STEPS, 0).astype(jnp.int32)
+        rows = Rows(jnp.zeros_like(positions), positions, active, jnp.zeros_like(positions), None)
+        numbers = context - _STEPS + np.arange(_STEPS)[None].repeat(batch + idle, 0)
+        cos, sin = map(jnp.asarray, _rotary(config, numbers))
+        rest = (jnp.asarray(layout.page_table), cos, sin, active, SamplingParams().arrays())
+        rest = (*rest, jnp.full((4,), -1, jnp.int32), jnp.int32(_STEPS))
+        program = cls(decode_block.lower(spec, plan, weights, pools, rows, *rest))
+        program.pools, program.rows, program.rest = pools, rows, rest
+        return program
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all pools."""
+        return sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in self.pools)
+
+    @property
+    def pool_copies(self) -> int:
+        """How many instructions copy a whole pool."""
+        return pool_copies(self.compiled.as_text() or "", self.pools[0])
+
+    def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
+        """Run blocks of steps."""
+        make = jax.jit(lambda key: jax.random.normal(key, self.pools[0].shape, self.pools[0].dtype))
+        held = {"pools": tuple(make(key) for key in jax.random.split(jax.random.key(1), len(self.pools)))}
+
+        def run(count: int) -> None:
+            block: Any = None
+            for _ in range(count):
+                held["pools"], _, block = self.compiled(weights, held["pools"], self.rows, *self.rest)
+            jax.block_until_ready(block)
+
+        return run
 
 
 @dataclasses.dataclass(frozen=True)
-class _Contiguous:
+class _OverCaches:
     """One new token a row over caches `[B, S, K, H]`, all rows equally long, by cuDNN."""
 
     position: Int[Array, ""]
@@ -243,37 +288,47 @@ def _contiguous_block(
     def step(i: jax.Array, carry: Any) -> Any:
         caches, token = carry
         cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
-        hidden, caches = model(token[:, None], cos_i, sin_i, _Contiguous(first + i), caches)
+        hidden, caches = model(token[:, None], cos_i, sin_i, _OverCaches(first + i), caches)
         return caches, jnp.argmax(model.logits(hidden[:, 0]), axis=-1).astype(jnp.int32)
 
     token = jnp.zeros((caches[0][0].shape[0],), jnp.int32)
     return jax.lax.fori_loop(0, cos.shape[1], step, (caches, token))
 
 
-def _contiguous_runner(
-    spec: ModelSpec, weights: tuple[jax.Array, ...], batch: int, context: int
-) -> Callable[[int], None]:
-    config = spec.config
-    shape = (batch, context, config.num_kv_heads, config.head_dim)
-    make = jax.jit(lambda key: jax.random.normal(key, shape, weights[0].dtype))
-    keys = jax.random.split(jax.random.key(1), 2 * config.num_layers)
-    held: dict[str, Pools | Any] = {
-        "caches": tuple((make(keys[2 * i]), make(keys[2 * i + 1])) for i in range(config.num_layers))
-    }
-    numbers = context - _STEPS + np.arange(_STEPS)[None]
-    cos, sin = map(
-        jnp.asarray, rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, numbers, numbers + 1)
-    )
+class _Contiguous(_Program):
+    """Caches that lie in one piece, and cuDNN."""
 
-    def run(count: int) -> None:
-        token: Any = None
-        for _ in range(count):
-            held["caches"], token = _contiguous_block(
-                spec, weights, held["caches"], jnp.int32(context - _STEPS), cos, sin
-            )
-        jax.block_until_ready(token)
+    @classmethod
+    def lower(cls, spec: ModelSpec, weights: tuple[Any, ...], batch: int, context: int) -> "_Contiguous":
+        """Lower `_contiguous_block`."""
+        config = spec.config
+        cache = jax.ShapeDtypeStruct((batch, context, config.num_kv_heads, config.head_dim), weights[0].dtype)
+        caches = tuple((cache, cache) for _ in range(config.num_layers))
+        rest = (
+            jnp.int32(context - _STEPS),
+            *map(jnp.asarray, _rotary(config, context - _STEPS + np.arange(_STEPS)[None])),
+        )
+        program = cls(_contiguous_block.lower(spec, weights, caches, *rest))
+        program.cache, program.layers, program.rest = cache, config.num_layers, rest
+        return program
 
-    return run
+    def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
+        """Run blocks of steps."""
+        make = jax.jit(lambda key: jax.random.normal(key, self.cache.shape, self.cache.dtype))
+        keys = jax.random.split(jax.random.key(1), 2 * self.layers)
+        held = {"caches": tuple((make(keys[2 * i]), make(keys[2 * i + 1])) for i in range(self.layers))}
+
+        def run(count: int) -> None:
+            token: Any = None
+            for _ in range(count):
+                held["caches"], token = self.compiled(weights, held["caches"], *self.rest)
+            jax.block_until_ready(token)
+
+        return run
+
+
+def _rotary(config: ModelConfig, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, numbers, numbers + 1)
 
 
 def table(rows: Sequence[StepRow]) -> str:
