@@ -4,6 +4,7 @@ Lengths sit at the borders of pages and of tiles; NaN is in every slot that must
 """
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels as ops
 from pallas_kernels.mosaic_gpu import attend
-from pallas_kernels.mosaic_gpu.common import Refs, targeting
+from pallas_kernels.mosaic_gpu.common import Refs, compiler_params, targeting
 from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
 
 from . import oracle
@@ -368,6 +369,31 @@ def test_kernels_lower_for_cuda(
     code = kernels(call, *shapes)
     assert len(code) == 2, "two launches"
     assert unsigned(code) == []
+
+
+def test_the_warpgroups_that_compute_reduce_in_memory_of_their_own() -> None:
+    """In the code for CUDA: a reduction's memory is no reference, so that the interpreter cannot see who shares it."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in [
+            ((1, 8, 4, 128), jnp.bfloat16), ((257, 8, 64, 256), jnp.bfloat16), ((1, 256), jnp.int32), ((1,), jnp.int32)
+        ]
+    ]  # fmt: skip
+
+    def call(*args: Any) -> Any:
+        return ops.dense_decode(*args, np.array([3]), scale=0.1, page_scores="max", implementation="mosaic_gpu")
+
+    lines = kernels(call, *shapes)[0].splitlines()
+    constants = dict(re.findall(r"(%\w+) = arith.constant (\d+) : index", "\n".join(lines)))
+    space = compiler_params().reduction_scratch_bytes
+    view = re.compile(rf"memref\.view %\w+\[(%\w+)\]\[\] : .* to memref<{space // 4}xf32,")
+    places = [(number, int(constants[found[1]])) for number, line in enumerate(lines) if (found := view.search(line))]
+    second, first = sorted({place for _, place in places}, reverse=True)
+    assert second - first >= space
+    order = [place for _, place in places]
+    assert order == sorted(order, reverse=True), "each warpgroup has one place"
+    # They run side by side: nobody waits for the other one's end.
+    assert not any("gpu.barrier" in line for line in lines[places[0][0] :])
 
 
 @pytest.mark.parametrize("pages", [1000, 20000])

@@ -35,11 +35,11 @@ from pallas_kernels.mosaic_gpu.common import (
     store,
     wait_for_predecessor,
 )  # fmt: skip
-from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
+from pallas_kernels.mosaic_gpu.plan import TILE_TOKENS, Rows, Tiling
 from pallas_kernels.reference import MASKED
 from pallas_kernels.types import PageScores
 
-# Warpgroups that compute.
+# Warpgroups that compute tiles of the usual size; larger ones take one of them all its time, and its slots are few.
 COMPUTING = 2
 # Shared memory for tiles in flight, and how many of them there may be: their page ids are held in registers.
 _TILE_BYTES = 192 * 1024
@@ -92,8 +92,9 @@ def attend(
     scored = page_scores is not None and tiling.dense > 0
     tokens, per_tile = tiling.tile_tokens, tiling.pages_per_tile
     stages = min(_MOST_STAGES, _TILE_BYTES // (tokens * 2 * head_dim * kv_pages.dtype.itemsize))
+    computing = COMPUTING if tokens == TILE_TOKENS else 1
     # A slot is always the same warpgroup's, as whoever waits at a barrier must do so every time.
-    stages -= stages % COMPUTING
+    stages -= stages % computing
 
     names = ["q", "kv_pages", "page_table", "lengths"]
     inputs = [q, kv_pages, page_table, lengths]
@@ -110,21 +111,24 @@ def attend(
     ]
     scratch = {
         "tiles": plgpu.SMEM((stages, tokens, 2 * head_dim), kv_pages.dtype, transforms=TILED),
-        "query": plgpu.SMEM((COMPUTING, COLUMNS, head_dim), kv_pages.dtype, transforms=TILED),
-        "weights": plgpu.SMEM((COMPUTING, COLUMNS, tokens), kv_pages.dtype, transforms=TILED),
+        "query": plgpu.SMEM((computing, COLUMNS, head_dim), kv_pages.dtype, transforms=TILED),
+        "weights": plgpu.SMEM((computing, COLUMNS, tokens), kv_pages.dtype, transforms=TILED),
         "turned": plgpu.SMEM((COLUMNS, head_dim), jnp.float32, transforms=TILED_32),
-        "other_out": plgpu.SMEM((head_dim, COLUMNS), jnp.float32),
-        "other_stats": plgpu.SMEM((2, COLUMNS), jnp.float32),
-        "asked": plgpu.Barrier(num_barriers=COMPUTING),
+        "asked": plgpu.Barrier(num_barriers=computing),
         "full": plgpu.Barrier(num_arrivals=per_tile, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages),
-        "other_done": plgpu.Barrier(),
-        "other_read": plgpu.Barrier(),
     }
+    if computing > 1:
+        scratch |= {
+            "other_out": plgpu.SMEM((head_dim, COLUMNS), jnp.float32),
+            "other_stats": plgpu.SMEM((2, COLUMNS), jnp.float32),
+            "other_done": plgpu.Barrier(),
+            "other_read": plgpu.Barrier(),
+        }
     if scored:
         names.append("scores")
         outputs.append(jax.ShapeDtypeStruct((batch, tiling.dense, score_rows, SCORE_ROW), jnp.float32))
-        scratch["ready_scores"] = plgpu.SMEM((COMPUTING, COLUMNS), jnp.float32)
+        scratch["ready_scores"] = plgpu.SMEM((computing, COLUMNS), jnp.float32)
 
     def body(*args: Any, **named: Any) -> None:
         refs = Refs(dict(zip(names, args, strict=True)) | named)
@@ -132,19 +136,27 @@ def attend(
         let_successor_start()
         thread = jax.lax.axis_index("warpgroup")
 
-        for number in range(COMPUTING):
-
+        def compute(number: int) -> None:
             @pl.when(thread == number)
-            def _(number: int = number) -> None:
-                _Compute(tiling, refs, number, groups, stride, scale, page_scores if scored else None, stages).run()
+            def _():
+                scoring = page_scores if scored else None
+                _Compute(tiling, refs, number, computing, groups, stride, scale, scoring, stages).run()
 
-        @pl.when(thread == COMPUTING)
+        if computing > 1:
+            # A maximum over a tile's tokens goes through memory that lies behind whatever is allocated around it:
+            # without an allocation around one of them, both warpgroups would use the same, which the interpreter does
+            # not see. Nobody waits where the allocation ends.
+            space = compiler_params().reduction_scratch_bytes
+            pl.run_scoped(lambda _: compute(1), plgpu.SMEM((space,), jnp.int8), collective_axes="warpgroup")
+        compute(0)
+
+        @pl.when(thread == computing)
         def _():
             _Fetch(tiling, refs, num_pages, capacity, stages).run()
 
     out = plgpu.kernel(
         body, out_type=outputs, scratch_types=scratch, grid=(tiling.blocks,), grid_names=("block",),
-        num_threads=COMPUTING + 1, thread_name="warpgroup", compiler_params=compiler_params(),
+        num_threads=computing + 1, thread_name="warpgroup", compiler_params=compiler_params(),
         interpret=interpreter(), kernel_name="attend",
     )(*inputs)  # fmt: skip
     return out[0], out[1], out[2] if scored else None
@@ -297,15 +309,17 @@ class _Fetch(_Walk):
 class _Compute(_Walk):
     """Running top, total and weighted sum of values of each piece, rescaled from tile to tile.
 
-    Warpgroup `number` of two takes every other tile of all that the block has, and with it every other slot.
+    Warpgroup `number` of two takes every other tile of all that the block has, and with it every other slot. A lone one
+    takes all of them.
     """
 
     def __init__(
-        self, tiling: Tiling, refs: Refs, number: int, groups: int, stride: int, scale: float,
+        self, tiling: Tiling, refs: Refs, number: int, computing: int, groups: int, stride: int, scale: float,
         page_scores: PageScores | None, stages: int,
     ):  # fmt: skip
         super().__init__(tiling, refs, stages)
-        self.number, self.groups, self.stride, self.scale, self.page_scores = number, groups, stride, scale, page_scores
+        self.number, self.computing, self.groups, self.stride = number, computing, groups, stride
+        self.scale, self.page_scores = scale, page_scores
         self.head_dim = refs.query.shape[2]
         self.query, self.weights, self.asked = (ref.at[number] for ref in (refs.query, refs.weights, refs.asked))
 
@@ -328,13 +342,13 @@ class _Compute(_Walk):
         tokens, head_dim = tiling.tile_tokens, self.head_dim
         query = (piece.row * tiling.kv_heads + piece.head) * self.stride
         plgpu.copy_gmem_to_smem(refs.q.at[pl.ds(query, COLUMNS)], self.query, self.asked)
-        mine = remainder(count + self.number, COMPUTING)
+        mine = remainder(count + self.number, self.computing)
 
         def step(turn: jax.Array, carry: Any) -> Any:
             top, total, out, real = carry
-            i = mine + turn * COMPUTING
+            i = mine + turn * self.computing
             slot = remainder(count + i, self.stages)
-            ahead = self.real(piece, piece.first + jnp.minimum(i + COMPUTING, last))
+            ahead = self.real(piece, piece.first + jnp.minimum(i + self.computing, last))
             keys = refs.tiles.at[slot, :, pl.ds(0, head_dim)]
             values = refs.tiles.at[slot, :, pl.ds(head_dim, head_dim)]
             plgpu.barrier_wait(refs.full.at[slot])
@@ -384,13 +398,20 @@ class _Compute(_Walk):
             self.real(piece, piece.first + jnp.minimum(mine, jnp.maximum(last, 0))),
         )
         plgpu.barrier_wait(self.asked)
-        turns = (jnp.maximum(piece.steps - mine, 0) + COMPUTING - 1) // COMPUTING
+        turns = (jnp.maximum(piece.steps - mine, 0) + self.computing - 1) // self.computing
         top, total, out, _ = jax.lax.fori_loop(0, turns, step, start)
         total = jnp.sum(total, axis=0)
         if self.number:
             self.hand_over(top, total, out, pieces)
-        else:
-            self.unite(piece, top, total, out)
+            return
+        if self.computing > 1:
+            top, total, out = self.unite(top, total, out)
+        store(refs.turned.transpose((1, 0)), plgpu.layout_cast(out, WGMMA_SINGLE))
+        store(refs.stats.at[piece.number, 0], top)
+        store(refs.stats.at[piece.number, 1], total)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(refs.turned, refs.sums.at[piece.number])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def hand_over(self, top: jax.Array, total: jax.Array, out: jax.Array, pieces: jax.Array) -> None:
         """Leave what the second warpgroup found in a piece for the first one."""
@@ -406,11 +427,10 @@ class _Compute(_Walk):
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.other_done)
 
-    def unite(self, piece: _Piece, top: jax.Array, total: jax.Array, out: jax.Array) -> None:
-        """Write what both warpgroups found in a piece."""
-        refs = self.refs
+    def unite(self, top: jax.Array, total: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What both warpgroups found in a piece."""
+        refs, column = self.refs, WGMMA.reduce(0)
         plgpu.barrier_wait(refs.other_done)
-        column = WGMMA.reduce(0)
         other_top, other_total = load(refs.other_stats.at[0], column), load(refs.other_stats.at[1], column)
         other_out = load(refs.other_out, WGMMA)
         plgpu.commit_smem()
@@ -418,12 +438,7 @@ class _Compute(_Walk):
         united = jnp.maximum(top, other_top)
         kept, added = jnp.exp2(top - united), jnp.exp2(other_top - united)
         out = out * along_rows(kept, out.shape) + other_out * along_rows(added, out.shape)
-        store(refs.turned.transpose((1, 0)), plgpu.layout_cast(out, WGMMA_SINGLE))
-        store(refs.stats.at[piece.number, 0], united)
-        store(refs.stats.at[piece.number, 1], total * kept + other_total * added)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(refs.turned, refs.sums.at[piece.number])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        return united, total * kept + other_total * added, out
 
     def run(self) -> tuple[jax.Array, jax.Array]:
         count, pieces = super().run()
