@@ -46,7 +46,8 @@ _LEAST_ROWS = {"cpu": 2, "gpu": 2}
 # Decode steps that one program runs before the host hears of them.
 BLOCK_STEPS = 8
 # `auto` is dense below this many tokens, and below 5/4 of the budget: up to the budget both ways read the same, and
-# hybrid decoding selects besides. The CPU's figure is measured (docs/results.md); of the others nothing is known yet.
+# hybrid decoding selects besides. The CPU's and the GPU's figures are measured (docs/results.md); of TPUs nothing is
+# known yet.
 _DENSE_BELOW = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
 
 

@@ -139,7 +139,8 @@ def test_the_documents_show_commands():
 @pytest.mark.parametrize("line", LYCHEE)
 def test_a_command_that_is_shown_runs(line: str, workplace: Path, monkeypatch, capfd):
     monkeypatch.chdir(workplace)
-    monkeypatch.setitem(shapes.MODELS, "llama-3-8b", ModelConfig("llama", 64, 32, 48, 2, 4, 2, 16, 4096))
+    for name in ("llama-3-8b", "qwen3-8b", "qwen2.5-7b"):
+        monkeypatch.setitem(shapes.MODELS, name, ModelConfig("llama", 64, 32, 48, 2, 4, 2, 16, 4096))
     (workplace / "docs" / "results").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workplace / "converted", ignore_errors=True)
     for made in workplace.glob("eval-*"):

@@ -380,8 +380,11 @@ def test_the_warpgroups_that_compute_reduce_in_memory_of_their_own() -> None:
         ]
     ]  # fmt: skip
 
-    def call(*args: Any) -> Any:
-        return ops.dense_decode(*args, np.array([3]), scale=0.1, page_scores="max", implementation="mosaic_gpu")
+    def call(q: Any, pool: Any, table: Any, lengths: Any) -> Any:
+        heads = np.array([3], np.int32)
+        return ops.dense_decode(
+            q, pool, table, lengths, heads, scale=0.1, page_scores="max", implementation="mosaic_gpu"
+        )
 
     lines = kernels(call, *shapes)[0].splitlines()
     constants = dict(re.findall(r"(%\w+) = arith.constant (\d+) : index", "\n".join(lines)))

@@ -115,7 +115,7 @@ def measure(
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context))
     head_map = spread_heads(config, retrieval_heads)
     spec, shapes = abstract_model(config, dtype)
-    programs = {}
+    programs: dict[tuple[int, Mode], _Program] = {}
     for batch, mode in itertools.product(batches, modes):
         if mode == "cudnn":
             programs[batch, mode] = _Contiguous.lower(spec, shapes, batch, context)
@@ -127,7 +127,7 @@ def measure(
     report(f"{model}: {len(programs)} programs are compiled")
     # Side by side, and before anything is timed.
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for done in [pool.submit(program.compile) for program in programs.values()]:
+        for done in [pool.submit(getattr, program, "compiled") for program in programs.values()]:
             done.result()
     _, weights = random_model(config, dtype)
     weight_bytes = sum(leaf.nbytes for leaf in weights)
@@ -142,7 +142,7 @@ def measure(
             report(f"{model}, batch {batch}, {mode}")
             program = programs.pop((batch, mode))
             times[mode] = _samples(program.runner(weights), repeats)
-            if mode != "cudnn":
+            if isinstance(program, _Paged):
                 peak = peak_bytes(peak)
                 copies, cache_bytes = max(copies, program.pool_copies), program.cache_bytes
         us = float(np.median(times["hybrid"]))
@@ -194,16 +194,25 @@ def pool_copies(program: str, pool: jax.Array | jax.ShapeDtypeStruct) -> int:
 class _Program:
     """A decode step in a loop: lowered from shapes alone, compiled, and then run over a cache of random content."""
 
-    def __init__(self, lowered: jax.stages.Lowered):
-        self.lowered, self.compiled = lowered, None
+    lowered: jax.stages.Lowered
 
-    def compile(self) -> None:
-        """Compile, on whatever thread."""
-        self.compiled = self.lowered.compile()
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """Compiled when it is first asked for, on whatever thread."""
+        return self.lowered.compile()
+
+    def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
+        """Make a cache; returns what runs so many blocks of steps over it."""
+        raise NotImplementedError
 
 
+@dataclasses.dataclass
 class _Paged(_Program):
-    """As the engine decodes."""
+    """As the engine decodes: the arguments beside weights and pools, and the shapes of these."""
+
+    lowered: jax.stages.Lowered
+    pools: tuple[jax.ShapeDtypeStruct, ...]
+    rest: tuple[Any, ...]
 
     @classmethod
     def lower(
@@ -221,11 +230,9 @@ class _Paged(_Program):
         rows = Rows(jnp.zeros_like(positions), positions, active, jnp.zeros_like(positions), None)
         numbers = context - _STEPS + np.arange(_STEPS)[None].repeat(batch + idle, 0)
         cos, sin = map(jnp.asarray, _rotary(config, numbers))
-        rest = (jnp.asarray(layout.page_table), cos, sin, active, SamplingParams().arrays())
+        rest = (rows, jnp.asarray(layout.page_table), cos, sin, active, SamplingParams().arrays())
         rest = (*rest, jnp.full((4,), -1, jnp.int32), jnp.int32(_STEPS))
-        program = cls(decode_block.lower(spec, plan, weights, pools, rows, *rest))
-        program.pools, program.rows, program.rest = pools, rows, rest
-        return program
+        return cls(decode_block.lower(spec, plan, weights, pools, *rest), pools, rest)
 
     @property
     def cache_bytes(self) -> int:
@@ -238,14 +245,15 @@ class _Paged(_Program):
         return pool_copies(self.compiled.as_text() or "", self.pools[0])
 
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
-        """Run blocks of steps."""
         make = jax.jit(lambda key: jax.random.normal(key, self.pools[0].shape, self.pools[0].dtype))
-        held = {"pools": tuple(make(key) for key in jax.random.split(jax.random.key(1), len(self.pools)))}
+        held: dict[str, Any] = {
+            "pools": tuple(make(key) for key in jax.random.split(jax.random.key(1), len(self.pools)))
+        }
 
         def run(count: int) -> None:
             block: Any = None
             for _ in range(count):
-                held["pools"], _, block = self.compiled(weights, held["pools"], self.rows, *self.rest)
+                held["pools"], _, block = self.compiled(weights, held["pools"], *self.rest)
             jax.block_until_ready(block)
 
         return run
@@ -295,8 +303,14 @@ def _contiguous_block(
     return jax.lax.fori_loop(0, cos.shape[1], step, (caches, token))
 
 
+@dataclasses.dataclass
 class _Contiguous(_Program):
     """Caches that lie in one piece, and cuDNN."""
+
+    lowered: jax.stages.Lowered
+    cache: jax.ShapeDtypeStruct
+    layers: int
+    rest: tuple[Any, ...]
 
     @classmethod
     def lower(cls, spec: ModelSpec, weights: tuple[Any, ...], batch: int, context: int) -> "_Contiguous":
@@ -308,15 +322,13 @@ class _Contiguous(_Program):
             jnp.int32(context - _STEPS),
             *map(jnp.asarray, _rotary(config, context - _STEPS + np.arange(_STEPS)[None])),
         )
-        program = cls(_contiguous_block.lower(spec, weights, caches, *rest))
-        program.cache, program.layers, program.rest = cache, config.num_layers, rest
-        return program
+        lowered = _contiguous_block.lower(spec, weights, caches, *rest)
+        return cls(lowered, cache, config.num_layers, rest)
 
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
-        """Run blocks of steps."""
         make = jax.jit(lambda key: jax.random.normal(key, self.cache.shape, self.cache.dtype))
         keys = jax.random.split(jax.random.key(1), 2 * self.layers)
-        held = {"caches": tuple((make(keys[2 * i]), make(keys[2 * i + 1])) for i in range(self.layers))}
+        held: dict[str, Any] = {"caches": tuple((make(keys[2 * i]), make(keys[2 * i + 1])) for i in range(self.layers))}
 
         def run(count: int) -> None:
             token: Any = None

@@ -221,7 +221,8 @@ class _Walk:
             return tile + planned, count + steps, pieces + 1
 
         none = jnp.int32(0)
-        return jax.lax.while_loop(lambda carry: carry[0] < end, step, (start, none, none))[1:]
+        _, count, pieces = jax.lax.while_loop(lambda carry: carry[0] < end, step, (start, none, none))
+        return count, pieces
 
     def logical(self, piece: _Piece, tile: jax.Array) -> list[jax.Array]:
         """The logical pages of a tile, −1 where there is none."""
