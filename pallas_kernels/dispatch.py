@@ -188,6 +188,11 @@ def hybrid_decode(
     """All roles of one layer, and the selection it hands up; see `reference.hybrid_decode`."""
     _check_pool(q, kv_pages, page_table, lengths, heads)
     _check_budget(budget_pages, sink_pages, recent_pages)
+    if selection.pages.shape[2] != budget_pages:
+        raise ValueError(
+            f"the selection has room for {selection.pages.shape[2]} pages a head and budget_pages is {budget_pages}; "
+            "a layer hands up as many as it gets"
+        )
     return _run(
         "hybrid_decode", implementation, q, kv_pages, page_table, lengths, selection, heads, scale=scale,
         budget_pages=budget_pages, sink_pages=sink_pages, recent_pages=recent_pages, rule=rule, amount=amount,

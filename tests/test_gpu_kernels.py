@@ -310,9 +310,26 @@ def test_wrong_page_ids_are_never_followed() -> None:
             piece = attend._Piece(
                 number, number, number, jnp.bool_(not sparse), number, number, jnp.int32(length), number
             )
-            for tile in range(3):
-                pages = fetch.physical(piece, fetch.logical(piece, jnp.int32(tile)))
-                assert all(0 <= int(page) < 9 for page in pages)
+            logical = [fetch.logical(piece, jnp.int32(tile)) for tile in range(6)]
+            assert all(0 <= int(page) < 9 for pages in logical for page in fetch.physical(piece, pages))
+            if sparse:  # none of the wrong ones counts as a page, not even one whose first token is beyond int32
+                real = [int(page) for (page,) in logical if int(page) >= 0]
+                assert real == ([2, 5] if length > 64 else [])
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(2, []), (0, [1])], ids=["no heads", "no rows"])
+def test_nothing_is_asked_for(batch: int, heads: list[int]) -> None:
+    q = jnp.ones((batch, 3, 4, 64), jnp.bfloat16)
+    pool, table = jnp.ones((9, 3, 16, 128), jnp.bfloat16), jnp.zeros((batch, 4), jnp.int32)
+    lengths, named = jnp.full((batch,), 40, jnp.int32), jnp.array(heads, jnp.int32)
+    selection = ops.Selection(jnp.zeros((batch, 3, 2), jnp.int32), jnp.ones((batch, 3), jnp.int32))
+    out, scores = run(ops.dense_decode, q, pool, table, lengths, named, scale=1.0, page_scores="max")
+    assert (out.shape, scores.shape) == ((batch, len(heads), 4, 64), (batch, len(heads), 4))
+    out = run(ops.sparse_decode, q, pool, table, lengths, selection, named, scale=1.0)
+    assert out.shape == (batch, len(heads), 4, 64)
+    policy = {"budget_pages": 2, "sink_pages": 0, "recent_pages": 0}
+    out, handed = run(ops.hybrid_decode, q, pool, table, lengths, selection, named, scale=1.0, **policy)
+    assert (out.shape, handed.pages.shape) == (q.shape, selection.pages.shape)
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,7 @@ def test_without_a_name_a_refusal_falls_back_and_an_error_does_not(monkeypatch: 
         ({"lengths": (1,)}, "rows"),
         ({"heads": (4,)}, "heads"),
         ({"budget_pages": 0}, "budget"),
+        ({"budget_pages": 5}, "room for 4 pages"),
         ({"sink_pages": -1}, "sink"),
         ({"recent_pages": -1}, "recent"),
         ({"sink_pages": 3, "recent_pages": 2}, "forced"),

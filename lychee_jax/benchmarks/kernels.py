@@ -174,7 +174,8 @@ def _time(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) ->
 
     def program(first: Any, *rest: Any) -> jax.Array:
         def turn(_: Any, found: jax.Array) -> jax.Array:
-            # Nothing may be taken out of the loop: every round's arguments come with what the last one found.
+            # No call may be taken out of the loop: its queries, or scores, come with what the last round found. (What
+            # an implementation does with pages alone may be, where it takes all of them at once: below 1024 tokens.)
             args, found = jax.lax.optimization_barrier((first, found))
             outputs = [leaf for i in range(_CALLS) for leaf in jax.tree.leaves(call(i, args, *rest))]
             outputs = jax.lax.optimization_barrier(outputs)  # whole ones, not only what is looked at

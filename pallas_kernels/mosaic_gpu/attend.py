@@ -227,6 +227,7 @@ class _Walk:
     def logical(self, piece: _Piece, tile: jax.Array) -> list[jax.Array]:
         """The logical pages of a tile, −1 where there is none."""
         tiling = self.tiling
+        used = (piece.length + tiling.page_size - 1) // tiling.page_size
         pages = []
         for k in range(tiling.pages_per_tile):
             index = tile * tiling.pages_per_tile + k
@@ -236,12 +237,12 @@ class _Walk:
                 # A dense head has no pages here; what is read instead is thrown away.
                 page = self.refs.pages[piece.row, piece.head, inside]
                 page = jnp.where(piece.dense, index, jnp.where(index < tiling.selected, page, -1))
-            pages.append(jnp.where(page * tiling.page_size < piece.length, page, -1))
+            pages.append(jnp.where(page < used, page, -1))
         return pages
 
 
 class _Fetch(_Walk):
-    """Copy tiles to shared memory, as far ahead of the computing warpgroup as there are slots."""
+    """Copy tiles to shared memory, as far ahead of the computing warpgroups as there are slots."""
 
     def __init__(self, tiling: Tiling, refs: Refs, num_pages: int, capacity: int, stages: int):
         super().__init__(tiling, refs, stages)

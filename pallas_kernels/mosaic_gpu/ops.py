@@ -81,6 +81,10 @@ def dense_decode(
     page_scores: PageScores | None = None,
 ) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]:
     """Attention over the whole cache, and page scores from the same pass."""
+    shape = (q.shape[0], heads.shape[0], *q.shape[2:])
+    if 0 in shape:
+        scores = None if page_scores is None else jnp.zeros((*shape[:2], page_table.shape[1]), jnp.float32)
+        return jnp.zeros(shape, q.dtype), scores
     tiling = _tiling(q, kv_pages, heads.shape[0], 0, 0)
     sums, stats, scores = attend(
         q,
@@ -96,7 +100,6 @@ def dense_decode(
         score_rows=-(-page_table.shape[1] // SCORE_ROW),
         target=target(),
     )
-    shape = (q.shape[0], heads.shape[0], *q.shape[2:])
     # The output has only the heads that were asked for, in their order.
     out, _, _ = finish(lengths, None, tiling=tiling, pieces=(sums, stats), shape=shape, dtype=q.dtype, target=target())
     if scores is not None:
@@ -116,12 +119,14 @@ def sparse_decode(
     scale: float,
 ) -> Float[Array, "B R G H"]:
     """Attention over the selected pages."""
+    shape = (q.shape[0], heads.shape[0], *q.shape[2:])
+    if 0 in shape:
+        return jnp.zeros(shape, q.dtype)
     tiling = _tiling(q, kv_pages, 0, heads.shape[0], selection.pages.shape[2])
     sums, stats, _ = attend(
         q, kv_pages, page_table, lengths, _named(heads, q.shape[1]), selection.pages, selection.counts, tiling=tiling,
         scale=scale, page_scores=None, score_rows=0, target=target(),
     )  # fmt: skip
-    shape = (q.shape[0], heads.shape[0], *q.shape[2:])
     out, _, _ = finish(lengths, None, tiling=tiling, pieces=(sums, stats), shape=shape, dtype=q.dtype, target=target())
     assert out is not None
     return out
@@ -191,6 +196,8 @@ def hybrid_decode(
     page_scores: PageScores = "max",
 ) -> tuple[Float[Array, "B K G H"], Selection]:
     """All roles of a layer in one launch, then merge and selection in another."""
+    if q.shape[0] == 0:
+        return jnp.zeros(q.shape, q.dtype), selection
     kv_heads, page_size = q.shape[1], kv_pages.shape[2]
     dense = heads.shape[0]
     tiling = _tiling(q, kv_pages, dense, kv_heads - dense, selection.pages.shape[2])
