@@ -294,7 +294,8 @@ def test_rows_of_one_length_have_no_more_pieces_than_are_merged_at_once(
             most[is_dense] = max(most[is_dense], found)
     for is_dense, found in most.items():
         assert found <= tiling.pieces_of(is_dense)
-        assert found == 0 or found >= 0.2 * tiling.pieces_of(is_dense), "no bound to load by"
+        if found and (is_dense or not dense):  # beside dense heads, sparse ones have fewer tiles than the bound thinks
+            assert found >= 0.75 * tiling.pieces_of(is_dense), "no bound to load by"
 
 
 def test_wrong_page_ids_are_never_followed() -> None:
