@@ -191,6 +191,7 @@ def pool_copies(program: str, pool: jax.Array | jax.ShapeDtypeStruct) -> int:
     return len(re.findall(rf"= {shape}\S* (?:copy|copy-start|dynamic-update-slice|transpose)\(", program))
 
 
+@dataclasses.dataclass
 class _Program:
     """A decode step in a loop: lowered from shapes alone, compiled, and then run over a cache of random content."""
 
@@ -208,9 +209,8 @@ class _Program:
 
 @dataclasses.dataclass
 class _Paged(_Program):
-    """As the engine decodes: the arguments beside weights and pools, and the shapes of these."""
+    """As the engine decodes: the shapes of the pools, and the arguments beside them and the weights."""
 
-    lowered: jax.stages.Lowered
     pools: tuple[jax.ShapeDtypeStruct, ...]
     rest: tuple[Any, ...]
 
@@ -307,7 +307,6 @@ def _contiguous_block(
 class _Contiguous(_Program):
     """Caches that lie in one piece, and cuDNN."""
 
-    lowered: jax.stages.Lowered
     cache: jax.ShapeDtypeStruct
     layers: int
     rest: tuple[Any, ...]
