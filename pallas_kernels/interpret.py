@@ -12,6 +12,9 @@ def interpreted(implementation: str, params: Any = None) -> Iterator[None]:
     Ops inside still have to be asked for the implementation by its name. Memory that nothing was written to reads as
     NaN there.
 
+    A simulated GPU's warpgroups wait for each other, each in a thread of XLA's, which has as many as there are cores.
+    On a machine with fewer than four, set the environment's `NPROC=8` before JAX starts, or they may wait forever.
+
     Args:
         implementation: "mosaic_tpu" or "mosaic_gpu".
         params: The simulated machine, `pltpu.InterpretParams` or `plgpu.InterpretGPUParams`; None takes JAX's defaults.

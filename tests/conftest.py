@@ -15,11 +15,27 @@ if importlib.util.find_spec("libtpu") and not has_tpu():
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Tests compile much and run little: programs for the CPU that LLVM spends no time on are ready sooner than they lose.
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    _quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{_quick} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+# As many workers as cores get in each other's way where each spreads its threads over all of them.
+_worker, _workers = os.environ.get("PYTEST_XDIST_WORKER"), os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+if _worker and _workers and hasattr(os, "sched_setaffinity"):
+    _cores = sorted(os.sched_getaffinity(0))
+    if len(_cores) == int(_workers):
+        os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
+
+# XLA has as many threads as there are cores, and a simulated warpgroup that waits for another one keeps its thread:
+# where there are few, all could wait for each other forever.
+os.environ.setdefault("NPROC", "8")
+
 # Where the tests run in the background Ctrl-C may be ignored, and the commands that they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import jaxtyping
+import jaxtyping  # noqa: E402
 
 # Before the first import of the packages: annotations are checked at every call of every public array function.
 jaxtyping.install_import_hook(["lychee_jax", "pallas_kernels", "checkpoints_convert"], "beartype.beartype")

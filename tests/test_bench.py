@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lychee_jax import cli
-from lychee_jax.benchmarks import decode, shapes, step, train
+from lychee_jax.benchmarks import decode, kernels, shapes, step, train
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load
@@ -183,7 +183,8 @@ def test_retrieval_heads_are_spread(count):
     assert head_map.num_retrieval == count
 
 
-def test_kernels_are_timed_beside_their_rivals(tmp_path, capsys):
+def test_kernels_are_timed_beside_their_rivals(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(kernels, "_TURN_BYTES", 1 << 20)
     target = tmp_path / "kernels.json"
     arguments = ["--batch", "1", "--repeats", "2", "--dtype", "float32", "--context", "200", "--pages", "8"]
     assert cli.main(["bench", "kernels", "--page-size", "16", "--json", str(target), *arguments]) == 0

@@ -18,7 +18,7 @@ from typer.main import get_command
 import lychee_jax
 import pallas_kernels
 from lychee_jax import cli
-from lychee_jax.benchmarks import shapes
+from lychee_jax.benchmarks import kernels, shapes
 from lychee_jax.config import ModelConfig
 from lychee_jax.evaluation.longbench import TASKS
 from lychee_jax.loading import BUNDLED
@@ -141,6 +141,7 @@ def test_a_command_that_is_shown_runs(line: str, workplace: Path, monkeypatch, c
     monkeypatch.chdir(workplace)
     for name in ("llama-3-8b", "qwen3-8b", "qwen2.5-7b"):
         monkeypatch.setitem(shapes.MODELS, name, ModelConfig("llama", 64, 32, 48, 2, 4, 2, 16, 4096))
+    monkeypatch.setattr(kernels, "_TURN_BYTES", 1 << 20)
     (workplace / "docs" / "results").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workplace / "converted", ignore_errors=True)
     for made in workplace.glob("eval-*"):

@@ -21,6 +21,7 @@ from pallas_kernels import Selection
 
 # Caches that take turns hold at least this much: several times an L2.
 _TURN_BYTES = 1 << 30
+# Calls of one program: several rounds of them where a launch costs as much as a short kernel takes.
 _CALLS, _ROUNDS = 16, 8
 
 
@@ -74,10 +75,26 @@ def measure(
     report: Callable[[str], None] = lambda line: None,
 ) -> list[KernelRow]:
     """Time all ops at each batch size."""
+    _refuse(shape, context, implementation)
     rows = []
     for batch in batches:
         rows += _measure_batch(shape, batch, context, implementation, rivals, repeats, report)
     return rows
+
+
+def _refuse(shape: Shape, context: int, implementation: str | None) -> None:
+    """Whatever an implementation does not run is refused here, before gigabytes are made for it."""
+    kind, head = jnp.dtype(shape.dtype), np.array([0], np.int32)
+    pages = -(-context // shape.page_size)
+    jax.eval_shape(
+        functools.partial(
+            pallas_kernels.dense_decode, heads=head, scale=shape.scale, page_scores="max", implementation=implementation
+        ),
+        jax.ShapeDtypeStruct((1, shape.kv_heads, shape.groups, shape.head_dim), kind),
+        jax.ShapeDtypeStruct((pages, shape.kv_heads, shape.page_size, 2 * shape.head_dim), kind),
+        jax.ShapeDtypeStruct((1, pages), jnp.int32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
+    )
 
 
 def _measure_batch(
@@ -171,6 +188,7 @@ def _measure_batch(
 
 def _time(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> list[float]:
     """Microseconds of `call(i, *arguments)`, `repeats` samples."""
+    rounds = _ROUNDS if jax.default_backend() == "gpu" else 1
 
     def program(first: Any, *rest: Any) -> jax.Array:
         def turn(_: Any, found: jax.Array) -> jax.Array:
@@ -181,7 +199,7 @@ def _time(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) ->
             outputs = jax.lax.optimization_barrier(outputs)  # whole ones, not only what is looked at
             return sum((leaf.ravel()[0].astype(jnp.float32) for leaf in outputs), found)
 
-        return jax.lax.fori_loop(0, _ROUNDS, turn, jnp.float32(0))
+        return jax.lax.fori_loop(0, rounds, turn, jnp.float32(0))
 
     program = jax.jit(program)
     jax.block_until_ready(program(*arguments))
@@ -189,7 +207,7 @@ def _time(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) ->
     for _ in range(repeats + 2):
         started = time.perf_counter()
         jax.block_until_ready(program(*arguments))
-        samples.append(1e6 * (time.perf_counter() - started) / (_CALLS * _ROUNDS))
+        samples.append(1e6 * (time.perf_counter() - started) / (_CALLS * rounds))
     return samples[2:]
 
 
