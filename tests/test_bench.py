@@ -199,6 +199,15 @@ def test_kernels_are_timed_beside_their_rivals(monkeypatch, tmp_path, capsys):
         assert row["rivals"]["xla"] > 0
 
 
+def test_what_an_implementation_does_not_run_is_refused_before_caches_are_made(monkeypatch, capsys):
+    def made(*args):
+        raise AssertionError("caches of gigabytes are made here")
+
+    monkeypatch.setattr(kernels, "_measure_batch", made)
+    assert cli.main(["bench", "kernels", "--implementation", "mosaic_gpu"]) == 2
+    assert "Hopper" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
