@@ -194,8 +194,8 @@ def bench_kernels(
     """Time each op for a layer of Llama-3-8B beside its rivals, in the same run."""
     # torch, where it is, needs room beside JAX.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if context < 1 or pages < 7 or repeats < 1:
-        raise UserError("--context and --repeats must be at least 1, --pages at least 7 (6 are forced)")
+    if min(context, page_size, repeats) < 1 or pages < 7:
+        raise UserError("--context, --page-size and --repeats must be at least 1, --pages at least 7 (6 are forced)")
     from lychee_jax.benchmarks import kernels
 
     rows = kernels.measure(

@@ -219,6 +219,7 @@ def test_what_an_implementation_does_not_run_is_refused_before_caches_are_made(m
         (["kernels", "--batch", "0"], "at least one"),
         (["decode", "--shape", "llama-3-8b", "--retrieval-heads", "7", "--page-size", "64"], "layer 0 alone has 8"),
         (["kernels", "--pages", "3"], "at least 7"),
+        (["kernels", "--page-size", "0"], "--page-size"),
         (["prefill", "--context", "0"], "at least 1"),
         (["train", "--repeats", "0"], "at least 1"),
         (["train", "--context", "0"], "at least 1"),
