@@ -68,7 +68,7 @@ class Source:
         """The dtype in which a tensor is stored; None for one that is not supported."""
         return _DTYPES.get(self.tensors[name].dtype)
 
-    def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, "rows *rest"]]]:
+    def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, " rows *rest"]]]:
         """A tensor in pieces of whole rows: the first row's number, and the rows.
 
         Raises:

@@ -89,8 +89,8 @@ class Extend:
     """
 
     page_table: Int[Array, "B P"]
-    starts: Int[Array, "B"]
-    counts: Int[Array, "B"]
+    starts: Int[Array, " B"]
+    counts: Int[Array, " B"]
     aligned: bool
     implementation: str | None = None
 
@@ -119,7 +119,7 @@ class DecodeState:
 
     pools: tuple[jax.Array, ...]
     selection: Selection
-    pages_read: Int[Array, "B"]
+    pages_read: Int[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Decode:
     """
 
     page_table: Int[Array, "B P"]
-    positions: Int[Array, "B"]
-    active: Bool[Array, "B"]
+    positions: Int[Array, " B"]
+    active: Bool[Array, " B"]
     head_map: HeadMap | None
     policy: SelectionPolicy
     implementation: str | None = None

@@ -65,8 +65,8 @@ def make_pools(
 def append_token(
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
-    positions: Int[Array, "B"],
-    active: Bool[Array, "B"],
+    positions: Int[Array, " B"],
+    active: Bool[Array, " B"],
     kv: Float[Array, "B K HH"],
 ) -> Float[Array, "num_pages K page_size HH"]:
     """Write one token's keys and values for every active row at `positions[b]`; inactive rows write to scratch."""
@@ -92,8 +92,8 @@ def _past_the_pool(num_pages: int, batch: int, count: int) -> Int32[Array, "B co
 def append_pages(
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
-    starts: Int[Array, "B"],
-    counts: Int[Array, "B"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
     kv: Float[Array, "B T K HH"],
 ) -> Float[Array, "num_pages K page_size HH"]:
     """Write whole pages: `starts` and T are multiples of the page size; pages past `starts + counts` are not written.
@@ -115,8 +115,8 @@ def append_pages(
 def append_tokens(
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
-    starts: Int[Array, "B"],
-    counts: Int[Array, "B"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
     kv: Float[Array, "B T K HH"],
 ) -> Float[Array, "num_pages K page_size HH"]:
     """Write `counts[b]` tokens from position `starts[b]` on, wherever that lies in a page."""

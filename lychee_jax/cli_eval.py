@@ -14,7 +14,7 @@ from lychee_jax.cli_generate import load_model
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lychee_jax.evaluation.cases import Cell
+    from lychee_jax.evaluation.cases import Cell, Task
     from lychee_jax.evaluation.report import Style
     from lychee_jax.evaluation.runner import Plan
     from lychee_jax.generate import GenerateOptions

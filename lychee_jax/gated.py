@@ -40,7 +40,7 @@ class Gated:
     """
 
     z: Float[Array, "B L K"]
-    starts: Int[Array, "B"]
+    starts: Int[Array, " B"]
     decoded: Bool[Array, "B T"]
     policy: SelectionPolicy
     page_size: int

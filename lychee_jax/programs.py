@@ -63,10 +63,10 @@ class Rows(NamedTuple):
     the index of the token that comes next; `seen [B, V]`: what a repetition penalty falls on (None without one).
     """
 
-    token: Int32[Array, "B"]
-    positions: Int32[Array, "B"]
-    active: Bool[Array, "B"]
-    step: Int32[Array, "B"]
+    token: Int32[Array, " B"]
+    positions: Int32[Array, " B"]
+    active: Bool[Array, " B"]
+    step: Int32[Array, " B"]
     seen: Bool[Array, "B V"] | None
 
 
@@ -87,8 +87,8 @@ def prefill_chunk(
     tokens: Int[Array, "B T"],
     cos: Float32[Array, "#B T half"],
     sin: Float32[Array, "#B T half"],
-    starts: Int[Array, "B"],
-    counts: Int[Array, "B"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
     implementation: str | None = None,
 ) -> tuple[Pools, Float[Array, "B E"]]:
     """Feed `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states."""
@@ -106,8 +106,8 @@ def correct_cache(
     tokens: Int[Array, "B T"],
     cos: Float32[Array, "#B T half"],
     sin: Float32[Array, "#B T half"],
-    starts: Int[Array, "B"],
-    active: Bool[Array, "B"],
+    starts: Int[Array, " B"],
+    active: Bool[Array, " B"],
     implementation: str | None = None,
 ) -> Pools:
     """Rewrite the cache of the last T tokens of active rows by a dense pass (LycheeDecode's cache correction)."""
@@ -121,8 +121,8 @@ def _take(
     rows: Rows,
     kind: SamplingKind,
     sampling: SamplingArrays,
-    eos_ids: Int[Array, "n"],
-    on: Bool[Array, "B"],
+    eos_ids: Int[Array, " n"],
+    on: Bool[Array, " B"],
 ) -> tuple[Rows, jax.Array, jax.Array]:
     """Sample for the rows that are `on`: their new state, and (token, logprob) with −1 and 0 elsewhere."""
     batch = logits.shape[0]
@@ -150,7 +150,7 @@ def first_token(
     last: Float[Array, "B E"],
     rows: Rows,
     sampling: SamplingArrays,
-    eos_ids: Int[Array, "n"],
+    eos_ids: Int[Array, " n"],
 ) -> tuple[Rows, Block]:
     """The first new token, from the dense prefill's last logits."""
     logits = spec.merge(weights).logits(last)
@@ -168,9 +168,9 @@ def decode_block(
     page_table: Int[Array, "B P"],
     cos: Float32[Array, "B steps half"],
     sin: Float32[Array, "B steps half"],
-    chosen: Bool[Array, "B"],
+    chosen: Bool[Array, " B"],
     sampling: SamplingArrays,
-    eos_ids: Int[Array, "n"],
+    eos_ids: Int[Array, " n"],
     num_steps: Int[Array, ""],
 ) -> tuple[Pools, Rows, Block]:
     """Up to `num_steps` ≤ `plan.steps` decode steps of the `chosen` rows, on the device; ends early with the last row.
@@ -225,8 +225,8 @@ def feed_block(
     pools: Pools,
     last: Float[Array, "B E"],
     tokens: Int[Array, "B steps"],
-    positions: Int[Array, "B"],
-    counts: Int[Array, "B"],
+    positions: Int[Array, " B"],
+    counts: Int[Array, " B"],
     page_table: Int[Array, "B P"],
     cos: Float32[Array, "B steps half"],
     sin: Float32[Array, "B steps half"],
@@ -281,8 +281,8 @@ def watch_step(
     weights: tuple[jax.Array, ...],
     pools: Pools,
     last: Float[Array, "B E"],
-    positions: Int[Array, "B"],
-    active: Bool[Array, "B"],
+    positions: Int[Array, " B"],
+    active: Bool[Array, " B"],
     page_table: Int[Array, "B P"],
     cos: Float32[Array, "B 1 half"],
     sin: Float32[Array, "B 1 half"],

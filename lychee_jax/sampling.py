@@ -107,9 +107,9 @@ def sample(
     arrays: SamplingArrays,
     kind: SamplingKind,
     seen: Bool[Array, "B V"] | None,
-    rows: Int[Array, "B"],
-    steps: Int[Array, "B"],
-) -> tuple[Int32[Array, "B"], Float32[Array, "B"]]:
+    rows: Int[Array, " B"],
+    steps: Int[Array, " B"],
+) -> tuple[Int32[Array, " B"], Float32[Array, " B"]]:
     """Choose one token per row; a pure function, to be called inside `jax.jit` with `kind` static.
 
     The randomness of a row depends on (seed, row, step) alone, never on the other rows or on the batch size. The noise
@@ -142,11 +142,11 @@ def _penalise(
 
 
 def _gumbel(
-    seed: UInt32[Array, ""], rows: Int[Array, "B"], steps: Int[Array, "B"], vocab_size: int
+    seed: UInt32[Array, ""], rows: Int[Array, " B"], steps: Int[Array, " B"], vocab_size: int
 ) -> Float32[Array, "B V"]:
     key = jax.random.key(seed)
 
-    def noise(row: Int[Array, ""], step: Int[Array, ""]) -> Float32[Array, "V"]:
+    def noise(row: Int[Array, ""], step: Int[Array, ""]) -> Float32[Array, " V"]:
         return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, row), step), (vocab_size,), jnp.float32)
 
     return jax.vmap(noise)(rows, steps)
@@ -154,7 +154,7 @@ def _gumbel(
 
 def _draw(
     scores: Float32[Array, "B V"], arrays: SamplingArrays, kind: SamplingKind, noise: Float32[Array, "B V"]
-) -> Int32[Array, "B"]:
+) -> Int32[Array, " B"]:
     """Gumbel-max: the argmax of log p + noise over the survivors is a draw from their renormalised distribution."""
     # The maximum is taken off first: a tiny temperature then sends the others to -inf instead of everything to NaN.
     scaled = (scores - jnp.max(scores, axis=-1, keepdims=True)) / arrays.temperature

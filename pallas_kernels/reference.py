@@ -95,8 +95,8 @@ def dense_decode(
     q: Float[Array, "B K G H"],
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
-    heads: Int[Heads, "R"],
+    lengths: Int[Array, " B"],
+    heads: Int[Heads, " R"],
     *,
     scale: float,
     page_scores: PageScores | None = None,
@@ -113,9 +113,9 @@ def sparse_decode(
     q: Float[Array, "B K G H"],
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     selection: Selection,
-    heads: Int[Heads, "R"],
+    heads: Int[Heads, " R"],
     *,
     scale: float,
 ) -> Float[Array, "B R G H"]:
@@ -126,7 +126,7 @@ def sparse_decode(
 
 def page_limits(
     page_scores: Float32[Array, "B R P"],
-    used: Int32[Array, "B"],
+    used: Int32[Array, " B"],
     forced: Array,
     *,
     budget_pages: int,
@@ -170,7 +170,7 @@ def page_limits(
 
 def select_pages(
     page_scores: Float32[Array, "B R P"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     *,
     page_size: int,
     budget_pages: int,
@@ -203,7 +203,7 @@ def select_pages(
     return pages, limits
 
 
-def other_heads(heads: Int[Heads, "R"], kv_heads: int) -> Int32[Array, "rest"]:
+def other_heads(heads: Int[Heads, " R"], kv_heads: int) -> Int32[Array, " rest"]:
     """The KV heads that `heads` does not name, ascending."""
     named = jnp.zeros((kv_heads,), jnp.int32).at[heads].set(1)
     return jnp.argsort(named, stable=True)[: kv_heads - heads.shape[0]].astype(jnp.int32)
@@ -213,9 +213,9 @@ def hybrid_decode(
     q: Float[Array, "B K G H"],
     kv_pages: Float[Array, "num_pages K page_size HH"],
     page_table: Int[Array, "B P"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     selection: Selection,
-    heads: Int[Heads, "R"],
+    heads: Int[Heads, " R"],
     *,
     scale: float,
     budget_pages: int,

@@ -290,7 +290,7 @@ def _contiguous_block(
     first: Int[Array, ""],
     cos: Float[Array, "1 steps half"],
     sin: Float[Array, "1 steps half"],
-) -> tuple[Any, Int[Array, "B"]]:
+) -> tuple[Any, Int[Array, " B"]]:
     model = spec.merge(weights)
 
     def step(i: jax.Array, carry: Any) -> Any:

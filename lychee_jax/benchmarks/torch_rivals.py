@@ -55,6 +55,7 @@ def torch_attention(
             torch.cuda.synchronize()
             samples.append(1e3 * start.elapsed_time(end) / (4 * calls))
         found[name] = samples[2:]
-    del caches, queries
+    caches.clear()
+    queries.clear()
     torch.cuda.empty_cache()
     return found

@@ -16,7 +16,7 @@ Loss = Literal["hidden", "logits"]
 def departures(
     model: Decoder,
     tokens: Int[Array, "B S"],
-    starts: Int[Array, "B"],
+    starts: Int[Array, " B"],
     answers: Int[Array, "B A"],
     z: Float[Array, "B L K"],
     tables: tuple[Float[Array, "one S half"], Float[Array, "one S half"]],
@@ -24,7 +24,7 @@ def departures(
     policy: SelectionPolicy,
     page_size: int,
     loss: Loss,
-) -> tuple[Float32[Array, "B"], Float32[Array, "B"]]:
+) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
     """Per row: the mean loss of its answer tokens against dense attention, and the share whose argmax is kept.
 
     `tokens` is a prompt up to `starts[b]`, then answers and further questions, then anything. `answers[b, i]` marks the
@@ -44,7 +44,7 @@ def departures(
     following = jnp.pad(answers[:, 1:], ((0, 0), (0, 1)))
     counted = (answers > 0) & (following == answers)
 
-    def mean(each: Float32[Array, "B A"] | Bool[Array, "B A"]) -> Float32[Array, "B"]:
+    def mean(each: Float32[Array, "B A"] | Bool[Array, "B A"]) -> Float32[Array, " B"]:
         total = jnp.sum(jnp.where(counted, each.astype(jnp.float32), 0.0), axis=1)
         return total / jnp.maximum(jnp.sum(counted, axis=1), 1).astype(jnp.float32)
 

@@ -49,8 +49,8 @@ class Verdict:
     and steps: what it would read densely.
     """
 
-    right: Bool[np.ndarray, "B"]
-    losses: Float32[np.ndarray, "B"]
+    right: Bool[np.ndarray, " B"]
+    losses: Float32[np.ndarray, " B"]
     sparse_read: int
     held: int
 
@@ -307,7 +307,7 @@ def _judge(
     x: Float[Array, "B T E"],
     answers: Int[Array, "B A"],
     reads: tuple[Int32[Array, ""], ...],
-) -> tuple[Bool[Array, "B"], Float32[Array, "B"], Int32[Array, ""]]:
+) -> tuple[Bool[Array, " B"], Float32[Array, " B"], Int32[Array, ""]]:
     """The first token by the prompt's last hidden state, all others by those of the tokens before them."""
     model = nnx.merge(graph, weights)
     logits = model.logits(jnp.concatenate([last[:, None], model.norm(x)], axis=1))

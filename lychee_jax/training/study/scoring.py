@@ -114,7 +114,7 @@ def score_dialogues(
             tally.add(row, job.indices.start, Count(right, total, fed.pages_read, fed.pages_held))
 
 
-def exact(answers: np.ndarray, greedy: Bool[np.ndarray, "T"]) -> Bool[np.ndarray, "n"]:
+def exact(answers: np.ndarray, greedy: Bool[np.ndarray, " T"]) -> Bool[np.ndarray, " n"]:
     """Of every marked answer, whether all of its tokens are greedy decoding's."""
     wrong = np.bincount(answers[~greedy], minlength=int(answers.max()) + 1)
     return wrong[1:] == 0
