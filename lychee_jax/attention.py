@@ -20,9 +20,9 @@ from lychee_jax.cache import append_pages, append_token, append_tokens
 from lychee_jax.config import ModelConfig
 from lychee_jax.heads import HeadMap
 from lychee_jax.layers import Projection, RMSNorm, attention_scale
-from lychee_jax.prefill import causal_attention, extend_attention
 from lychee_jax.rope import apply_rotary
 from lychee_jax.selection import Selection, SelectionPolicy
+from pallas_kernels.xla.prefill import causal_attention, extend_attention
 
 
 @runtime_checkable

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from lychee_jax.layers import attention_scale
-from lychee_jax.prefill import causal_attention
 from lychee_jax.selection import SelectionPolicy
+from pallas_kernels.xla.prefill import causal_attention
 
 type KeysAndValues = tuple[jax.Array, jax.Array]
 

@@ -10,8 +10,8 @@ from pallas_kernels.dispatch import (
     sparse_decode,
 )  # fmt: skip
 from pallas_kernels.interpret import interpreted
-from pallas_kernels.reference import MASKED
 from pallas_kernels.types import Selection
+from pallas_kernels.xla.decode import MASKED
 
 __all__ = [
     "MASKED",

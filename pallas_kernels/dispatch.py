@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 import jax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels import reference
 from pallas_kernels.types import Heads, PageScores, Rule, Selection
+from pallas_kernels.xla import decode as reference
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 
@@ -212,7 +212,7 @@ def block_attention(
     """Attention of many queries over one block of keys, and its natural log-sum-exps, by which blocks are merged.
 
     Every query sees the first `valid[b]` keys; with None, T = S and query t sees keys 0 … t. There is no XLA form of
-    it: who calls it has one (`lychee_jax.prefill`), and takes it upon NotImplementedError.
+    it: who calls it has one (`pallas_kernels.xla.prefill`), and takes it upon NotImplementedError.
     """
     return _run("block_attention", implementation, q, k, v, valid, scale=scale)
 
@@ -232,7 +232,7 @@ def extend_attention(
     The first `counts[b]` tokens of a row are real, their keys and values lie in the cache at `starts[b] …` already, and
     token t sees the positions 0 … `starts[b] + t`. Nothing from `starts[b] + counts[b]` on is looked at: slots there
     may hold anything, NaN included, and so may the page table's entries behind the last page that is needed. What comes
-    out for tokens that are not real is finite. As with `block_attention`, the XLA form is in `lychee_jax.prefill`.
+    out for tokens that are not real is finite. As with `block_attention`, the XLA form is in `pallas_kernels.xla.prefill`.
 
     Raises:
         NotImplementedError: no kernel covers the case.

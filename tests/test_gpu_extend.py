@@ -18,11 +18,11 @@ from lychee_jax import programs
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.config import ModelConfig
 from lychee_jax.model import Decoder
-from lychee_jax.prefill import extend_attention
 from lychee_jax.programs import ModelSpec
 from lychee_jax.rope import rotary_tables
 from pallas_kernels.mosaic_gpu import extend
 from pallas_kernels.mosaic_gpu.common import targeting
+from pallas_kernels.xla.prefill import extend_attention
 
 from . import oracle
 from .gpu import interpreted, kernels, run, unsigned

@@ -17,10 +17,10 @@ from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions
 from lychee_jax.heads import HeadMap
 from lychee_jax.model import Decoder
-from lychee_jax.prefill import causal_attention
 from lychee_jax.programs import DecodePlan, Rows
 from lychee_jax.sampling import SamplingParams
 from lychee_jax.selection import SelectionPolicy
+from pallas_kernels.xla.prefill import causal_attention
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)
 POLICY = SelectionPolicy(budget=32, sink=8, recent=8)

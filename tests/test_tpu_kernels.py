@@ -22,8 +22,8 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.generate import Engine, GenerateOptions
 from lychee_jax.heads import HeadMap
 from lychee_jax.model import Decoder
-from lychee_jax.prefill import extend_attention
 from lychee_jax.selection import SelectionPolicy
+from pallas_kernels.xla.prefill import extend_attention
 
 from . import oracle
 from .test_ops import KV_HEADS, Cache, Shape, make_cache, padded, some_pages

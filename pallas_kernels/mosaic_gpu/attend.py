@@ -36,8 +36,8 @@ from pallas_kernels.mosaic_gpu.common import (
     wait_for_predecessor,
 )  # fmt: skip
 from pallas_kernels.mosaic_gpu.plan import TILE_TOKENS, Rows, Tiling
-from pallas_kernels.reference import MASKED
 from pallas_kernels.types import PageScores
+from pallas_kernels.xla.decode import MASKED
 
 # Warpgroups that compute tiles of the usual size; larger ones take one of them all its time, and its slots are few.
 COMPUTING = 2

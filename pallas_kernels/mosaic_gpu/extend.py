@@ -30,7 +30,7 @@ from pallas_kernels.mosaic_gpu.common import (
     remainder,
     store,
 )  # fmt: skip
-from pallas_kernels.reference import MASKED
+from pallas_kernels.xla.decode import MASKED
 
 # Warpgroups that compute, and the queries of each: more of either do not fit into the registers at head_dim 128.
 WARPGROUPS = 2

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu.common import WGMMA, Refs, full, load, store
 from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
-from pallas_kernels.reference import MASKED
+from pallas_kernels.xla.decode import MASKED
 
 # Warpgroups of a block.
 WARPGROUPS = 4

@@ -12,8 +12,8 @@ from pallas_kernels.mosaic_gpu.extend import BLOCK, extend
 from pallas_kernels.mosaic_gpu.finish import finish
 from pallas_kernels.mosaic_gpu.plan import Tiling
 from pallas_kernels.mosaic_gpu.select import SIDE, chunking
-from pallas_kernels.reference import other_heads, page_limits
 from pallas_kernels.types import Heads, PageScores, Rule, Selection
+from pallas_kernels.xla.decode import other_heads, page_limits
 
 _PAGE_SIZES = (16, 32, 64, 128)
 _HEAD_DIMS = (64, 128)

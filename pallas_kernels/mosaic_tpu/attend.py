@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import chip
-from pallas_kernels.reference import MASKED
 from pallas_kernels.types import Heads, PageScores
+from pallas_kernels.xla.decode import MASKED
 
 _LANES = 128
 _SUBLANES = 8

@@ -12,9 +12,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import reference
 from pallas_kernels.mosaic_tpu import chip
 from pallas_kernels.types import Rule
+from pallas_kernels.xla import decode as reference
 
 _LANES = 128
 _SUBLANES = 8

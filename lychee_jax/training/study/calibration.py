@@ -16,8 +16,8 @@ from lychee_jax.selection import SelectionPolicy
 from lychee_jax.training.scorer import Kind, Scorer
 from lychee_jax.training.study.prompts import ANSWER_TOKENS, CALIBRATION, TASKS, prompts
 from lychee_jax.training.study.rows import Row
-from pallas_kernels.reference import page_limits
 from pallas_kernels.types import Rule
+from pallas_kernels.xla.decode import page_limits
 
 _STEPS = 40
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from pallas_kernels.dispatch import available
-from pallas_kernels.reference import MASKED
+from pallas_kernels.xla.decode import MASKED
 
 _QUERY_BLOCK = 512
 _KEY_BLOCK = 1024
