@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Shaped
 
 from lychee_jax.config import ModelConfig
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"

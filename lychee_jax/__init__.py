@@ -3,18 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lychee_jax.attention.backend.head_map import HeadMap
+    from lychee_jax.attention.backend.selection import SelectionPolicy
     from lychee_jax.generate import GenerateOptions
-    from lychee_jax.heads import HeadMap
     from lychee_jax.loading import LoadedModel, load
-    from lychee_jax.selection import SelectionPolicy
 
 __all__ = ["GenerateOptions", "HeadMap", "LoadedModel", "SelectionPolicy", "load"]
 
 _HOMES = {
     "GenerateOptions": "lychee_jax.generate",
-    "HeadMap": "lychee_jax.heads",
+    "HeadMap": "lychee_jax.attention.head_map",
     "LoadedModel": "lychee_jax.loading",
-    "SelectionPolicy": "lychee_jax.selection",
+    "SelectionPolicy": "lychee_jax.attention.selection",
     "load": "lychee_jax.loading",
 }
 

@@ -412,8 +412,8 @@ def _options(
     implementation: shared.Implementation | None,
 ) -> GenerateOptions:
     """What all ways have in common. The budgets, checked where ways and lengths are known, leave room for anything."""
+    from lychee_jax.attention.backend.selection import SelectionPolicy
     from lychee_jax.generate import GenerateOptions
-    from lychee_jax.selection import SelectionPolicy
 
     if page_size < 1:
         raise UserError(f"page size is {page_size}; it must be at least 1")

@@ -122,9 +122,9 @@ def generate(
 
     [cyan]lychee generate --model my-8b --prompt-ids ids.json --attention hybrid --budget 2048 --json[/cyan]
     """
+    from lychee_jax.attention.backend.selection import SelectionPolicy
     from lychee_jax.generate import GenerateOptions
     from lychee_jax.sampling import SamplingParams
-    from lychee_jax.selection import SelectionPolicy
     from lychee_jax.text import StopStrings, TextStream
 
     # Everything that can be refused without the model is looked at before it is loaded.

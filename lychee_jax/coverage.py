@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lychee_jax.attention.backend.selection import Selection, SelectionPolicy
 from lychee_jax.config import ModelConfig
-from lychee_jax.selection import Selection, SelectionPolicy
 from pallas_kernels.dispatch import hybrid_decode
 
 

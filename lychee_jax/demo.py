@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
 from lychee_jax.generate import AttentionMode, Prefilled, Result
-from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.plots import plot_heads
 from lychee_jax.text import Tokenizer
-from lychee_jax.training import data, language
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid")
 # How many facts of a kind are hidden, and how many of them are asked for.

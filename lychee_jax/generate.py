@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache import CacheLayout, make_pools, next_power_of_two, pages_for
 from lychee_jax.coverage import refuse_uncovered
 from lychee_jax.errors import UserError
-from lychee_jax.heads import HeadMap
 from lychee_jax.layouts import place_weights
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.rope import rotary_tables
 from lychee_jax.programs import (
     Block,
     DecodePlan,
@@ -30,9 +32,7 @@ from lychee_jax.programs import (
     first_token,
     prefill_chunk,
 )  # fmt: skip
-from lychee_jax.rope import rotary_tables
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.selection import SelectionPolicy
 from pallas_kernels.dispatch import available
 
 AttentionMode = Literal["auto", "hybrid", "dense"]

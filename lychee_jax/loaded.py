@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions, Stream, Timing
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.selection import SelectionPolicy
 from lychee_jax.text import TextStream, Tokenizer
 
 # Keywords as the command line has them; both groups have a top_p, and the shorter name is sampling's.

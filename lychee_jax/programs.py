@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from lychee_jax.attention import Decode, Extend
+from lychee_jax.attention.backend.decode import Decode
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.prefill import Extend
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
 from lychee_jax.sampling import SamplingArrays, SamplingKind, sample
-from lychee_jax.selection import SelectionPolicy
 
 Pools = tuple[jax.Array, ...]
 

@@ -232,7 +232,7 @@ def extend_attention(
     The first `counts[b]` tokens of a row are real, their keys and values lie in the cache at `starts[b] …` already, and
     token t sees the positions 0 … `starts[b] + t`. Nothing from `starts[b] + counts[b]` on is looked at: slots there
     may hold anything, NaN included, and so may the page table's entries behind the last page that is needed. What comes
-    out for tokens that are not real is finite. As with `block_attention`, the XLA form is in `pallas_kernels.xla.prefill`.
+    out for tokens that are not real is finite. The XLA form is in `xla/prefill.py`.
 
     Raises:
         NotImplementedError: no kernel covers the case.

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from lychee_jax.attention import Full
-from lychee_jax.gated import Gated
-from lychee_jax.selection import SelectionPolicy
+from lychee_jax.attention.backend.backend import Full
+from lychee_jax.attention.backend.gated import Gated
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from . import oracle
 from .test_hybrid import BUDGET, make_model

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.config import ModelConfig
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.passkey import STYLE, Passkey, is_right
@@ -17,12 +21,10 @@ from lychee_jax.evaluation.runner import Plan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.ways import ways_of
 from lychee_jax.generate import GenerateOptions
-from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import BUNDLED, load, save
-from lychee_jax.selection import SelectionPolicy
 from lychee_jax.text import Tokenizer
-from lychee_jax.training import data, language, pretrain, profile_heads
+from lychee_jax.training import pretrain, profile_heads
 from lychee_jax.training.bundled_tokenizer import save_tokenizer
 from lychee_jax.training.loop import Functional
 

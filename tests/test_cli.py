@@ -9,14 +9,14 @@ import subprocess
 import sys
 
 import pytest
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax import cli
 from lychee_jax.cli_generate import generate
 from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions
-from lychee_jax.heads import HeadMap
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.selection import SelectionPolicy
 from lychee_jax.text import StreamDecoder, Tokenizer
 
 from . import checkpoints, tokenizers_tiny

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lychee_jax.attention.backend.head_map import HeadMap
 
 from lychee_jax import cli
 from lychee_jax.cli_train import train_heads
-from lychee_jax.heads import HeadMap
+from lychee_jax.data import language
 from lychee_jax.loading import BUNDLED, load, read_config
-from lychee_jax.training import language, learn_heads
+from lychee_jax.training import learn_heads
 from lychee_jax.training.learn_heads import FILES, Plan
 
 from . import checkpoints, tokenizers_tiny

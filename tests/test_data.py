@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lychee_jax.training import data, language
-from lychee_jax.training.language import BOS, EOS
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
+from lychee_jax.data.language import BOS, EOS
 from lychee_jax.training.loop import answer_losses, prefetch
 
 

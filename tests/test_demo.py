@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lychee_jax import demo
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.loading import BUNDLED, load
-from lychee_jax.training import language
 
 from . import checkpoints
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.forced import feed
 from lychee_jax.generate import GenerateOptions
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
-from lychee_jax.rope import rotary_tables
-from lychee_jax.selection import SelectionPolicy
+from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.rope import rotary_tables
 from lychee_jax.training.distill import departures
 
 from . import oracle, tiny_learning

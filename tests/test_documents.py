@@ -20,9 +20,10 @@ import pallas_kernels
 from lychee_jax import cli
 from lychee_jax.benchmarks import kernels, shapes
 from lychee_jax.config import ModelConfig
+from lychee_jax.data import language
 from lychee_jax.evaluation.longbench import TASKS
 from lychee_jax.loading import BUNDLED
-from lychee_jax.training import language, pretrain, profile_heads
+from lychee_jax.training import pretrain, profile_heads
 from lychee_jax.training.study import __main__ as study
 
 from . import checkpoints

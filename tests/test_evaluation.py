@@ -5,8 +5,11 @@ import math
 from pathlib import Path
 
 import pytest
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax import cli
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.passkey import STYLE, Passkey
@@ -15,11 +18,8 @@ from lychee_jax.evaluation.runner import Plan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.ways import Budget, ways_of
 from lychee_jax.generate import GenerateOptions
-from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import BUNDLED, load
-from lychee_jax.selection import SelectionPolicy
-from lychee_jax.training import language
 
 from . import checkpoints
 

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.forced import feed
 from lychee_jax.generate import Engine, GenerateOptions, Prefilled, Result
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
-from lychee_jax.selection import SelectionPolicy
+from lychee_jax.models.decoder import Decoder
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)
 HEADS = HeadMap(3, 2, ((0, 1), (1,), ()))

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from safetensors.numpy import load_file
 
 from lychee_jax import generate
 from lychee_jax.config import ModelConfig, RopeConfig
 from lychee_jax.generate import Engine, GenerateOptions
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
-from lychee_jax.rope import rotary_tables
-from lychee_jax.selection import SelectionPolicy
+from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.rope import rotary_tables
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(folder.parent.name for folder in GOLDEN.glob("*/golden.npz"))

@@ -17,9 +17,9 @@ import pallas_kernels as ops
 from lychee_jax import programs
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.config import ModelConfig
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.rope import rotary_tables
 from lychee_jax.programs import ModelSpec
-from lychee_jax.rope import rotary_tables
 from pallas_kernels.mosaic_gpu import extend
 from pallas_kernels.mosaic_gpu.common import targeting
 from pallas_kernels.xla.prefill import extend_attention

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax import generate
 from lychee_jax.config import ModelConfig, RopeConfig
 from lychee_jax.generate import AttentionMode, Engine, GenerateOptions, Result
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
-from lychee_jax.selection import SelectionPolicy
+from lychee_jax.models.decoder import Decoder
 
 from . import oracle
 

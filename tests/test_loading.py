@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.attention.backend.head_map import HeadMap
 
 from checkpoints_convert import convert
 from lychee_jax import loading
 from lychee_jax.errors import UserError
-from lychee_jax.heads import HeadMap
 from lychee_jax.loading import load
 from lychee_jax.text import Tokenizer
 

@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
-from lychee_jax import attention, generate, programs
+from lychee_jax import generate, programs
+from lychee_jax.attention.backend import backend as attention
 from lychee_jax.cache import make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
 from lychee_jax.programs import DecodePlan, Rows
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.selection import SelectionPolicy
 from pallas_kernels.xla.prefill import causal_attention
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
+from lychee_jax.data.facts import Fact
+from lychee_jax.data.questions import KINDS, Asked, Generated, Hidden, MultiHop, Text, Writer, make_source
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load
 from lychee_jax.text import Tokenizer
-from lychee_jax.training import data, language
-from lychee_jax.training.data import Fact
-from lychee_jax.training.questions import KINDS, Asked, Generated, Hidden, MultiHop, Text, Writer, make_source
 
 from . import tokenizers_tiny
 from .tiny_learning import CONFIG

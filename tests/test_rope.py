@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lychee_jax.config import RopeConfig
-from lychee_jax.rope import apply_rotary, attention_scale, rotary_tables
+from lychee_jax.models.rope import apply_rotary, attention_scale, rotary_tables
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803")
 MAX_POSITION = 8192

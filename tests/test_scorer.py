@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.config import ModelConfig
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions
-from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import load
-from lychee_jax.model import Decoder
-from lychee_jax.selection import SelectionPolicy
-from lychee_jax.training import language
+from lychee_jax.models.decoder import Decoder
 from lychee_jax.training.scorer import Kind, Memory, Scorer
 from lychee_jax.training.study.maps import roles_of
 from lychee_jax.training.study.prompts import HELD_OUT, prompts

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 import pallas_kernels as ops
 from lychee_jax.errors import UserError
-from lychee_jax.selection import SelectionPolicy
 
 from . import oracle
 

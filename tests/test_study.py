@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from lychee_jax.config import ModelConfig
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.generate import GenerateOptions
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import load
-from lychee_jax.training import language
 from lychee_jax.training.scorer import Scorer
 from lychee_jax.training.study import __main__ as command
 from lychee_jax.training.study import maps, report, scoring, study

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 import pallas_kernels as ops
 from lychee_jax import programs
@@ -18,12 +20,10 @@ from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, sharding
 from lychee_jax.cache import CacheLayout
-from lychee_jax.heads import HeadMap
 from lychee_jax.layouts import weight_format
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
 from lychee_jax.programs import DecodePlan, ModelSpec, Rows
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.selection import SelectionPolicy
 from pallas_kernels import Selection
 
 pytestmark = [

@@ -15,14 +15,14 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 import pallas_kernels as ops
 from lychee_jax.cli import main
 from lychee_jax.config import ModelConfig
 from lychee_jax.generate import Engine, GenerateOptions
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
-from lychee_jax.selection import SelectionPolicy
+from lychee_jax.models.decoder import Decoder
 from pallas_kernels.xla.prefill import extend_attention
 
 from . import oracle

@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.config import ModelConfig
+from lychee_jax.data import language
 from lychee_jax.loaded import LoadedModel
-from lychee_jax.model import Decoder
-from lychee_jax.selection import SelectionPolicy
-from lychee_jax.training import language
+from lychee_jax.models.decoder import Decoder
 from lychee_jax.training.learn_heads import Plan
 
 CONFIG = ModelConfig("llama", language.VOCAB_SIZE, 32, 48, 3, 4, 2, 16, 512)

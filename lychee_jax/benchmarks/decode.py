@@ -21,14 +21,14 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.table import Table
 
-from lychee_jax.attention import Decode
+from lychee_jax.attention.backend.decode import Decode
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache import CacheLayout, make_pools, pages_for
 from lychee_jax.errors import UserError
 from lychee_jax.generate import AttentionMode, Engine, GenerateOptions, Prefilled
-from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.programs import Pools
-from lychee_jax.selection import SelectionPolicy
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
 # The plain way to attend in JAX, over keys and values that lie in one piece: what a paged cache has to stand beside.

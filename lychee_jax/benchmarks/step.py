@@ -20,18 +20,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from lychee_jax.attention.backend.backend import attention_scale
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.cache import CacheLayout, pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.generate import idle_rows
-from lychee_jax.heads import HeadMap
-from lychee_jax.layers import attention_scale
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.rope import rotary_tables
 from lychee_jax.programs import DecodePlan, ModelSpec, Rows, decode_block
-from lychee_jax.rope import rotary_tables
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.selection import SelectionPolicy
 
 Mode = Literal["hybrid", "dense", "cudnn"]
 _STEPS = 16

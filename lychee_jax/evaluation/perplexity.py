@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.report import Style
 from lychee_jax.text import Tokenizer
-from lychee_jax.training import data, language
 
 STYLE = Style("perplexity", "token perplexity, lower is better", "length", shown=math.exp, digits=4)
 

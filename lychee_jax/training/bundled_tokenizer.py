@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lychee_jax.training.language import BOS, EOS, FIRST_WORD, PAD, PIECES, SPECIAL
+from lychee_jax.data.language import BOS, EOS, FIRST_WORD, PAD, PIECES, SPECIAL
 
 # Words and other signs with the space before them, single digits, single white-space characters.
 _PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s"

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from lychee_jax.gated import Gated, Remember
-from lychee_jax.model import Decoder
-from lychee_jax.selection import SelectionPolicy
+from lychee_jax.attention.backend.gated import Gated, Remember
+from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.models.decoder import Decoder
 
 Loss = Literal["hidden", "logits"]
 

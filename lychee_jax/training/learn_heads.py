@@ -24,20 +24,20 @@ from flax import nnx
 from jaxtyping import Float32
 
 from lychee_jax import gates
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache import pages_for
 from lychee_jax.config import ModelConfig
+from lychee_jax.data.questions import Source, Writer, make_source
 from lychee_jax.errors import UserError
-from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
+from lychee_jax.models.rope import rotary_tables
 from lychee_jax.plots import plot_heads
-from lychee_jax.rope import rotary_tables
-from lychee_jax.selection import SelectionPolicy
 from lychee_jax.sharding import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
 from lychee_jax.training.loop import Checkpoints, MetricsFile, Patience, claim
 from lychee_jax.training.pictures import plot_training
-from lychee_jax.training.questions import Source, Writer, make_source
 
 type State = dict[str, Any]
 type Report = Callable[[int, dict[str, float]], None]

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.model import Decoder
+from lychee_jax.models.decoder import Decoder
 
 type Params = dict[str, jax.Array]
 

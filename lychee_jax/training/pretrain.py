@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lychee_jax.config import ModelConfig, RopeConfig
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
-from lychee_jax.rope import rotary_tables
-from lychee_jax.training import data, language
+from lychee_jax.models.rope import rotary_tables
 from lychee_jax.training.bundled_tokenizer import save_tokenizer
 from lychee_jax.training.loop import (
     Checkpoints,

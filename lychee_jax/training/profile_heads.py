@@ -17,12 +17,13 @@ from jaxtyping import Bool
 from rich.console import Console
 from rich.progress import Progress
 
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
-from lychee_jax.heads import HeadMap
-from lychee_jax.model import Decoder
-from lychee_jax.selection import SelectionPolicy
-from lychee_jax.training import data, language
+from lychee_jax.models.decoder import Decoder
 from lychee_jax.training.scorer import Scorer
 
 _ANSWER_TOKENS = 40

@@ -18,14 +18,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from lychee_jax.attention.backend.backend import attention_scale
+from lychee_jax.attention.backend.gated import Gated, KeysAndValues, Remember
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.gated import Gated, KeysAndValues, Remember
-from lychee_jax.layers import attention_scale
-from lychee_jax.model import Decoder
-from lychee_jax.rope import rotary_tables
-from lychee_jax.selection import SelectionPolicy
+from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.rope import rotary_tables
 
 type Tables = tuple[jax.Array, jax.Array]
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.heads import HeadMap
-from lychee_jax.selection import SelectionPolicy
 from lychee_jax.training.scorer import Kind, Scorer
 from lychee_jax.training.study.prompts import ANSWER_TOKENS, VALIDATION, prompts
 from lychee_jax.training.study.rows import COMPARED, forced_tokens, tokens_of

@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
-from lychee_jax.training import data, language
 
 ANSWER_TOKENS = {"only-passkey": 9, "passkey": 9, "lookup": 9, "variable": 39}
 """The longest answer of every task in tokens, its end included."""

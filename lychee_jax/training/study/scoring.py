@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool
 
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.forced import feed
 from lychee_jax.generate import GenerateOptions
-from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
-from lychee_jax.selection import SelectionPolicy
 from lychee_jax.training.scorer import Kind, Scorer
 from lychee_jax.training.study.maps import roles_of
 from lychee_jax.training.study.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts

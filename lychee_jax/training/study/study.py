@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
+from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.data import language
 from lychee_jax.errors import UserError
-from lychee_jax.heads import HeadMap
 from lychee_jax.loaded import LoadedModel
-from lychee_jax.selection import SelectionPolicy
-from lychee_jax.training import language, learn_heads
+from lychee_jax.training import learn_heads
 from lychee_jax.training.loop import claim
 from lychee_jax.training.pictures import History
 from lychee_jax.training.scorer import Scorer

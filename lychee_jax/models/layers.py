@@ -1,7 +1,5 @@
 """The layers that every Llama-like decoder shares: projection, RMSNorm, gated MLP, embedding."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -85,8 +83,3 @@ def logits_from(x: Float[Array, "*lead E"], table: Float[Array, "..."], *, vocab
         (((x.ndim - 1,), (1 - vocab_axis,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-
-
-def attention_scale(head_dim: int) -> float:
-    """1 / √H."""
-    return 1.0 / math.sqrt(head_dim)

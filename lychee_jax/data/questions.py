@@ -16,10 +16,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from lychee_jax.config import ModelConfig
+from lychee_jax.data import facts as data
+from lychee_jax.data import language
+from lychee_jax.data.facts import Tokens
 from lychee_jax.errors import UserError
 from lychee_jax.text import Tokenizer
-from lychee_jax.training import data, language
-from lychee_jax.training.data import Tokens
 
 KINDS = ("passkeys", "mixed", "multi-hop")
 _DEPTHS = (0.05, 0.95)  # where facts may stand, as in the recipe of arXiv 2602.04541

@@ -8,9 +8,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from lychee_jax.attention import Attention, Full, Way
+from lychee_jax.attention.backend.backend import Full, Way
 from lychee_jax.config import ModelConfig
-from lychee_jax.layers import MLP, Embedding, Projection, RMSNorm, logits_from
+from lychee_jax.models.layers import MLP, Embedding, Projection, RMSNorm, logits_from
+from lychee_jax.models.rope import apply_rotary
 
 
 class DecoderLayer(nnx.Module):
@@ -92,3 +93,40 @@ class Decoder(nnx.Module):
         if self.lm_head is None:
             return self.embed.attend(hidden)
         return logits_from(hidden, self.lm_head.kernel[...], vocab_axis=1)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: project, normalise (Qwen3), rotate, attend in the given way, project back."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        embed, head_dim = config.hidden_size, config.head_dim
+
+        def heads(count: int) -> Projection:
+            return Projection((embed,), (count, head_dim), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+
+        self.q_proj = heads(config.num_heads)
+        self.k_proj = heads(config.num_kv_heads)
+        self.v_proj = heads(config.num_kv_heads)
+        self.o_proj = Projection((config.num_heads, head_dim), (embed,), bias=config.o_bias, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.kv_heads = config.num_kv_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        cos: Float[Array, "#B T half"],
+        sin: Float[Array, "#B T half"],
+        way: Way,
+        index: int,
+        state: Any,
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """Attend as layer `index`; query head n belongs to KV head n // G."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        batch, length, heads, head_dim = q.shape
+        grouped = q.reshape(batch, length, self.kv_heads, heads // self.kv_heads, head_dim)
+        out, state = way(index, grouped, k, v, state)
+        return self.o_proj(out.reshape(batch, length, heads, head_dim)), state

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lychee_jax.training import language
-from lychee_jax.training.language import BOS, EOS, FIRST_BYTE, TOKEN_OF, VOCAB_SIZE, tokens_of
+from lychee_jax.data import language
+from lychee_jax.data.language import BOS, EOS, FIRST_BYTE, TOKEN_OF, VOCAB_SIZE, tokens_of
 
 type Tokens = list[int]
 type Value = Callable[[np.random.Generator], Tokens]

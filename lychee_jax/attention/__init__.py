@@ -1,0 +1,1 @@
+"""How a layer's queries read its keys: attention backends, head maps, selection."""

@@ -1,0 +1,1 @@
+"""Generated prose, facts and questions, for training, evaluation and studies alike."""
