@@ -21,17 +21,17 @@ from lychee_jax.errors import UserError
 from lychee_jax.layouts import place_weights
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
+from lychee_jax.models.spec import ModelSpec
 from lychee_jax.programs import (
     Block,
     DecodePlan,
-    ModelSpec,
     Pools,
     Rows,
     correct_cache,
     decode_block,
     first_token,
     prefill_chunk,
-)  # fmt: skip
+)
 from lychee_jax.sampling import SamplingParams
 from pallas_kernels.dispatch import available
 

@@ -9,41 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from lychee_jax.attention.backend.decode import Decode
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.prefill import Extend
 from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.config import ModelConfig
-from lychee_jax.models.decoder import Decoder
 from lychee_jax.sampling import SamplingArrays, SamplingKind, sample
 
 Pools = tuple[jax.Array, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSpec:
-    """The structure of a model without its weights: the static half of every program.
-
-    Models of one configuration have one structure, so that equal configurations share compiled programs.
-    """
-
-    config: ModelConfig
-    graphdef: Any = dataclasses.field(compare=False)
-    treedef: Any = dataclasses.field(compare=False)
-
-    @classmethod
-    def split(cls, model: Decoder) -> tuple["ModelSpec", tuple[jax.Array, ...]]:
-        """Take a module apart once, so that no module is walked on the host in a decode loop."""
-        graphdef, state = nnx.split(model)
-        leaves, treedef = jax.tree.flatten(state)
-        return cls(model.config, graphdef, treedef), tuple(leaves)
-
-    def merge(self, weights: tuple[jax.Array, ...]) -> Decoder:
-        """The module again, around traced weights."""
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, weights))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,10 +23,10 @@ from lychee_jax.evaluation.ways import ways_of
 from lychee_jax.generate import GenerateOptions
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import BUNDLED, load, save
+from lychee_jax.models.spec import Functional
 from lychee_jax.text import Tokenizer
 from lychee_jax.training import pretrain, profile_heads
 from lychee_jax.training.bundled_tokenizer import save_tokenizer
-from lychee_jax.training.loop import Functional
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.config import ModelConfig
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
-from lychee_jax.programs import ModelSpec
+from lychee_jax.models.spec import ModelSpec
 from pallas_kernels.mosaic_gpu import extend
 from pallas_kernels.mosaic_gpu.common import targeting
 from pallas_kernels.xla.prefill import extend_attention

@@ -22,7 +22,8 @@ from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, shardin
 from lychee_jax.cache import CacheLayout
 from lychee_jax.layouts import weight_format
 from lychee_jax.models.decoder import Decoder
-from lychee_jax.programs import DecodePlan, ModelSpec, Rows
+from lychee_jax.models.spec import ModelSpec
+from lychee_jax.programs import DecodePlan, Rows
 from lychee_jax.sampling import SamplingParams
 from pallas_kernels import Selection
 

@@ -30,7 +30,8 @@ from lychee_jax.errors import UserError
 from lychee_jax.generate import idle_rows
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
-from lychee_jax.programs import DecodePlan, ModelSpec, Rows, decode_block
+from lychee_jax.models.spec import ModelSpec
+from lychee_jax.programs import DecodePlan, Rows, decode_block
 from lychee_jax.sampling import SamplingParams
 
 Mode = Literal["hybrid", "dense", "cudnn"]

@@ -21,52 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.models.decoder import Decoder
-
-type Params = dict[str, jax.Array]
-
-
-class Functional:
-    """A decoder as a pure function of its parameters."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-        self._graph, state = nnx.split(model)
-        leaves, self._tree = jax.tree.flatten(state)
-        paths = [path for path, _ in jax.tree.leaves_with_path(state)]
-        self.shapes = {
-            jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf.shape
-            for path, leaf in zip(paths, leaves, strict=True)
-        }
-
-    def bind(self, params: Params, dtype: DTypeLike) -> Decoder:
-        """The decoder with these parameters, cast to `dtype`."""
-        leaves = [params[name].astype(dtype) for name in self.shapes]
-        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, leaves))
-
-    def initial(self, seed: int, residual_scale: float) -> Params:
-        """Normal kernels of variance 1 / inputs; those that write to the residual stream times `residual_scale`."""
-        keys = jax.random.split(jax.random.key(seed), len(self.shapes))
-        params: Params = {}
-        for key, (name, shape) in zip(keys, self.shapes.items(), strict=True):
-            if name.endswith("scale"):
-                params[name] = jnp.ones(shape, jnp.float32)
-            elif name.endswith("bias"):
-                params[name] = jnp.zeros(shape, jnp.float32)
-            else:
-                writes = name.endswith(("o_proj.kernel", "down_proj.kernel"))
-                inputs = int(np.prod(shape[:-1])) if writes else shape[0]
-                std = residual_scale / inputs**0.5 if writes else 1.0 / inputs**0.5
-                if name.startswith("embed"):
-                    std = 1.0 / shape[1] ** 0.5
-                params[name] = std * jax.random.normal(key, shape, jnp.float32)
-        return params
 
 
 def answer_losses(
