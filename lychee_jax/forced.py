@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.cache import pages_for
+from lychee_jax.cache.pages.allocator import pages_for
 from lychee_jax.errors import UserError
 from lychee_jax.generate import BLOCK_STEPS, Caller, Engine, GenerateOptions, Prefilled, takes_dense_steps
 from lychee_jax.programs import DecodePlan, Fed, correct_cache, feed_block

@@ -15,7 +15,8 @@ import numpy as np
 
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache import CacheLayout, make_pools, next_power_of_two, pages_for
+from lychee_jax.cache.pages.allocator import CacheLayout, next_power_of_two, pages_for
+from lychee_jax.cache.pages.pages import make_pools
 from lychee_jax.coverage import refuse_uncovered
 from lychee_jax.errors import UserError
 from lychee_jax.layouts import place_weights

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.cache import pages_for
+from lychee_jax.cache.pages.allocator import pages_for
 from lychee_jax.errors import UserError
 from lychee_jax.generate import Caller, Engine, GenerateOptions, Prefilled
 from lychee_jax.programs import DecodePlan, watch_step

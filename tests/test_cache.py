@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from lychee_jax.cache import CacheLayout, append_pages, append_token, append_tokens, pages_for
+from lychee_jax.cache.pages.allocator import CacheLayout, pages_for
+from lychee_jax.cache.pages.pages import append_pages, append_token, append_tokens
 
 KV_HEADS, PAGE, WIDTH = 2, 4, 6
 

@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.cache.pages.pages import make_pools
 
 from lychee_jax import generate, programs
 from lychee_jax.attention.backend import backend as attention
-from lychee_jax.cache import make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions

@@ -11,7 +11,7 @@ import pallas_kernels
 from lychee_jax.attention.backend.backend import attention_scale
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import Selection, SelectionPolicy
-from lychee_jax.cache import append_token
+from lychee_jax.cache.pages.pages import append_token
 
 
 @jax.tree_util.register_dataclass

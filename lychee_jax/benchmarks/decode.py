@@ -24,7 +24,8 @@ from rich.table import Table
 from lychee_jax.attention.backend.decode import Decode
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache import CacheLayout, make_pools, pages_for
+from lychee_jax.cache.pages.allocator import CacheLayout, pages_for
+from lychee_jax.cache.pages.pages import make_pools
 from lychee_jax.errors import UserError
 from lychee_jax.generate import AttentionMode, Engine, GenerateOptions, Prefilled
 from lychee_jax.loaded import LoadedModel

@@ -24,7 +24,7 @@ from lychee_jax.attention.backend.backend import attention_scale
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
-from lychee_jax.cache import CacheLayout, pages_for
+from lychee_jax.cache.pages.allocator import CacheLayout, pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.generate import idle_rows

@@ -1,0 +1,1 @@
+"""The paged KV cache: pages on the device, and who owns them."""
