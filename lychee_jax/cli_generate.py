@@ -18,7 +18,7 @@ from lychee_jax.errors import UserError
 if TYPE_CHECKING:
     from lychee_jax.generate import Result, Stream
     from lychee_jax.loaded import LoadedModel
-    from lychee_jax.text import TextStream
+    from lychee_jax.text.tokenizer.streaming import TextStream
 
 _PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"
 _LONG_PREFILL = 2048  # tokens; below, a progress bar would only flicker
@@ -125,7 +125,7 @@ def generate(
     from lychee_jax.attention.backend.selection import SelectionPolicy
     from lychee_jax.generate import GenerateOptions
     from lychee_jax.sampling import SamplingParams
-    from lychee_jax.text import StopStrings, TextStream
+    from lychee_jax.text.tokenizer.streaming import StopStrings, TextStream
 
     # Everything that can be refused without the model is looked at before it is loaded.
     source = read_prompt(prompt or [], prompt_file or [], prompt_ids or [], chat=chat)

@@ -19,7 +19,7 @@ from lychee_jax.evaluation.passkey import is_right
 from lychee_jax.generate import AttentionMode, Prefilled, Result
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.plots import plot_heads
-from lychee_jax.text import Tokenizer
+from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid")
 # How many facts of a kind are hidden, and how many of them are asked for.

@@ -15,7 +15,8 @@ from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions, Stream, Timing
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.text import TextStream, Tokenizer
+from lychee_jax.text.tokenizer.streaming import TextStream
+from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 # Keywords as the command line has them; both groups have a top_p, and the shorter name is sampling's.
 _SAMPLING = {field.name: field.name for field in dataclasses.fields(SamplingParams)}

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import facts as data
@@ -24,7 +25,6 @@ from lychee_jax.generate import GenerateOptions
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import BUNDLED, load, save
 from lychee_jax.models.spec import Functional
-from lychee_jax.text import Tokenizer
 from lychee_jax.training import pretrain, profile_heads
 from lychee_jax.training.bundled_tokenizer import save_tokenizer
 

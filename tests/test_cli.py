@@ -11,13 +11,14 @@ import sys
 import pytest
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.text.tokenizer.streaming import StreamDecoder
+from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax import cli
 from lychee_jax.cli_generate import generate
 from lychee_jax.errors import UserError
 from lychee_jax.generate import Engine, GenerateOptions
 from lychee_jax.sampling import SamplingParams
-from lychee_jax.text import StreamDecoder, Tokenizer
 
 from . import checkpoints, tokenizers_tiny
 

@@ -7,9 +7,10 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lychee_jax.text.tokenizer.streaming import StopStrings, StreamDecoder, TextStream
+from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax.errors import UserError
-from lychee_jax.text import StopStrings, StreamDecoder, TextStream, Tokenizer
 
 from . import tokenizers_tiny
 
@@ -156,7 +157,7 @@ def test_a_folder_without_tokenizer_and_one_with_a_broken_one(tmp_path):
 def test_loading_is_quiet_and_leaves_logging_as_it_was(tmp_path):
     folder = tokenizers_tiny.write_tokenizer(tmp_path, tokenizers_tiny.llama2())
     program = (
-        "import sys; from lychee_jax.text import Tokenizer; assert 'transformers' not in sys.modules\n"
+        "import sys; from lychee_jax.text.tokenizer import Tokenizer; assert 'transformers' not in sys.modules\n"
         f"tokenizer = Tokenizer.from_folder({str(folder)!r})\n"
         "print(tokenizer.decode(tokenizer.encode('the dog'))); print('torch' in sys.modules)"
     )

@@ -17,7 +17,7 @@ from lychee_jax.evaluation.ways import Way
 from lychee_jax.forced import feed
 from lychee_jax.generate import GenerateOptions, Prefilled
 from lychee_jax.loaded import LoadedModel
-from lychee_jax.text import Tokenizer
+from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
