@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lychee_jax.attention.backend.head_map import HeadMap
     from lychee_jax.attention.backend.selection import SelectionPolicy
-    from lychee_jax.generate import GenerateOptions
+    from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.loading import LoadedModel, load
 
 __all__ = ["GenerateOptions", "HeadMap", "LoadedModel", "SelectionPolicy", "load"]
 
 _HOMES = {
-    "GenerateOptions": "lychee_jax.generate",
+    "GenerateOptions": "lychee_jax.engine.engine",
     "HeadMap": "lychee_jax.attention.head_map",
     "LoadedModel": "lychee_jax.loading",
     "SelectionPolicy": "lychee_jax.attention.selection",

@@ -90,7 +90,7 @@ def bench_decode(
         if repeats is not None:
             raise UserError("--repeats needs --shape; a model is measured token by token")
         from lychee_jax.benchmarks import decode
-        from lychee_jax.generate import GenerateOptions
+        from lychee_jax.engine.options import GenerateOptions
 
         options = GenerateOptions("hybrid", policy=policy, page_size=page_size, implementation=implementation)
         loaded = load_model(model, dtype)

@@ -14,10 +14,10 @@ from lychee_jax.cli_generate import load_model
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.evaluation.cases import Cell, Task
     from lychee_jax.evaluation.report import Style
     from lychee_jax.evaluation.runner import Plan
-    from lychee_jax.generate import GenerateOptions
     from lychee_jax.loaded import LoadedModel
 
 eval_app = typer.Typer(
@@ -413,7 +413,7 @@ def _options(
 ) -> GenerateOptions:
     """What all ways have in common. The budgets, checked where ways and lengths are known, leave room for anything."""
     from lychee_jax.attention.backend.selection import SelectionPolicy
-    from lychee_jax.generate import GenerateOptions
+    from lychee_jax.engine.options import GenerateOptions
 
     if page_size < 1:
         raise UserError(f"page size is {page_size}; it must be at least 1")

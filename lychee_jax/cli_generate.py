@@ -16,7 +16,8 @@ from lychee_jax import cli_options as shared
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lychee_jax.generate import Result, Stream
+    from lychee_jax.engine.engine import Stream
+    from lychee_jax.engine.outputs import Result
     from lychee_jax.loaded import LoadedModel
     from lychee_jax.text.tokenizer.streaming import TextStream
 
@@ -123,8 +124,8 @@ def generate(
     [cyan]lychee generate --model my-8b --prompt-ids ids.json --attention hybrid --budget 2048 --json[/cyan]
     """
     from lychee_jax.attention.backend.selection import SelectionPolicy
-    from lychee_jax.generate import GenerateOptions
-    from lychee_jax.sampling import SamplingParams
+    from lychee_jax.engine.options import GenerateOptions
+    from lychee_jax.engine.sampling import SamplingParams
     from lychee_jax.text.tokenizer.streaming import StopStrings, TextStream
 
     # Everything that can be refused without the model is looked at before it is loaded.

@@ -14,9 +14,10 @@ from rich.table import Table
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
+from lychee_jax.engine.options import AttentionMode
+from lychee_jax.engine.outputs import Prefilled, Result
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
-from lychee_jax.generate import AttentionMode, Prefilled, Result
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.plots import plot_heads
 from lychee_jax.text.tokenizer.tokenizer import Tokenizer

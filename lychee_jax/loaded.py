@@ -11,10 +11,12 @@ from typing import Any
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
+from lychee_jax.engine.engine import Engine, Stream
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.outputs import Timing
+from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
-from lychee_jax.generate import Engine, GenerateOptions, Stream, Timing
 from lychee_jax.models.decoder import Decoder
-from lychee_jax.sampling import SamplingParams
 from lychee_jax.text.tokenizer.streaming import TextStream
 from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 from lychee_jax.attention.backend.head_map import HeadMap
 
 if TYPE_CHECKING:
-    from lychee_jax.reading import Reading
+    from lychee_jax.engine.page_trace import Reading
 
 _RETRIEVAL, _SPARSE, _LINK, _INK = "#b3202f", "#f3dcd4", "#d98c7e", "#33272a"
 _CELL = 0.34  # inches

@@ -15,13 +15,13 @@ from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
+from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.passkey import STYLE, Passkey, is_right
 from lychee_jax.evaluation.runner import Plan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.ways import ways_of
-from lychee_jax.generate import GenerateOptions
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import BUNDLED, load, save
 from lychee_jax.models.spec import Functional

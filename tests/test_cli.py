@@ -16,9 +16,10 @@ from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax import cli
 from lychee_jax.cli_generate import generate
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
-from lychee_jax.generate import Engine, GenerateOptions
-from lychee_jax.sampling import SamplingParams
 
 from . import checkpoints, tokenizers_tiny
 

@@ -12,8 +12,8 @@ from flax import nnx
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 
-from lychee_jax.forced import feed
-from lychee_jax.generate import GenerateOptions
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.training.distill import departures

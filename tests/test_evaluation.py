@@ -10,6 +10,7 @@ from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax import cli
 from lychee_jax.data import language
+from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.passkey import STYLE, Passkey
@@ -17,7 +18,6 @@ from lychee_jax.evaluation.report import Report, Style
 from lychee_jax.evaluation.runner import Plan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.ways import Budget, ways_of
-from lychee_jax.generate import GenerateOptions
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import BUNDLED, load
 

@@ -9,9 +9,11 @@ from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.config import ModelConfig
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.outputs import Prefilled, Result
+from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.errors import UserError
-from lychee_jax.forced import feed
-from lychee_jax.generate import Engine, GenerateOptions, Prefilled, Result
 from lychee_jax.models.decoder import Decoder
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)

@@ -13,9 +13,10 @@ from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 from safetensors.numpy import load_file
 
-from lychee_jax import generate
 from lychee_jax.config import ModelConfig, RopeConfig
-from lychee_jax.generate import Engine, GenerateOptions
+from lychee_jax.engine import engine as generate
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 

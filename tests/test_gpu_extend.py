@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 
 import pallas_kernels as ops
-from lychee_jax import programs
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.config import ModelConfig
+from lychee_jax.engine import programs
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec

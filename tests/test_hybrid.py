@@ -17,9 +17,11 @@ from flax import nnx
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 
-from lychee_jax import generate
 from lychee_jax.config import ModelConfig, RopeConfig
-from lychee_jax.generate import AttentionMode, Engine, GenerateOptions, Result
+from lychee_jax.engine import engine as generate
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import AttentionMode, GenerateOptions
+from lychee_jax.engine.outputs import Result
 from lychee_jax.models.decoder import Decoder
 
 from . import oracle

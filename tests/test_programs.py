@@ -13,14 +13,16 @@ from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache.pages.pages import make_pools
 
-from lychee_jax import generate, programs
 from lychee_jax.attention.backend import backend as attention
 from lychee_jax.config import ModelConfig
+from lychee_jax.engine import engine as generate
+from lychee_jax.engine import programs
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.programs import DecodePlan, Rows
+from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
-from lychee_jax.generate import Engine, GenerateOptions
 from lychee_jax.models.decoder import Decoder
-from lychee_jax.programs import DecodePlan, Rows
-from lychee_jax.sampling import SamplingParams
 from pallas_kernels.xla.prefill import causal_attention
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)

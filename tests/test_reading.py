@@ -10,11 +10,13 @@ from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.config import ModelConfig
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.outputs import Prefilled
+from lychee_jax.engine.page_trace import read_pages
 from lychee_jax.errors import UserError
-from lychee_jax.generate import Engine, GenerateOptions, Prefilled
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.plots import plot_reading
-from lychee_jax.reading import read_pages
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)
 OPTIONS = GenerateOptions(

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lychee_jax.engine.sampling import SamplingKind, SamplingParams, sample
 from lychee_jax.errors import UserError
-from lychee_jax.sampling import SamplingKind, SamplingParams, sample
 
 draw = jax.jit(sample, static_argnums=2)
 

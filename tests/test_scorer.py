@@ -11,8 +11,9 @@ from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
-from lychee_jax.generate import Engine, GenerateOptions
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.loading import load
 from lychee_jax.models.decoder import Decoder

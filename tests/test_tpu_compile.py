@@ -16,15 +16,15 @@ from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache.pages.allocator import CacheLayout
 
 import pallas_kernels as ops
-from lychee_jax import programs
 from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, sharding
+from lychee_jax.engine import programs
+from lychee_jax.engine.programs import DecodePlan, Rows
+from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.layouts import weight_format
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.programs import DecodePlan, Rows
-from lychee_jax.sampling import SamplingParams
 from pallas_kernels import Selection
 
 pytestmark = [

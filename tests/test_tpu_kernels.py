@@ -21,7 +21,8 @@ from lychee_jax.attention.backend.selection import SelectionPolicy
 import pallas_kernels as ops
 from lychee_jax.cli import main
 from lychee_jax.config import ModelConfig
-from lychee_jax.generate import Engine, GenerateOptions
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.models.decoder import Decoder
 from pallas_kernels.xla.prefill import extend_attention
 

@@ -26,10 +26,12 @@ from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache.pages.allocator import CacheLayout, pages_for
 from lychee_jax.cache.pages.pages import make_pools
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import AttentionMode, GenerateOptions
+from lychee_jax.engine.outputs import Prefilled
+from lychee_jax.engine.programs import Pools
 from lychee_jax.errors import UserError
-from lychee_jax.generate import AttentionMode, Engine, GenerateOptions, Prefilled
 from lychee_jax.loaded import LoadedModel
-from lychee_jax.programs import Pools
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
 # The plain way to attend in JAX, over keys and values that lie in one piece: what a paged cache has to stand beside.

@@ -10,7 +10,7 @@ import numpy as np
 from lychee_jax.benchmarks.rooflines import MATRIX_RATE
 from lychee_jax.benchmarks.step import peak_bytes, random_model
 from lychee_jax.config import ModelConfig
-from lychee_jax.generate import Engine
+from lychee_jax.engine.engine import Engine
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,13 +26,13 @@ from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.cache.pages.allocator import CacheLayout, pages_for
 from lychee_jax.config import ModelConfig
+from lychee_jax.engine.engine import idle_rows
+from lychee_jax.engine.programs import DecodePlan, Rows, decode_block
+from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
-from lychee_jax.generate import idle_rows
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.programs import DecodePlan, Rows, decode_block
-from lychee_jax.sampling import SamplingParams
 
 Mode = Literal["hybrid", "dense", "cudnn"]
 _STEPS = 16

@@ -10,12 +10,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.outputs import Prefilled
+from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.ways import Way
-from lychee_jax.forced import feed
-from lychee_jax.generate import GenerateOptions, Prefilled
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 

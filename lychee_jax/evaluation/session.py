@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 
 from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.journal import Journal, Record
 from lychee_jax.evaluation.report import Report, Style
 from lychee_jax.evaluation.runner import Plan, run
-from lychee_jax.generate import GenerateOptions
 from lychee_jax.loaded import LoadedModel
 
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import get_args
 
+from lychee_jax.engine.options import AttentionMode, GenerateOptions
 from lychee_jax.errors import UserError
-from lychee_jax.generate import AttentionMode, GenerateOptions
 
 _PAGES_TO_PICK = 2  # a budget that is a share of the length leaves at least so many pages to the choice
 

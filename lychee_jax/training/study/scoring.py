@@ -9,8 +9,8 @@ from jaxtyping import Bool
 
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.forced import feed
-from lychee_jax.generate import GenerateOptions
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.training.scorer import Kind, Scorer
 from lychee_jax.training.study.maps import roles_of

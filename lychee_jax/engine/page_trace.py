@@ -8,10 +8,13 @@ from jaxtyping import Bool
 
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.cache.pages.allocator import pages_for
+from lychee_jax.engine.compile_timer import Caller
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.outputs import Prefilled
+from lychee_jax.engine.programs import DecodePlan, watch_step
+from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
-from lychee_jax.generate import Caller, Engine, GenerateOptions, Prefilled
-from lychee_jax.programs import DecodePlan, watch_step
-from lychee_jax.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lychee_jax.attention.backend.decode import Decode
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.prefill import Extend
 from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.sampling import SamplingArrays, SamplingKind, sample
+from lychee_jax.engine.sampling import SamplingArrays, SamplingKind, sample
 
 Pools = tuple[jax.Array, ...]
 

@@ -3,27 +3,18 @@ one, and never decides anything a step would have to wait for.
 """
 
 import collections
-import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache.pages.allocator import CacheLayout, next_power_of_two, pages_for
 from lychee_jax.cache.pages.pages import make_pools
-from lychee_jax.coverage import refuse_uncovered
-from lychee_jax.errors import UserError
-from lychee_jax.layouts import place_weights
-from lychee_jax.models.decoder import Decoder
-from lychee_jax.models.rope import rotary_tables
-from lychee_jax.models.spec import ModelSpec
-from lychee_jax.programs import (
+from lychee_jax.engine.kernel_support import refuse_uncovered
+from lychee_jax.engine.programs import (
     Block,
     DecodePlan,
     Pools,
@@ -33,10 +24,11 @@ from lychee_jax.programs import (
     first_token,
     prefill_chunk,
 )
-from lychee_jax.sampling import SamplingParams
-from pallas_kernels.dispatch import available
-
-AttentionMode = Literal["auto", "hybrid", "dense"]
+from lychee_jax.errors import UserError
+from lychee_jax.layouts import place_weights
+from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.rope import rotary_tables
+from lychee_jax.models.spec import ModelSpec
 
 # Tokens that one prefill program takes: bounds its temporaries.
 _CHUNK_TOKENS = {"cpu": 512, "gpu": 4096, "tpu": 2048}
@@ -50,105 +42,6 @@ BLOCK_STEPS = 8
 # hybrid decoding selects besides. The CPU's and the GPU's figures are measured (docs/results.md); of TPUs nothing is
 # known yet.
 _DENSE_BELOW = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateOptions:
-    """Everything a caller may choose; `heads=None` lets every head retrieve, `eos_ids` end a row."""
-
-    attention: AttentionMode = "auto"
-    heads: HeadMap | None = None
-    policy: SelectionPolicy = dataclasses.field(default_factory=SelectionPolicy)
-    page_size: int = 64
-    max_new_tokens: int = 128
-    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
-    eos_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    correct_every: int = 0
-    implementation: str | None = None
-
-    def __post_init__(self):
-        if self.attention not in get_args(AttentionMode):
-            raise UserError(f"attention is {self.attention!r}; use one of {', '.join(get_args(AttentionMode))}")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
-        if self.correct_every < 0:
-            raise UserError(f"correct_every is {self.correct_every}; it must be 0 (off) or a number of tokens")
-        if self.implementation is not None and self.implementation not in available("hybrid_decode"):
-            names = ", ".join(available("hybrid_decode"))
-            raise UserError(f"implementation {self.implementation!r} is not available; this version has {names}")
-        self.policy.validate(self.page_size)
-
-    @property
-    def extend_implementation(self) -> str | None:
-        """What reads prompts and corrects caches: named kernels are for decoding, but "xla" keeps out all of them."""
-        return "xla" if self.implementation == "xla" else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One token position of all rows: `tokens [B]` (−1: the row had ended) and `logprobs [B]`."""
-
-    index: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds. The first token of a row belongs to the prefill; `tokens_per_s` counts all others, of all rows.
-
-    `compile_s` is the time of calls that had to compile; it is in neither of the other two.
-    """
-
-    prefill_s: float
-    decode_s: float
-    tokens_per_s: float
-    compile_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What was generated: one entry a row, a stopping eos included."""
-
-    tokens: list[list[int]]
-    logprobs: list[list[float]]
-    timing: Timing
-    attention: dict[str, Any]
-
-
-@dataclasses.dataclass
-class Prefilled:
-    """Prompts in the cache, ready to be decoded. Decoding consumes it unless told to keep it."""
-
-    prompts: list[list[int]]
-    page_size: int
-    capacity: int
-    pools: Pools | None
-    page_table: jax.Array
-    last: jax.Array
-    prefill_s: float
-    compile_s: float
-
-
-class Caller:
-    """Calls programs, and adds up the seconds of calls that had to compile: dispatch alone takes under a millisecond.
-
-    Float32 models multiply in full float32: accelerators would round the factors to bfloat16 or TF32.
-    """
-
-    def __init__(self, dtype: np.dtype):
-        self.precision = "highest" if dtype == np.float32 else None
-        self.seconds = 0.0
-
-    def __call__(self, program: Any, *args: Any) -> Any:
-        """What the program returns; its arrays may still be on their way."""
-        known, started = program._cache_size(), time.perf_counter()
-        with jax.default_matmul_precision(self.precision) if self.precision else contextlib.nullcontext():
-            out = program(*args)
-        if program._cache_size() != known:
-            self.seconds += time.perf_counter() - started
-        return out
 
 
 class _Progress:

@@ -11,10 +11,13 @@ import numpy as np
 
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.cache.pages.allocator import pages_for
+from lychee_jax.engine.compile_timer import Caller
+from lychee_jax.engine.engine import BLOCK_STEPS, Engine, takes_dense_steps
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.outputs import Prefilled
+from lychee_jax.engine.programs import DecodePlan, Fed, correct_cache, feed_block
+from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
-from lychee_jax.generate import BLOCK_STEPS, Caller, Engine, GenerateOptions, Prefilled, takes_dense_steps
-from lychee_jax.programs import DecodePlan, Fed, correct_cache, feed_block
-from lychee_jax.sampling import SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
