@@ -22,9 +22,9 @@ from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, shardin
 from lychee_jax.engine import programs
 from lychee_jax.engine.programs import DecodePlan, Rows
 from lychee_jax.engine.sampling import SamplingParams
-from lychee_jax.layouts import weight_format
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import weight_format
 from pallas_kernels import Selection
 
 pytestmark = [

@@ -25,10 +25,10 @@ from lychee_jax.engine.programs import (
     prefill_chunk,
 )
 from lychee_jax.errors import UserError
-from lychee_jax.layouts import place_weights
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import place_weights
 
 # Tokens that one prefill program takes: bounds its temporaries.
 _CHUNK_TOKENS = {"cpu": 512, "gpu": 4096, "tpu": 2048}

@@ -32,8 +32,8 @@ from lychee_jax.data.questions import Source, Writer, make_source
 from lychee_jax.errors import UserError
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.models.rope import rotary_tables
+from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.plots import plot_heads
-from lychee_jax.sharding import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
 from lychee_jax.training.loop import Checkpoints, MetricsFile, Patience, claim
