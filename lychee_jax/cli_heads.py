@@ -51,7 +51,7 @@ def heads_plot(
     [cyan]lychee heads plot learned/heads.json --output roles.png[/cyan]
     """
     head_map = _read(file, model)
-    from lychee_jax.plots import plot_heads  # matplotlib takes a while
+    from lychee_jax.plotting.attention import plot_heads
 
     target = output or file.with_suffix(".png")
     plot_heads(head_map, target)

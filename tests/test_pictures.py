@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lychee_jax.attention.backend.head_map import HeadMap
 
-from lychee_jax.training.pictures import History, plot_training
+from lychee_jax.plotting.training import History, plot_training
 
 RED = np.array([0xB3, 0x20, 0x2F])
 EXPECTED = [

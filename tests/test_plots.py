@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from lychee_jax.attention.backend.head_map import HeadMap
 
-from lychee_jax.plots import plot_heads
+from lychee_jax.plotting.attention import plot_heads
 
 RED = np.array([0xB3, 0x20, 0x2F])
 NONE, ONE, ALL = ((0, 1), (), (), ()), ((0, 1), (), (1,), ()), ((0, 1),) * 4

@@ -16,7 +16,7 @@ from lychee_jax.engine.outputs import Prefilled
 from lychee_jax.engine.page_trace import read_pages
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
-from lychee_jax.plots import plot_reading
+from lychee_jax.plotting.attention import plot_reading
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)
 OPTIONS = GenerateOptions(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lychee_jax.evaluation.journal import Record
-from lychee_jax.evaluation.pictures import plot_heatmaps, plot_panels
+from lychee_jax.plotting.scores import plot_heatmaps, plot_panels
 
 Column = Literal["task", "depth", "length"]
 

@@ -33,11 +33,11 @@ from lychee_jax.errors import UserError
 from lychee_jax.loaded import LoadedModel
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
-from lychee_jax.plots import plot_heads
+from lychee_jax.plotting.attention import plot_heads
+from lychee_jax.plotting.training import plot_training
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
 from lychee_jax.training.loop import Checkpoints, MetricsFile, Patience, claim
-from lychee_jax.training.pictures import plot_training
 
 type State = dict[str, Any]
 type Report = Callable[[int, dict[str, float]], None]

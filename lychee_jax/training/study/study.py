@@ -17,9 +17,9 @@ from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.loaded import LoadedModel
+from lychee_jax.plotting.training import History
 from lychee_jax.training import learn_heads
 from lychee_jax.training.loop import claim
-from lychee_jax.training.pictures import History
 from lychee_jax.training.scorer import Scorer
 from lychee_jax.training.study import calibration, maps
 from lychee_jax.training.study.prompts import TASKS

@@ -1,0 +1,1 @@
+"""Pictures: roles and pages, scores, training."""
