@@ -132,7 +132,7 @@ def eval_passkey(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.passkey import STYLE, Passkey
     from lychee_jax.evaluation.runner import Plan, tokenizer_of
-    from lychee_jax.evaluation.ways import ways_of
+    from lychee_jax.evaluation.variants import ways_of
 
     ways = ways_of(_names("--attention", attention), _names("--budget", budget))
     sizes, places = _whole_numbers("--lengths", lengths), _depths(depths)
@@ -200,7 +200,7 @@ def eval_ruler(
     from lychee_jax.evaluation.ruler import NEED_NO_DATA, STYLE, TASKS, Ruler
     from lychee_jax.evaluation.ruler_data import Files
     from lychee_jax.evaluation.runner import Plan, tokenizer_of
-    from lychee_jax.evaluation.ways import ways_of
+    from lychee_jax.evaluation.variants import ways_of
 
     ways = ways_of(_names("--attention", attention), _names("--budget", budget))
     sizes, groups = _whole_numbers("--lengths", lengths), {"all": TASKS, "free": NEED_NO_DATA}
@@ -275,9 +275,9 @@ def eval_longbench(
     """
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.longbench import STYLE, TASKS, LongBench
+    from lychee_jax.evaluation.prompts import LONGBENCH
     from lychee_jax.evaluation.runner import Plan, tokenizer_of
-    from lychee_jax.evaluation.ways import ways_of
-    from lychee_jax.evaluation.wording import LONGBENCH
+    from lychee_jax.evaluation.variants import ways_of
 
     ways = ways_of(_names("--attention", attention), _names("--budget", budget))
     options = _options(
@@ -345,7 +345,7 @@ def eval_perplexity(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.perplexity import STYLE, FilePerplexity, OwnPerplexity
     from lychee_jax.evaluation.runner import Plan, tokenizer_of
-    from lychee_jax.evaluation.ways import ways_of
+    from lychee_jax.evaluation.variants import ways_of
 
     ways = ways_of(_names("--attention", attention), _names("--budget", budget))
     sizes = _whole_numbers("--lengths", lengths)

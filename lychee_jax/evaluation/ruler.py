@@ -24,8 +24,8 @@ from typing import Literal, Protocol, runtime_checkable
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation import ruler_data as texts
 from lychee_jax.evaluation.cases import Case
+from lychee_jax.evaluation.prompts import DOCUMENT, NEEDLE, NOISE, RULER, Wording
 from lychee_jax.evaluation.report import Style
-from lychee_jax.evaluation.wording import DOCUMENT, NEEDLE, NOISE, RULER, Wording
 from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 STYLE = Style("ruler", "% of the answers found", "task", average=True)
