@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lychee_jax.evaluation.cases import Cell, Task
     from lychee_jax.evaluation.report import Style
     from lychee_jax.evaluation.runner import Plan
-    from lychee_jax.loaded import LoadedModel
+    from lychee_jax.llm import LoadedModel
 
 eval_app = typer.Typer(
     help="Score what a model answers, dense and hybrid on the same prompts, in one run that can be resumed.",

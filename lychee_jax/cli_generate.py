@@ -18,7 +18,7 @@ from lychee_jax.errors import UserError
 if TYPE_CHECKING:
     from lychee_jax.engine.engine import Stream
     from lychee_jax.engine.outputs import Result
-    from lychee_jax.loaded import LoadedModel
+    from lychee_jax.llm import LoadedModel
     from lychee_jax.text.tokenizer.streaming import TextStream
 
 _PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"

@@ -18,7 +18,7 @@ from lychee_jax.engine.options import AttentionMode
 from lychee_jax.engine.outputs import Prefilled, Result
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.plotting.attention import plot_heads
 from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ from checkpoints_convert.weights import Weights, cast, check_dtype
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
-from lychee_jax.loaded import Generation, LoadedModel
+from lychee_jax.llm import Generation, LoadedModel
 from lychee_jax.models.decoder import Decoder
 
 __all__ = ["BUNDLED", "Generation", "LoadedModel", "load", "read_config", "save"]

@@ -22,7 +22,7 @@ from lychee_jax.evaluation.passkey import STYLE, Passkey, is_right
 from lychee_jax.evaluation.runner import Plan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.variants import ways_of
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.loading import BUNDLED, load, save
 from lychee_jax.models.spec import Functional
 from lychee_jax.training import pretrain, profile_heads

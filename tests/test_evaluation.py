@@ -18,7 +18,7 @@ from lychee_jax.evaluation.report import Report, Style
 from lychee_jax.evaluation.runner import Plan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.variants import Budget, ways_of
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.loading import BUNDLED, load
 
 from . import checkpoints

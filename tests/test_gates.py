@@ -13,7 +13,7 @@ import pytest
 from scipy import integrate, special, stats
 
 from lychee_jax.errors import UserError
-from lychee_jax.gates import FAMILIES, HardConcrete, HardKuma, Plain, harden, with_first_layer
+from lychee_jax.training.gates import FAMILIES, HardConcrete, HardKuma, Plain, harden, with_first_layer
 
 type Parameters = dict[str, np.ndarray]
 

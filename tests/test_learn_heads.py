@@ -16,10 +16,9 @@ import pytest
 from flax import nnx
 from lychee_jax.attention.backend.head_map import HeadMap
 
-from lychee_jax import gates
 from lychee_jax.errors import UserError
-from lychee_jax.loaded import LoadedModel
-from lychee_jax.training import learn_heads, loop
+from lychee_jax.llm import LoadedModel
+from lychee_jax.training import gates, learn_heads, loop
 from lychee_jax.training.learn_heads import Learned, Learner, Plan, learn, make_batch
 
 from . import tiny_learning

@@ -14,7 +14,7 @@ from lychee_jax.data import language
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.loading import load
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.training.scorer import Kind, Memory, Scorer

@@ -17,7 +17,7 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.loading import load
 from lychee_jax.training.scorer import Scorer
 from lychee_jax.training.study import __main__ as command

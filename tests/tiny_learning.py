@@ -11,7 +11,7 @@ from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.training.learn_heads import Plan
 

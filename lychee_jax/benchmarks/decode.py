@@ -31,7 +31,7 @@ from lychee_jax.engine.options import AttentionMode, GenerateOptions
 from lychee_jax.engine.outputs import Prefilled
 from lychee_jax.engine.programs import Pools
 from lychee_jax.errors import UserError
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
 # The plain way to attend in JAX, over keys and values that lie in one piece: what a paged cache has to stand beside.

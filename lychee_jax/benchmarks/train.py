@@ -14,7 +14,7 @@ from lychee_jax.benchmarks.step import peak_bytes, random_model
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import Asked
 from lychee_jax.errors import UserError
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.training.learn_heads import Learner, Plan, make_batch
 
 _QUESTION, _ANSWER = 16, 48

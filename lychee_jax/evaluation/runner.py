@@ -17,7 +17,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.variants import Way
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 

@@ -17,7 +17,7 @@ from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.journal import Journal, Record
 from lychee_jax.evaluation.report import Report, Style
 from lychee_jax.evaluation.runner import Plan, run
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 
 
 def evaluate(

@@ -23,18 +23,18 @@ import optax
 from flax import nnx
 from jaxtyping import Float32
 
-from lychee_jax import gates
 from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.cache.pages.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import Source, Writer, make_source
 from lychee_jax.errors import UserError
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.plotting.attention import plot_heads
 from lychee_jax.plotting.training import plot_training
+from lychee_jax.training import gates
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
 from lychee_jax.training.loop import Checkpoints, MetricsFile, Patience, claim

@@ -11,7 +11,7 @@ from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.engine.teacher_forcing import feed
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.training.scorer import Kind, Scorer
 from lychee_jax.training.study.maps import roles_of
 from lychee_jax.training.study.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts

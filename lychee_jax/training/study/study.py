@@ -16,7 +16,7 @@ from lychee_jax.attention.backend.head_map import HeadMap
 from lychee_jax.attention.backend.selection import SelectionPolicy
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
-from lychee_jax.loaded import LoadedModel
+from lychee_jax.llm import LoadedModel
 from lychee_jax.plotting.training import History
 from lychee_jax.training import learn_heads
 from lychee_jax.training.loop import claim
