@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lychee_jax.attention.backend.head_map import HeadMap
-    from lychee_jax.attention.backend.selection import SelectionPolicy
+    from lychee_jax.attention.head_map import HeadMap
+    from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.loading import LoadedModel, load
 

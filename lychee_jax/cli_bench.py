@@ -80,7 +80,7 @@ def bench_decode(
 
     [cyan]lychee bench decode --shape llama-3-8b --context 131072 --budget 4096 --batch 1,4,6[/cyan]
     """
-    from lychee_jax.attention.backend.selection import SelectionPolicy
+    from lychee_jax.attention.selection import SelectionPolicy
 
     policy = SelectionPolicy(budget, sink, recent)
     policy.validate(page_size)

@@ -412,7 +412,7 @@ def _options(
     implementation: shared.Implementation | None,
 ) -> GenerateOptions:
     """What all ways have in common. The budgets, checked where ways and lengths are known, leave room for anything."""
-    from lychee_jax.attention.backend.selection import SelectionPolicy
+    from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.engine.options import GenerateOptions
 
     if page_size < 1:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lychee_jax.engine.engine import Stream
     from lychee_jax.engine.outputs import Result
     from lychee_jax.llm import LoadedModel
-    from lychee_jax.text.tokenizer.streaming import TextStream
+    from lychee_jax.text.streaming import TextStream
 
 _PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"
 _LONG_PREFILL = 2048  # tokens; below, a progress bar would only flicker
@@ -123,10 +123,10 @@ def generate(
 
     [cyan]lychee generate --model my-8b --prompt-ids ids.json --attention hybrid --budget 2048 --json[/cyan]
     """
-    from lychee_jax.attention.backend.selection import SelectionPolicy
+    from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.engine.sampling import SamplingParams
-    from lychee_jax.text.tokenizer.streaming import StopStrings, TextStream
+    from lychee_jax.text.streaming import StopStrings, TextStream
 
     # Everything that can be refused without the model is looked at before it is loaded.
     source = read_prompt(prompt or [], prompt_file or [], prompt_ids or [], chat=chat)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lychee_jax.attention.backend.head_map import HeadMap
+    from lychee_jax.attention.head_map import HeadMap
 
 heads_app = typer.Typer(help="Look at a head map: which KV heads retrieve.", rich_markup_mode="rich")
 
@@ -68,7 +68,7 @@ def print_map(head_map: HeadMap, name: str) -> None:
 
 
 def _read(file: Path, model: Path | None) -> HeadMap:
-    from lychee_jax.attention.backend.head_map import HeadMap
+    from lychee_jax.attention.head_map import HeadMap
 
     if model is None:
         return HeadMap.load(file)

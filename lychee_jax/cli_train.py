@@ -16,7 +16,7 @@ from lychee_jax.cli_heads import print_map
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lychee_jax.attention.backend.selection import SelectionPolicy
+    from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.training.learn_heads import Report
 
 _GATES, _ASKED, _READS, _RUN = "Gates", "What is asked", "What sparse heads read while gates are trained", "The run"
@@ -218,7 +218,7 @@ def _policy(
     longest: int,
 ) -> SelectionPolicy:
     """What sparse heads read; without a budget it is one that holds the longest row."""
-    from lychee_jax.attention.backend.selection import SelectionPolicy
+    from lychee_jax.attention.selection import SelectionPolicy
 
     if page_size < 1:
         raise UserError(f"page size is {page_size}; it must be at least 1")

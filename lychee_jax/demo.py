@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
 from lychee_jax.engine.options import AttentionMode
@@ -20,7 +20,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
 from lychee_jax.llm import LoadedModel
 from lychee_jax.plotting.attention import plot_heads
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
+from lychee_jax.text.tokenizer import Tokenizer
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid")
 # How many facts of a kind are hidden, and how many of them are asked for.

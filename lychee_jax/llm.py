@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import Engine, Stream
 from lychee_jax.engine.options import GenerateOptions
@@ -17,8 +17,8 @@ from lychee_jax.engine.outputs import Timing
 from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
-from lychee_jax.text.tokenizer.streaming import TextStream
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
+from lychee_jax.text.streaming import TextStream
+from lychee_jax.text.tokenizer import Tokenizer
 
 # Keywords as the command line has them; both groups have a top_p, and the shorter name is sampling's.
 _SAMPLING = {field.name: field.name for field in dataclasses.fields(SamplingParams)}

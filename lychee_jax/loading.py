@@ -19,7 +19,7 @@ from checkpoints_convert.export import export_hugging_face
 from checkpoints_convert.keys import abstract_decoder, dotted, keys
 from checkpoints_convert.source import INDEX, MARKER, SINGLE, describe, first_line
 from checkpoints_convert.weights import Weights, cast, check_dtype
-from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
 from lychee_jax.llm import Generation, LoadedModel

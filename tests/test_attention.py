@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lychee_jax.attention.backend.backend import Full
-from lychee_jax.attention.backend.gated import Gated
-from lychee_jax.attention.backend.selection import SelectionPolicy
+
+from lychee_jax.attention.backend import Full
+from lychee_jax.attention.gated import Gated
+from lychee_jax.attention.selection import SelectionPolicy
 
 from . import oracle
 from .test_hybrid import BUDGET, make_model

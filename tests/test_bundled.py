@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
@@ -25,6 +24,7 @@ from lychee_jax.evaluation.variants import ways_of
 from lychee_jax.llm import LoadedModel
 from lychee_jax.loading import BUNDLED, load, save
 from lychee_jax.models.spec import Functional
+from lychee_jax.text.tokenizer import Tokenizer
 from lychee_jax.training import pretrain, profile_heads
 from lychee_jax.training.bundled_tokenizer import save_tokenizer
 

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lychee_jax.cache.pages.allocator import CacheLayout, pages_for
-from lychee_jax.cache.pages.pages import append_pages, append_token, append_tokens
+
+from lychee_jax.cache.allocator import CacheLayout, pages_for
+from lychee_jax.cache.pages import append_pages, append_token, append_tokens
 
 KV_HEADS, PAGE, WIDTH = 2, 4, 6
 

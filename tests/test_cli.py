@@ -9,17 +9,17 @@ import subprocess
 import sys
 
 import pytest
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.text.tokenizer.streaming import StreamDecoder
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax import cli
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cli_generate import generate
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
+from lychee_jax.text.streaming import StreamDecoder
+from lychee_jax.text.tokenizer import Tokenizer
 
 from . import checkpoints, tokenizers_tiny
 

@@ -5,10 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
 
 from lychee_jax import cli
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.data import language
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError

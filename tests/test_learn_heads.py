@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lychee_jax.attention.backend.head_map import HeadMap
 
+from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LoadedModel
 from lychee_jax.training import gates, learn_heads, loop

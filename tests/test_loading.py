@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from checkpoints_convert import convert
 from lychee_jax import loading
+from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load
+from lychee_jax.text.tokenizer import Tokenizer
 
 from . import checkpoints, tokenizers_tiny
 from .test_golden import CASES, GOLDEN, golden_model

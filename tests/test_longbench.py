@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax import cli
 from lychee_jax.errors import UserError
@@ -14,6 +13,7 @@ from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.longbench import EXTRA_TASKS, TASKS, LongBench
 from lychee_jax.evaluation.perplexity import FilePerplexity, OwnPerplexity
 from lychee_jax.loading import BUNDLED, load
+from lychee_jax.text.tokenizer import Tokenizer
 
 from . import tokenizers_tiny
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from lychee_jax.attention.backend.head_map import HeadMap
 
+from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.plotting.training import History, plot_training
 
 RED = np.array([0xB3, 0x20, 0x2F])

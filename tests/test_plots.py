@@ -3,8 +3,8 @@
 import matplotlib.image
 import numpy as np
 import pytest
-from lychee_jax.attention.backend.head_map import HeadMap
 
+from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.plotting.attention import plot_heads
 
 RED = np.array([0xB3, 0x20, 0x2F])

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache.pages.pages import make_pools
 
-from lychee_jax.attention.backend import backend as attention
+from lychee_jax.attention import backend as attention
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cache.pages import make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine import engine as generate
 from lychee_jax.engine import programs

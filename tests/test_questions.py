@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
@@ -15,6 +14,7 @@ from lychee_jax.data.facts import Fact
 from lychee_jax.data.questions import KINDS, Asked, Generated, Hidden, MultiHop, Text, Writer, make_source
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load
+from lychee_jax.text.tokenizer import Tokenizer
 
 from . import tokenizers_tiny
 from .tiny_learning import CONFIG

@@ -6,12 +6,12 @@ import random
 import re
 
 import pytest
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.ruler import NEED_NO_DATA, TASKS, Ruler, fit
 from lychee_jax.evaluation.ruler_data import Files, adjectives, nouns
 from lychee_jax.loading import BUNDLED
+from lychee_jax.text.tokenizer import Tokenizer
 
 from . import tokenizers_tiny
 

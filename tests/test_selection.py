@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from lychee_jax.attention.backend.selection import SelectionPolicy
 
 import pallas_kernels as ops
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.errors import UserError
 
 from . import oracle

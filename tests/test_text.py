@@ -7,10 +7,10 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lychee_jax.text.tokenizer.streaming import StopStrings, StreamDecoder, TextStream
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
 
 from lychee_jax.errors import UserError
+from lychee_jax.text.streaming import StopStrings, StreamDecoder, TextStream
+from lychee_jax.text.tokenizer import Tokenizer
 
 from . import tokenizers_tiny
 

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache.pages.allocator import CacheLayout
 
 import pallas_kernels as ops
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, sharding
+from lychee_jax.cache.allocator import CacheLayout
 from lychee_jax.engine import programs
 from lychee_jax.engine.programs import DecodePlan, Rows
 from lychee_jax.engine.sampling import SamplingParams

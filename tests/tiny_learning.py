@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from lychee_jax.attention.backend.selection import SelectionPolicy
 
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.llm import LoadedModel

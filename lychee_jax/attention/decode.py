@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 import pallas_kernels
-from lychee_jax.attention.backend.backend import attention_scale
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import Selection, SelectionPolicy
-from lychee_jax.cache.pages.pages import append_token
+from lychee_jax.attention.backend import attention_scale
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import Selection, SelectionPolicy
+from lychee_jax.cache.pages import append_token
 
 
 @jax.tree_util.register_dataclass

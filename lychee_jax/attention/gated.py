@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
-from lychee_jax.attention.backend.backend import attention_scale
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.backend import attention_scale
+from lychee_jax.attention.selection import SelectionPolicy
 from pallas_kernels.xla.prefill import causal_attention
 
 type KeysAndValues = tuple[jax.Array, jax.Array]

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lychee_jax.attention.backend.backend import attention_scale
-from lychee_jax.cache.pages.pages import append_pages, append_tokens
+from lychee_jax.attention.backend import attention_scale
+from lychee_jax.cache.pages import append_pages, append_tokens
 from pallas_kernels.xla.prefill import extend_attention
 
 

@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.table import Table
 
-from lychee_jax.attention.backend.decode import Decode
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache.pages.allocator import CacheLayout, pages_for
-from lychee_jax.cache.pages.pages import make_pools
+from lychee_jax.attention.decode import Decode
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cache.allocator import CacheLayout, pages_for
+from lychee_jax.cache.pages import make_pools
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import AttentionMode, GenerateOptions
 from lychee_jax.engine.outputs import Prefilled

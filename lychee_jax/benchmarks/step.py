@@ -20,11 +20,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lychee_jax.attention.backend.backend import attention_scale
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.backend import attention_scale
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
-from lychee_jax.cache.pages.allocator import CacheLayout, pages_for
+from lychee_jax.cache.allocator import CacheLayout, pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import idle_rows
 from lychee_jax.engine.programs import DecodePlan, Rows, decode_block

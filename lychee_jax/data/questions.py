@@ -20,7 +20,7 @@ from lychee_jax.data import facts as data
 from lychee_jax.data import language
 from lychee_jax.data.facts import Tokens
 from lychee_jax.errors import UserError
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
+from lychee_jax.text.tokenizer import Tokenizer
 
 KINDS = ("passkeys", "mixed", "multi-hop")
 _DEPTHS = (0.05, 0.95)  # where facts may stand, as in the recipe of arXiv 2602.04541

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.cache.pages.allocator import CacheLayout, next_power_of_two, pages_for
-from lychee_jax.cache.pages.pages import make_pools
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.cache.allocator import CacheLayout, next_power_of_two, pages_for
+from lychee_jax.cache.pages import make_pools
+from lychee_jax.engine.compile_timer import Caller
 from lychee_jax.engine.kernel_support import refuse_uncovered
+from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.outputs import Prefilled, Result, Step, Timing
 from lychee_jax.engine.programs import (
     Block,
     DecodePlan,

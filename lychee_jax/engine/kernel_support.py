@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lychee_jax.attention.backend.selection import Selection, SelectionPolicy
+from lychee_jax.attention.selection import Selection, SelectionPolicy
 from lychee_jax.config import ModelConfig
 from pallas_kernels.dispatch import hybrid_decode
 

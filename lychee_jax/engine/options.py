@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
 from pallas_kernels.dispatch import available

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.cache.pages.allocator import pages_for
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.cache.allocator import pages_for
 from lychee_jax.engine.compile_timer import Caller
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from lychee_jax.attention.backend.decode import Decode
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.prefill import Extend
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.decode import Decode
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.prefill import Extend
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.sampling import SamplingArrays, SamplingKind, sample
+from lychee_jax.models.spec import ModelSpec
 
 Pools = tuple[jax.Array, ...]
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.cache.pages.allocator import pages_for
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.cache.allocator import pages_for
 from lychee_jax.engine.compile_timer import Caller
 from lychee_jax.engine.engine import BLOCK_STEPS, Engine, takes_dense_steps
 from lychee_jax.engine.options import GenerateOptions

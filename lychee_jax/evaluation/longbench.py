@@ -22,7 +22,7 @@ from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.prompts import LONGBENCH
 from lychee_jax.evaluation.report import Style
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
+from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("longbench", "% of the task's metric", "task", average=True)
 

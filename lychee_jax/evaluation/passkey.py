@@ -15,7 +15,7 @@ from lychee_jax.data import facts as data
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.report import Style
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
+from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("passkey", "% exact match", "depth")
 

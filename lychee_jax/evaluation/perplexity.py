@@ -18,7 +18,7 @@ from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.report import Style
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
+from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("perplexity", "token perplexity, lower is better", "length", shown=math.exp, digits=4)
 

@@ -26,7 +26,7 @@ from lychee_jax.evaluation import ruler_data as texts
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.prompts import DOCUMENT, NEEDLE, NOISE, RULER, Wording
 from lychee_jax.evaluation.report import Style
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
+from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("ruler", "% of the answers found", "task", average=True)
 

@@ -18,7 +18,7 @@ from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.variants import Way
 from lychee_jax.llm import LoadedModel
-from lychee_jax.text.tokenizer.tokenizer import Tokenizer
+from lychee_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

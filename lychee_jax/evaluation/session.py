@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Cell

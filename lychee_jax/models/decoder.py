@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from lychee_jax.attention.backend.backend import Full, Way
+from lychee_jax.attention.backend import Full, Way
 from lychee_jax.config import ModelConfig
 from lychee_jax.models.layers import MLP, Embedding, Projection, RMSNorm, logits_from
 from lychee_jax.models.rope import apply_rotary

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
 
-from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.head_map import HeadMap
 
 if TYPE_CHECKING:
     from lychee_jax.engine.page_trace import Reading

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lychee_jax.attention.backend.head_map import HeadMap
+from lychee_jax.attention.head_map import HeadMap
 
 _RETRIEVAL, _SPARSE, _OTHER, _INK = "#b3202f", "#d98c7e", "#2b5d8c", "#33272a"
 UNDECIDED = (0.05, 0.95)

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterable
 
 from lychee_jax.errors import UserError
+from lychee_jax.text.tokenizer import Tokenizer
 
 
 class StreamDecoder:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from lychee_jax.attention.backend.gated import Gated, Remember
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.gated import Gated, Remember
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.models.decoder import Decoder
 
 Loss = Literal["hidden", "logits"]

@@ -23,9 +23,9 @@ import optax
 from flax import nnx
 from jaxtyping import Float32
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache.pages.allocator import pages_for
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import Source, Writer, make_source
 from lychee_jax.errors import UserError

@@ -17,8 +17,8 @@ from jaxtyping import Bool
 from rich.console import Console
 from rich.progress import Progress
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import facts as data
 from lychee_jax.data import language

@@ -18,10 +18,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from lychee_jax.attention.backend.backend import attention_scale
-from lychee_jax.attention.backend.gated import Gated, KeysAndValues, Remember
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache.pages.allocator import pages_for
+from lychee_jax.attention.backend import attention_scale
+from lychee_jax.attention.gated import Gated, KeysAndValues, Remember
+from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache.pages.allocator import pages_for
+from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cache.allocator import pages_for
 from lychee_jax.training.scorer import Kind, Scorer
 from lychee_jax.training.study.prompts import ANSWER_TOKENS, CALIBRATION, TASKS, prompts
 from lychee_jax.training.study.rows import Row

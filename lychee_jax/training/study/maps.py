@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.training.scorer import Kind, Scorer

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from lychee_jax.attention.backend.selection import SelectionPolicy
-from lychee_jax.cache.pages.allocator import pages_for
+from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cache.allocator import pages_for
 from lychee_jax.training.study.prompts import ANSWER_TOKENS, DIALOGUE, TASKS
 from pallas_kernels.types import Rule
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from lychee_jax.attention.backend.head_map import HeadMap
-from lychee_jax.attention.backend.selection import SelectionPolicy
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LoadedModel
