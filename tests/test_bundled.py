@@ -24,9 +24,9 @@ from lychee_jax.evaluation.variants import ways_of
 from lychee_jax.llm import LoadedModel
 from lychee_jax.loading import BUNDLED, load, save
 from lychee_jax.models.spec import Functional
+from lychee_jax.studies import pretrain, profile_heads
+from lychee_jax.studies.bundled_tokenizer import save_tokenizer
 from lychee_jax.text.tokenizer import Tokenizer
-from lychee_jax.training import pretrain, profile_heads
-from lychee_jax.training.bundled_tokenizer import save_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.evaluation.longbench import TASKS
 from lychee_jax.loading import BUNDLED
-from lychee_jax.training import pretrain, profile_heads
-from lychee_jax.training.study import __main__ as study
+from lychee_jax.studies import pretrain, profile_heads
+from lychee_jax.studies.head_maps import __main__ as study
 
 from . import checkpoints
 

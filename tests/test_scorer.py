@@ -17,9 +17,9 @@ from lychee_jax.errors import UserError
 from lychee_jax.llm import LoadedModel
 from lychee_jax.loading import load
 from lychee_jax.models.decoder import Decoder
-from lychee_jax.training.scorer import Kind, Memory, Scorer
-from lychee_jax.training.study.maps import roles_of
-from lychee_jax.training.study.prompts import HELD_OUT, prompts
+from lychee_jax.studies.head_maps.maps import roles_of
+from lychee_jax.studies.head_maps.prompts import HELD_OUT, prompts
+from lychee_jax.studies.scorer import Kind, Memory, Scorer
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 512)
 HEADS = HeadMap(3, 2, ((0, 1), (1,), ()))

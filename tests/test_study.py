@@ -19,11 +19,10 @@ from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LoadedModel
 from lychee_jax.loading import load
-from lychee_jax.training.scorer import Scorer
-from lychee_jax.training.study import __main__ as command
-from lychee_jax.training.study import maps, report, scoring, study
-from lychee_jax.training.study.calibration import calibrate, ratio_for, readers
-from lychee_jax.training.study.prompts import (
+from lychee_jax.studies.head_maps import __main__ as command
+from lychee_jax.studies.head_maps import maps, report, scoring, study
+from lychee_jax.studies.head_maps.calibration import calibrate, ratio_for, readers
+from lychee_jax.studies.head_maps.prompts import (
     ANSWER_TOKENS,
     CALIBRATION,
     DIALOGUE,
@@ -33,8 +32,9 @@ from lychee_jax.training.study.prompts import (
     dialogue,
     prompts,
 )
-from lychee_jax.training.study.rows import BUDGETS, Grid, Row, forced_tokens
-from lychee_jax.training.study.tally import Count, Tally
+from lychee_jax.studies.head_maps.rows import BUDGETS, Grid, Row, forced_tokens
+from lychee_jax.studies.head_maps.tally import Count, Tally
+from lychee_jax.studies.scorer import Scorer
 
 from . import checkpoints
 

@@ -12,11 +12,11 @@ from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.llm import LoadedModel
-from lychee_jax.training.scorer import Kind, Scorer
-from lychee_jax.training.study.maps import roles_of
-from lychee_jax.training.study.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts
-from lychee_jax.training.study.rows import CORRECT_EVERY, Row
-from lychee_jax.training.study.tally import Count, Tally
+from lychee_jax.studies.head_maps.maps import roles_of
+from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts
+from lychee_jax.studies.head_maps.rows import CORRECT_EVERY, Row
+from lychee_jax.studies.head_maps.tally import Count, Tally
+from lychee_jax.studies.scorer import Kind, Scorer
 
 type Report = Callable[[int], None]
 

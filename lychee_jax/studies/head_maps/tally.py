@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from lychee_jax.evaluation.journal import append_lines, read_lines
-from lychee_jax.training.study.rows import Row
+from lychee_jax.studies.head_maps.rows import Row
 
 JOURNAL = "scores.jsonl"
 

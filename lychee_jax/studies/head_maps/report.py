@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from lychee_jax.training.study.prompts import DIALOGUE
-from lychee_jax.training.study.rows import COMPARED, FAMILIES
+from lychee_jax.studies.head_maps.prompts import DIALOGUE
+from lychee_jax.studies.head_maps.rows import COMPARED, FAMILIES
 
 type Record = dict[str, Any]
 

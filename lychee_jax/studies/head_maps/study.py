@@ -18,14 +18,14 @@ from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LoadedModel
 from lychee_jax.plotting.training import History
+from lychee_jax.studies.head_maps import calibration, maps
+from lychee_jax.studies.head_maps.prompts import TASKS
+from lychee_jax.studies.head_maps.rows import POINTS, Grid, Row
+from lychee_jax.studies.head_maps.scoring import Job, is_dialogue, jobs, programs, score_answers, score_dialogues
+from lychee_jax.studies.head_maps.tally import Tally
+from lychee_jax.studies.scorer import Scorer
 from lychee_jax.training import learn_heads
 from lychee_jax.training.loop import claim
-from lychee_jax.training.scorer import Scorer
-from lychee_jax.training.study import calibration, maps
-from lychee_jax.training.study.prompts import TASKS
-from lychee_jax.training.study.rows import POINTS, Grid, Row
-from lychee_jax.training.study.scoring import Job, is_dialogue, jobs, programs, score_answers, score_dialogues
-from lychee_jax.training.study.tally import Tally
 
 type Report = Callable[[str, int, int], None]
 type Record = dict[str, Any]

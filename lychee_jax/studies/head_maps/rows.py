@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import pages_for
-from lychee_jax.training.study.prompts import ANSWER_TOKENS, DIALOGUE, TASKS
+from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, DIALOGUE, TASKS
 from pallas_kernels.types import Rule
 
 FAMILIES = ("hardkuma", "hardconcrete", "plain")

@@ -1,4 +1,4 @@
-"""A head map by elimination: `python -m lychee_jax.training.profile_heads --model DIR`.
+"""A head map by elimination: `python -m lychee_jax.studies.profile_heads --model DIR`.
 
 Which KV heads must read the whole cache while the model answers? Prompts are read once, densely; then their right
 answers are scored under hybrid decoding with any roles at little cost, all steps at once. From all heads retrieving,
@@ -24,7 +24,7 @@ from lychee_jax.data import facts as data
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
-from lychee_jax.training.scorer import Scorer
+from lychee_jax.studies.scorer import Scorer
 
 _ANSWER_TOKENS = 40
 _KINDS = ("passkey", "long-passkey")

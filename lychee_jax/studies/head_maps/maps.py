@@ -14,9 +14,9 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.training.scorer import Kind, Scorer
-from lychee_jax.training.study.prompts import ANSWER_TOKENS, VALIDATION, prompts
-from lychee_jax.training.study.rows import COMPARED, forced_tokens, tokens_of
+from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, VALIDATION, prompts
+from lychee_jax.studies.head_maps.rows import COMPARED, forced_tokens, tokens_of
+from lychee_jax.studies.scorer import Kind, Scorer
 
 _PAGE = 64
 _RANDOM = 0x27D4EB2F

@@ -1,4 +1,4 @@
-"""Train the bundled model from nothing: `python -m lychee_jax.training.pretrain --output DIR`.
+"""Train the bundled model from nothing: `python -m lychee_jax.studies.pretrain --output DIR`.
 
 Copying comes first: a model that cannot copy never learns to match keys. Then come documents with hidden facts and
 questions, the context grown in stages. The run checkpoints, and the same command resumes it; `DIR/model` is the result.
@@ -29,7 +29,7 @@ from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import Functional, Params
-from lychee_jax.training.bundled_tokenizer import save_tokenizer
+from lychee_jax.studies.bundled_tokenizer import save_tokenizer
 from lychee_jax.training.loop import Checkpoints, MetricsFile, answer_losses, claim, mean_metrics, prefetch
 
 CONFIG = ModelConfig(

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lychee_jax.training.study.prompts import DIALOGUE
-from lychee_jax.training.study.report import PICTURES, by_seed, compared, method_names, share_name
-from lychee_jax.training.study.rows import COMPARED
+from lychee_jax.studies.head_maps.prompts import DIALOGUE
+from lychee_jax.studies.head_maps.report import PICTURES, by_seed, compared, method_names, share_name
+from lychee_jax.studies.head_maps.rows import COMPARED
 
 type Record = dict[str, Any]
 

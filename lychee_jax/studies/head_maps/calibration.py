@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float32
 
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import pages_for
-from lychee_jax.training.scorer import Kind, Scorer
-from lychee_jax.training.study.prompts import ANSWER_TOKENS, CALIBRATION, TASKS, prompts
-from lychee_jax.training.study.rows import Row
+from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, CALIBRATION, TASKS, prompts
+from lychee_jax.studies.head_maps.rows import Row
+from lychee_jax.studies.scorer import Kind, Scorer
 from pallas_kernels.types import Rule
 from pallas_kernels.xla.decode import page_limits
 

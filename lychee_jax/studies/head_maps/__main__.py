@@ -1,4 +1,4 @@
-"""`python -m lychee_jax.training.study --output DIR`: trains, compares and reports; the same command goes on."""
+"""`python -m lychee_jax.studies.head_maps --output DIR`: trains, compares and reports; the same command goes on."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def run(
     Everything is a row of results.json; report.md has tables, heads_*.png pictures. The defaults are for a GPU; a
     small form for two cores:
 
-    [cyan]python -m lychee_jax.training.study -o study --contexts 1024 --samples 4 --seeds 0 --steps 6
+    [cyan]python -m lychee_jax.studies.head_maps -o study --contexts 1024 --samples 4 --seeds 0 --steps 6
     --train-lengths 512,1024 --dialogues 1 --dialogue-tokens 200[/cyan]
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from lychee_jax.loading import load
-    from lychee_jax.training.study.pictures import draw
-    from lychee_jax.training.study.report import markdown
-    from lychee_jax.training.study.rows import Grid
-    from lychee_jax.training.study.study import RESULTS, Sizes, Study
+    from lychee_jax.studies.head_maps.pictures import draw
+    from lychee_jax.studies.head_maps.report import markdown
+    from lychee_jax.studies.head_maps.rows import Grid
+    from lychee_jax.studies.head_maps.study import RESULTS, Sizes, Study
 
     shortest, longest = _pair("--train-lengths", train_lengths)
     grid = Grid(
@@ -88,7 +88,7 @@ def run(
             progress.update(bars[stage], completed=done, total=total)
 
         study = Study(load(model), grid, sizes, output, report)
-        results = study.run(f"python -m lychee_jax.training.study {shlex.join(sys.argv[1:])}")
+        results = study.run(f"python -m lychee_jax.studies.head_maps {shlex.join(sys.argv[1:])}")
     (output / "report.md").write_text(markdown(results), encoding="utf-8")
     pictures = draw(results, output)
     copies = [(output / RESULTS, json_file)] if json_file else []

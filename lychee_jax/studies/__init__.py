@@ -1,0 +1,1 @@
+"""How the bundled model and its head maps were made."""
