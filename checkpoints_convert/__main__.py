@@ -2,6 +2,6 @@
 
 import sys
 
-from lychee_jax.cli import main
+from lychee_jax.cli.main import main
 
 sys.exit(main(["convert", *sys.argv[1:]]))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lychee_jax import cli
+from lychee_jax.cli.main import main as cli
 
 from . import checkpoints, tokenizers_tiny
 
@@ -335,7 +335,7 @@ def test_ctrl_c_during_conversion(good, tmp_path):
     program = (
         "import os, signal, sys\n"
         "from checkpoints_convert.weights import Weights\n"
-        "from lychee_jax.cli import main\n"
+        "from lychee_jax.cli.main import main\n"
         "read, seen = Weights.read, []\n"
         "def interrupted(self, *arguments):\n"
         "    seen.append(1)\n"

@@ -9,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from lychee_jax.cli.generate import generate
 
-from lychee_jax import cli
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
-from lychee_jax.cli_generate import generate
+from lychee_jax.cli.main import main as cli
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.engine.sampling import SamplingParams
@@ -308,7 +308,7 @@ def test_help_is_on_stdout(lychee, argv):
 
 def test_help_imports_no_jax():
     program = (
-        "import sys; from lychee_jax.cli import main\n"
+        "import sys; from lychee_jax.cli.main import main\n"
         "assert main(['generate', '--help']) == 0\n"
         "print(sorted({'jax', 'numpy', 'transformers', 'flax'} & set(sys.modules)), file=sys.stderr)"
     )

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import convert, store
-from lychee_jax import cli
+from lychee_jax.cli.main import main as cli
 from lychee_jax.errors import UserError
 
 from . import checkpoints
@@ -293,7 +293,7 @@ def test_write_errors_of_the_system_are_one_line(hf):
     """A limit on file sizes stands for a full disk: the same error path, in Orbax's own threads."""
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000));"
-        "from lychee_jax.cli import main; sys.exit(main(['convert', 'hf', 'deep/out']))"
+        "from lychee_jax.cli.main import main; sys.exit(main(['convert', 'hf', 'deep/out']))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=hf.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 2

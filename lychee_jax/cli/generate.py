@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lychee_jax import cli_options as shared
+from lychee_jax.cli.main import options as shared
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
