@@ -15,11 +15,11 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from lychee_jax.cli.main import main
 
 import pallas_kernels as ops
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cli.main import main
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions

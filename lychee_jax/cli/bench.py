@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lychee_jax.cli.console import load_model
 from lychee_jax.cli.main import options as shared
-from lychee_jax.cli.generate import load_model
 from lychee_jax.errors import UserError
 
 app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
@@ -214,8 +214,8 @@ def bench_tpu(
 
     Needs libtpu (pip install libtpu), which compiles for TPUs without one. What is assumed stands below the table.
     """
-    from checkpoints_convert.progress import progress_bar
     from lychee_jax.benchmarks import tpu_schedule
+    from lychee_jax.cli.console import progress_bar
 
     chips = ["v5e", "v5p", "v6e"] if chip == "all" else [chip]
     with progress_bar() as progress:

@@ -18,7 +18,6 @@ from lychee_jax.errors import UserError
 if TYPE_CHECKING:
     from lychee_jax.engine.engine import Stream
     from lychee_jax.engine.outputs import Result
-    from lychee_jax.llm import LoadedModel
     from lychee_jax.text.streaming import TextStream
 
 _PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"
@@ -170,17 +169,6 @@ def generate(
         for row, tokens in enumerate(result.tokens):
             print(f"[{row}] {texts[row].text if texts else ' '.join(map(str, tokens))}")
     print(_statistics(prompts, result), file=sys.stderr)
-
-
-def load_model(model: str | None, dtype: str | None) -> LoadedModel:
-    """Load what --model and --dtype name, with a spinner on standard error where that is a terminal."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    from lychee_jax.loading import load
-
-    with Console(stderr=True).status(f"Loading {escape(model) if model else 'the bundled model'}"):
-        return load(model, dtype)
 
 
 def read_prompt(texts: list[str], files: list[str], id_files: list[str], *, chat: bool) -> str | list[list[int]]:

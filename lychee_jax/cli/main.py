@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 import typer
 from typer.main import get_command
 
-from lychee_jax.cli.main import options as shared
 from lychee_jax.cli.bench import app as bench_app
+from lychee_jax.cli.console import load_model
 from lychee_jax.cli.evaluate import eval_app
-from lychee_jax.cli.generate import generate, load_model
+from lychee_jax.cli.generate import generate
 from lychee_jax.cli.heads import heads_app
+from lychee_jax.cli.main import options as shared
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
 from lychee_jax.tpu_environment import has_tpu, without_tpu
@@ -84,7 +85,7 @@ def convert(
     [cyan]lychee convert Qwen/Qwen3-8B my-8b --dtype bfloat16 --verify[/cyan]
     """
     from checkpoints_convert.convert import convert as run
-    from checkpoints_convert.progress import progress_bar
+    from lychee_jax.cli.console import progress_bar
 
     with progress_bar() as progress:
         report = run(src, dst, dtype=dtype, verify=verify, overwrite=overwrite, progress=progress)
