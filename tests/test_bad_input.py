@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lychee_jax.cli.main import main as cli
+from lychee_jax.cli import main as cli
 
 from . import checkpoints, tokenizers_tiny
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lychee_jax.benchmarks import decode, kernels, shapes, step, train
-from lychee_jax.cli.main import main as cli
+from lychee_jax.cli import main as cli
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load

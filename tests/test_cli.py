@@ -12,8 +12,8 @@ import pytest
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cli import main as cli
 from lychee_jax.cli.generate import generate
-from lychee_jax.cli.main import main as cli
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.engine.sampling import SamplingParams

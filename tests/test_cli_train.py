@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lychee_jax.attention.head_map import HeadMap
-from lychee_jax.cli.main import main as cli
+from lychee_jax.cli import main as cli
 from lychee_jax.cli.train import train_heads
 from lychee_jax.data import language
 from lychee_jax.loading import BUNDLED, load, read_config

@@ -13,7 +13,7 @@ from checkpoints_convert import convert, store
 from checkpoints_convert.keys import keys
 from checkpoints_convert.verify import verify
 from checkpoints_convert.weights import Weights
-from lychee_jax.cli.main import main as cli
+from lychee_jax.cli import main as cli
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 

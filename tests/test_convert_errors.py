@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import convert, store
-from lychee_jax.cli.main import main as cli
+from lychee_jax.cli import main as cli
 from lychee_jax.errors import UserError
 
 from . import checkpoints

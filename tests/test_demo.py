@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lychee_jax.cli.main import demo
+from lychee_jax.cli import demo
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.loading import BUNDLED, load

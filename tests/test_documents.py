@@ -18,7 +18,7 @@ from typer.main import get_command
 import lychee_jax
 import pallas_kernels
 from lychee_jax.benchmarks import kernels, shapes
-from lychee_jax.cli.main import main as cli
+from lychee_jax.cli import main as cli
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.evaluation.longbench import TASKS

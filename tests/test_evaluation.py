@@ -8,7 +8,7 @@ import pytest
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
-from lychee_jax.cli.main import main as cli
+from lychee_jax.cli import main as cli
 from lychee_jax.data import language
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError

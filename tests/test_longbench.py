@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lychee_jax.cli.main import main as cli
+from lychee_jax.cli import main as cli
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.longbench import EXTRA_TASKS, TASKS, LongBench

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
-from lychee_jax.cli.main import options as shared
 from lychee_jax.errors import UserError
 
 app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")

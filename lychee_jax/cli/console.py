@@ -1,11 +1,18 @@
 """What the command line shows on a terminal: progress bars and spinners."""
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+if TYPE_CHECKING:
+    from checkpoints_convert.progress import Progress
+    from lychee_jax.llm import LoadedModel
 
 
 @contextlib.contextmanager
@@ -26,7 +33,6 @@ def progress_bar() -> Iterator[Progress]:
 
 def load_model(model: str | None, dtype: str | None) -> LoadedModel:
     """Load what --model and --dtype name, with a spinner on standard error where that is a terminal."""
-    from rich.console import Console
     from rich.markup import escape
 
     from lychee_jax.loading import load

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
-from lychee_jax.cli.main import options as shared
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 import typer
 from typer.main import get_command
 
+from lychee_jax.cli import options as shared
 from lychee_jax.cli.bench import app as bench_app
 from lychee_jax.cli.console import load_model
 from lychee_jax.cli.evaluate import eval_app
 from lychee_jax.cli.generate import generate
 from lychee_jax.cli.heads import heads_app
-from lychee_jax.cli.main import options as shared
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
 from lychee_jax.tpu_environment import has_tpu, without_tpu
@@ -101,7 +101,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the document and its hidden facts.")] = 0,
 ) -> None:
     """Ask the same questions about a long document, dense and hybrid, side by side."""
-    from lychee_jax.cli.main import demo as demonstration
+    from lychee_jax.cli import demo as demonstration
 
     print(demonstration.run(load_model(model, None), output, seed=seed))
 

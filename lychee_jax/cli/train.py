@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
 from lychee_jax.cli.heads import print_map
-from lychee_jax.cli.main import options as shared
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
