@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import jax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.types import Heads, PageScores, Rule, Selection
+from pallas_kernels.types import Heads, PageScore, Rule, Selection
 from pallas_kernels.xla import decode as reference
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
@@ -120,7 +120,7 @@ def dense_decode(
     heads: Int[Heads, " R"],
     *,
     scale: float,
-    page_scores: PageScores | None = None,
+    page_scores: PageScore | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]:
     """Attention over the whole cache with page scores from the same pass; see `reference.dense_decode`."""
@@ -182,7 +182,7 @@ def hybrid_decode(
     recent_pages: int,
     rule: Rule = "budget",
     amount: float = 0.0,
-    page_scores: PageScores = "max",
+    page_scores: PageScore = "max",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B K G H"], Selection]:
     """All roles of one layer, and the selection it hands up; see `reference.hybrid_decode`."""

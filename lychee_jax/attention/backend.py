@@ -1,8 +1,8 @@
-"""The attention layer, and the ways it can attend: chosen by data, never by another copy of the model.
+"""What an attention backend is, and the one without a cache.
 
-A `Way` gets the rotated queries, keys and values of one layer and a state that it carries from layer to layer:
-whole sequences (`Full`), a chunk over a cache (`Extend`), one token over a cache with all heads dense or with roles
-(`Decode`). Roles that are still being learned attend in `gated`.
+A backend gets the rotated queries, keys and values of one layer and a state that it carries from layer to layer. The
+caller picks one as data: whole sequences (`Full`), a chunk over a cache (`prefill.Extend`), one token over a cache
+(`decode.Decode`), roles that are still being learned (`gated.Gated`). The model is the same under all of them.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pallas_kernels.xla.prefill import causal_attention
 
 
 @runtime_checkable
-class Way(Protocol):
+class AttentionBackend(Protocol):
     """How the queries of layer `index` attend: q `[B, T, K, G, H]`, k and v `[B, T, K, H]` → `[B, T, K, G, H]`."""
 
     def __call__(self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Any, /) -> tuple[jax.Array, Any]:

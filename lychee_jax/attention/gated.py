@@ -1,8 +1,8 @@
 """Attention with learnable roles, `z · full + (1 − z) · sparse` for every KV head: what training sees of decoding.
 
 A text is read once, densely, as a prefill does (`Remember`). Then all tokens that follow go through the layers at once,
-each as the decode step at its place (`Gated`): the same picks, the same pages, handed up in the same way, so that with
-every z at 0 or 1 the result is hybrid decoding's (arXiv 2602.04541).
+each as the decode step at its place (`Gated`): the same picks, the same pages, handed up likewise, so that with every
+z at 0 or 1 the result is hybrid decoding's (arXiv 2602.04541).
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal, TypedDict, get_args
 
 from lychee_jax.errors import UserError
-from pallas_kernels.types import PageScores, Rule, Selection
+from pallas_kernels.types import PageScore, Rule, Selection
 
 __all__ = ["Selection", "SelectionPolicy"]
 
@@ -75,7 +75,7 @@ class SelectionPolicy:
         }
 
     @property
-    def score(self) -> PageScores:
+    def score(self) -> PageScore:
         """What the retrieval pass must write for every page."""
         return "lse" if self.page_score == "mass" or self.rule in ("top_p", "threshold") else "max"
 

@@ -40,7 +40,7 @@ _RIVAL = "jax.nn"
 
 @dataclasses.dataclass(frozen=True)
 class DecodeReport:
-    """What was measured; times are medians in milliseconds for each way, shares and speedups plain ratios.
+    """What was measured; times are medians in milliseconds for each backend, shares and speedups plain ratios.
 
     Attributes:
         step_ms: a whole decoded token: dense, hybrid, auto.
@@ -204,11 +204,11 @@ def _paged(
     qkv: Float[Array, "L 1 1 K GKV H"],
 ) -> tuple[Pools, Float[Array, "L 1 1 K G H"]]:
     """One token through the attention of all layers; `qkv` has for each KV head its G queries, a key and a value."""
-    way = Decode(page_table, positions, jnp.ones((1,), bool), head_map, policy, implementation)
-    state, outs = way.start(pools), []
+    backend = Decode(page_table, positions, jnp.ones((1,), bool), head_map, policy, implementation)
+    state, outs = backend.start(pools), []
     for index in range(len(pools)):
         q, k, v = qkv[index, ..., :-2, :], qkv[index, ..., -2, :], qkv[index, ..., -1, :]
-        out, state = way(index, q, k, v, state)
+        out, state = backend(index, q, k, v, state)
         outs.append(out)
     return state.pools, jnp.stack(outs)
 

@@ -1,4 +1,4 @@
-"""`lychee eval`: benchmarks of what a model answers, in several ways to attend at once."""
+"""`lychee eval`: benchmarks of what a model answers, in several variants to attend at once."""
 
 from __future__ import annotations
 
@@ -132,9 +132,9 @@ def eval_passkey(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.passkey import STYLE, Passkey
     from lychee_jax.evaluation.runner import Plan, tokenizer_of
-    from lychee_jax.evaluation.variants import ways_of
+    from lychee_jax.evaluation.variants import variants_of
 
-    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    variants = variants_of(_names("--attention", attention), _names("--budget", budget))
     sizes, places = _whole_numbers("--lengths", lengths), _depths(depths)
     options = _options(
         page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
@@ -142,7 +142,7 @@ def eval_passkey(
     loaded = load_model(model, dtype)
     made = [Passkey(tokenizer_of(loaded), name, facts, seed) for name in _names("--tasks", tasks)]
     cells = [Cell(task, length, samples, depth) for length in sizes for task in made for depth in places]
-    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch, decode_last)
+    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts})
 
 
@@ -200,9 +200,9 @@ def eval_ruler(
     from lychee_jax.evaluation.ruler import NEED_NO_DATA, STYLE, TASKS, Ruler
     from lychee_jax.evaluation.ruler_data import Files
     from lychee_jax.evaluation.runner import Plan, tokenizer_of
-    from lychee_jax.evaluation.variants import ways_of
+    from lychee_jax.evaluation.variants import variants_of
 
-    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    variants = variants_of(_names("--attention", attention), _names("--budget", budget))
     sizes, groups = _whole_numbers("--lengths", lengths), {"all": TASKS, "free": NEED_NO_DATA}
     names = [name for word in _names("--tasks", tasks) for name in groups.get(word, (word,))]
     options = _options(
@@ -211,7 +211,7 @@ def eval_ruler(
     loaded, files = load_model(model, dtype), Files(data)
     made = [Ruler(tokenizer_of(loaded), name, files, seed, chat) for name in names]
     cells = [Cell(task, length, samples) for length in sizes for task in made]
-    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch, decode_last)
+    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": chat})
 
 
@@ -277,9 +277,9 @@ def eval_longbench(
     from lychee_jax.evaluation.longbench import STYLE, TASKS, LongBench
     from lychee_jax.evaluation.prompts import LONGBENCH
     from lychee_jax.evaluation.runner import Plan, tokenizer_of
-    from lychee_jax.evaluation.variants import ways_of
+    from lychee_jax.evaluation.variants import variants_of
 
-    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    variants = variants_of(_names("--attention", attention), _names("--budget", budget))
     options = _options(
         page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
     )
@@ -287,10 +287,10 @@ def eval_longbench(
     sizes = _whole_numbers("--lengths", lengths) if lengths else []
     loaded = load_model(model, dtype)
     made = [LongBench(tokenizer_of(loaded), name, data, chat) for name in names]
-    # One limit for all tasks, so that the table has one row a way.
+    # One limit for all tasks, so that the table has one row a variant.
     sizes = sizes or [loaded.config.max_tokens - max(LONGBENCH[name].max_new_tokens for name in names)]
     cells = [Cell(task, length, min(samples, len(task.lines))) for length in sizes for task in made]
-    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch, decode_last)
+    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"chat": chat})
 
 
@@ -345,9 +345,9 @@ def eval_perplexity(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.perplexity import STYLE, FilePerplexity, OwnPerplexity
     from lychee_jax.evaluation.runner import Plan, tokenizer_of
-    from lychee_jax.evaluation.variants import ways_of
+    from lychee_jax.evaluation.variants import variants_of
 
-    ways = ways_of(_names("--attention", attention), _names("--budget", budget))
+    variants = variants_of(_names("--attention", attention), _names("--budget", budget))
     sizes = _whole_numbers("--lengths", lengths)
     if scored < 1:
         raise UserError(f"--scored is {scored}; at least one token must be scored")
@@ -359,7 +359,7 @@ def eval_perplexity(
     made: list[Task] = [FilePerplexity(tokenizer, path, scored, samples) for path in text or ()]
     made = made or [OwnPerplexity(tokenizer, scored, seed)]
     cells = [Cell(task, length, samples) for task in made for length in sizes]
-    plan = Plan(cells, ways, _of_model(loaded, options, heads), batch)
+    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch)
     settings = {"seed": seed, "scored": scored, **({"windows": samples} if text else {})}
     _evaluate(loaded, STYLE, plan, output, settings)
 
@@ -411,7 +411,7 @@ def _options(
     correct_every: int,
     implementation: shared.Implementation | None,
 ) -> GenerateOptions:
-    """What all ways have in common. The budgets, checked where ways and lengths are known, leave room for anything."""
+    """What all variants have in common; budgets are checked where variants and lengths are known."""
     from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.engine.options import GenerateOptions
 

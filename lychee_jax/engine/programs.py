@@ -68,8 +68,8 @@ def prefill_chunk(
     implementation: str | None = None,
 ) -> tuple[Pools, Float[Array, "B E"]]:
     """Feed `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states."""
-    way = Extend(page_table, starts, counts, aligned=True, implementation=implementation)
-    hidden, pools = spec.merge(weights)(tokens, cos, sin, way, pools)
+    backend = Extend(page_table, starts, counts, aligned=True, implementation=implementation)
+    hidden, pools = spec.merge(weights)(tokens, cos, sin, backend, pools)
     return pools, jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
 
 
@@ -88,8 +88,8 @@ def correct_cache(
 ) -> Pools:
     """Rewrite the cache of the last T tokens of active rows by a dense pass (LycheeDecode's cache correction)."""
     counts = jnp.where(active, tokens.shape[1], 0).astype(jnp.int32)
-    way = Extend(page_table, starts, counts, aligned=False, implementation=implementation)
-    return spec.merge(weights)(tokens, cos, sin, way, pools)[1]
+    backend = Extend(page_table, starts, counts, aligned=False, implementation=implementation)
+    return spec.merge(weights)(tokens, cos, sin, backend, pools)[1]
 
 
 def _take(
@@ -163,9 +163,9 @@ def decode_block(
     def step(carry: Any) -> Any:
         i, pools, rows, block = carry
         on = rows.active & chosen
-        way = Decode(page_table, rows.positions, on, plan.head_map, plan.policy, plan.implementation)
+        backend = Decode(page_table, rows.positions, on, plan.head_map, plan.policy, plan.implementation)
         cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
-        hidden, state = model(rows.token[:, None], cos_i, sin_i, way, way.start(pools))
+        hidden, state = model(rows.token[:, None], cos_i, sin_i, backend, backend.start(pools))
         logits = model.logits(hidden[:, 0])
         rows, token, logprob = _take(logits, rows, plan.kind, sampling, eos_ids, on)
         rows = rows._replace(positions=rows.positions + on.astype(jnp.int32))
@@ -221,9 +221,9 @@ def feed_block(
         logits = model.logits(last)
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token, axis=-1)[:, 0]
         greedy = jnp.argmax(logits, axis=-1) == token[:, 0]
-        way = Decode(page_table, positions + i, on, plan.head_map, plan.policy, plan.implementation)
+        backend = Decode(page_table, positions + i, on, plan.head_map, plan.policy, plan.implementation)
         cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
-        hidden, state = model(token, cos_i, sin_i, way, way.start(pools))
+        hidden, state = model(token, cos_i, sin_i, backend, backend.start(pools))
         fed = Fed(
             fed.logprobs.at[i].set(jnp.where(on, logprob, 0.0)),
             fed.greedy.at[i].set(on & greedy),
@@ -266,6 +266,6 @@ def watch_step(
     """The pages that every layer hands up while the likeliest token after `last` is fed. The pools stay as they are."""
     model = spec.merge(weights)
     token = jnp.argmax(model.logits(last), axis=-1).astype(jnp.int32)
-    way = Decode(page_table, positions, active, plan.head_map, plan.policy, plan.implementation)
-    _, (_, seen) = model(token[:, None], cos, sin, _Watched(way), (way.start(pools), ()))
+    backend = Decode(page_table, positions, active, plan.head_map, plan.policy, plan.implementation)
+    _, (_, seen) = model(token[:, None], cos, sin, _Watched(backend), (backend.start(pools), ()))
     return jnp.stack(seen)

@@ -15,7 +15,7 @@ type Record = dict[str, Any]
 
 
 class Journal:
-    """`settings.json`, `answers.jsonl` (a line for each prompt and way) and `prompts.jsonl` in one folder.
+    """`settings.json`, `answers.jsonl` (a line for each prompt and variant) and `prompts.jsonl` in one folder.
 
     Other files in the folder are left alone. What a case is called: task, length, depth, index.
     """
@@ -24,33 +24,33 @@ class Journal:
         """Open a folder, or make it.
 
         Raises:
-            UserError: a file is in the way, or the folder holds a run with other settings.
+            UserError: a file is in the variant, or the folder holds a run with other settings.
         """
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output {folder} is a file; give a folder")
         _claim(folder, json.loads(json.dumps(settings)))
         self.folder = folder
         self.records = read_lines(folder / ANSWERS)
-        self._done = {(*_name(record), record["way"]) for record in self.records}
+        self._done = {(*_name(record), record["variant"]) for record in self.records}
         self._kept = {_name(record) for record in read_lines(folder / PROMPTS)}
 
-    def has(self, cell: Cell, index: int, way: str) -> bool:
+    def has(self, cell: Cell, index: int, variant: str) -> bool:
         """Whether this answer is there already."""
-        return (*cell.key, index, way) in self._done
+        return (*cell.key, index, variant) in self._done
 
     def keep_prompt(self, cell: Cell, index: int, case: Case) -> None:
-        """Keep what was asked, once for all ways."""
+        """Keep what was asked, once for all variants."""
         name = (*cell.key, index)
         if name not in self._kept:
             self._kept.add(name)
             append_lines(self.folder / PROMPTS, [{**_fields(cell, index), "prompt": case.prompt}])
 
-    def add(self, cell: Cell, way: str, answers: list[tuple[int, Record]]) -> None:
+    def add(self, cell: Cell, variant: str, answers: list[tuple[int, Record]]) -> None:
         """Keep the answers of a batch, on the disk when this returns."""
-        records = [{**_fields(cell, index), "way": way, **answer} for index, answer in answers]
+        records = [{**_fields(cell, index), "variant": variant, **answer} for index, answer in answers]
         append_lines(self.folder / ANSWERS, records)
         self.records += records
-        self._done |= {(*_name(record), way) for record in records}
+        self._done |= {(*_name(record), variant) for record in records}
 
 
 def _fields(cell: Cell, index: int) -> Record:

@@ -1,6 +1,6 @@
 """Perplexity through the decode path: a stretch of text is read densely, and what follows is fed token by token.
 
-Only so do sparse heads matter: reading is dense in every way. The score of a window is its mean negative
+Only so do sparse heads matter: reading is dense in every variant. The score of a window is its mean negative
 log-likelihood in nats, and the table shows the exponential of the mean over all windows.
 """
 

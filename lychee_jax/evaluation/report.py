@@ -42,12 +42,12 @@ class Style:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One cell in one way: the mean score of its samples, its standard error, and the share of the cache read."""
+    """One cell in one variant: the mean score of its samples, its standard error, and the share of the cache read."""
 
     task: str
     length: int
     depth: float | None
-    way: str
+    variant: str
     samples: int
     score: float
     stderr: float
@@ -64,17 +64,17 @@ class Report:
 
     @classmethod
     def of(cls, style: Style, about: Record, records: Sequence[Record]) -> Report:
-        """Sum up the records, in the order in which cells and ways first came."""
+        """Sum up the records, in the order in which cells and variants first came."""
         groups: dict[tuple[Any, ...], list[Record]] = {}
         for record in records:
-            groups.setdefault((record["task"], record["length"], record["depth"], record["way"]), []).append(record)
+            groups.setdefault((record["task"], record["length"], record["depth"], record["variant"]), []).append(record)
         results = []
-        for (task, length, depth, way), group in groups.items():
+        for (task, length, depth, variant), group in groups.items():
             scores = np.asarray([record["score"] for record in group], np.float64)
             stderr = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
             shares = [record["kv_read_share"] for record in group]
             results.append(
-                Result(task, length, depth, way, len(group), float(scores.mean()), stderr, float(np.mean(shares)))
+                Result(task, length, depth, variant, len(group), float(scores.mean()), stderr, float(np.mean(shares)))
             )
         return cls(style, about, results)
 
@@ -90,7 +90,7 @@ class Report:
     def markdown(self) -> str:
         """The table, with a line above it that says what the numbers are."""
         style = self.style
-        names = [name for name in ("task", "length", "depth", "way") if name != style.columns]
+        names = [name for name in ("task", "length", "depth", "variant") if name != style.columns]
         names = [name for name in names if any(getattr(each, name) is not None for each in self.results)]
         columns = list(dict.fromkeys(getattr(each, style.columns) for each in self.results))
         if style.columns != "task":
@@ -121,7 +121,7 @@ class Report:
         content = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
         (folder / RESULTS).write_text(content + "\n", encoding="utf-8")
         (folder / TABLE).write_text(self.markdown() + "\n", encoding="utf-8")
-        values = {(r.task, r.length, r.depth, r.way): self.style.shown(r.score) for r in self.results}
+        values = {(r.task, r.length, r.depth, r.variant): self.style.shown(r.score) for r in self.results}
         title = f"{self.style.name} · {self.about.get('model', '')}"
         if self.style.columns == "depth":
             plot_heatmaps(values, folder / PICTURE, title=title, unit=self.style.unit)

@@ -1,6 +1,6 @@
-"""Runs the cells of an evaluation: prompts are read once, and the same cache answers in every way.
+"""Runs the cells of an evaluation: prompts are read once, and the same cache answers in every variant.
 
-What differs between the ways is decoding alone. A row comes out the same whatever stands beside it in a batch, so
+What differs between the variants is decoding alone. A row comes out the same whatever stands beside it in a batch, so
 neither the batch size nor an interrupt changes a result.
 """
 
@@ -16,7 +16,7 @@ from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
-from lychee_jax.evaluation.variants import Way
+from lychee_jax.evaluation.variants import Variant
 from lychee_jax.llm import LoadedModel
 from lychee_jax.text.tokenizer import Tokenizer
 
@@ -27,15 +27,15 @@ class Plan:
 
     Attributes:
         cells: in this order.
-        ways: all of them on every prompt.
-        options: heads, policy, page size, ends of text; attention, budget and lengths come from ways and cases.
+        variants: all of them on every prompt.
+        options: heads, policy, page size, ends of text; attention, budget and lengths come from variants and cases.
         batch: prompts at a time.
         decode_last: so many last tokens of every prompt are fed one by one through the decode path, so that they too
             are read in the way that is measured; 0: the whole prompt is read densely.
     """
 
     cells: Sequence[Cell]
-    ways: Sequence[Way]
+    variants: Sequence[Variant]
     options: GenerateOptions
     batch: int = 8
     decode_last: int = 0
@@ -49,13 +49,13 @@ class Plan:
         for cell in self.cells:
             if cell.samples < 1:
                 raise UserError(f"samples is {cell.samples}; it must be at least 1")
-            for way in self.ways:
-                way.options(self.options, cell.length, 1)
+            for variant in self.variants:
+                variant.options(self.options, cell.length, 1)
 
     @property
     def answers(self) -> int:
         """How many there will be."""
-        return len(self.ways) * sum(cell.samples for cell in self.cells)
+        return len(self.variants) * sum(cell.samples for cell in self.cells)
 
 
 def tokenizer_of(model: LoadedModel) -> Tokenizer:
@@ -72,15 +72,15 @@ def tokenizer_of(model: LoadedModel) -> Tokenizer:
 def run(model: LoadedModel, plan: Plan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
     """Answer everything that the journal lacks; `on_progress(cell, answers)`, those at hand counted first."""
     for cell in plan.cells:
-        groups: dict[tuple[Way, ...], list[int]] = {}
+        groups: dict[tuple[Variant, ...], list[int]] = {}
         for index in range(cell.samples):
-            missing = tuple(way for way in plan.ways if not journal.has(cell, index, way.label))
-            on_progress(cell, len(plan.ways) - len(missing))
+            missing = tuple(variant for variant in plan.variants if not journal.has(cell, index, variant.label))
+            on_progress(cell, len(plan.variants) - len(missing))
             if missing:
                 groups.setdefault(missing, []).append(index)
-        for ways, indices in groups.items():
+        for variants, indices in groups.items():
             for first in range(0, len(indices), plan.batch):
-                _batch(model, plan, journal, cell, ways, indices[first : first + plan.batch], on_progress)
+                _batch(model, plan, journal, cell, variants, indices[first : first + plan.batch], on_progress)
 
 
 def _batch(
@@ -88,7 +88,7 @@ def _batch(
     plan: Plan,
     journal: Journal,
     cell: Cell,
-    ways: Sequence[Way],
+    variants: Sequence[Variant],
     indices: list[int],
     on_progress: Callable[[Cell, int], None],
 ) -> None:
@@ -100,14 +100,14 @@ def _batch(
         [case.tokens for case in cases], max_new_tokens=room, page_size=plan.options.page_size,
         implementation=plan.options.extend_implementation,
     )  # fmt: skip
-    for i, way in enumerate(ways):
-        options = way.options(plan.options, cell.length, max(case.max_new_tokens for case in cases))
-        found = _answer(model, filled, cases, options, keep=i + 1 < len(ways))
+    for i, variant in enumerate(variants):
+        options = variant.options(plan.options, cell.length, max(case.max_new_tokens for case in cases))
+        found = _answer(model, filled, cases, options, keep=i + 1 < len(variants))
         answers = [
             {**record, "score": cell.task.score(case, record["answer"], record["forced_logprobs"])}
             for case, record in zip(cases, found, strict=True)
         ]
-        journal.add(cell, way.label, list(zip(indices, answers, strict=True)))
+        journal.add(cell, variant.label, list(zip(indices, answers, strict=True)))
         on_progress(cell, len(answers))
 
 

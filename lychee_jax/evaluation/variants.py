@@ -1,4 +1,4 @@
-"""The ways to attend that one evaluation compares: dense, and hybrid at several budgets."""
+"""The variants to attend that one evaluation compares: dense, and hybrid at several budgets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Variant:
     """One way to attend, with the budget where there is one; its label is a row of the table."""
 
     attention: AttentionMode
@@ -69,22 +69,22 @@ class Way:
         return dataclasses.replace(base, attention=self.attention, policy=policy, max_new_tokens=max(1, max_new_tokens))
 
 
-def ways_of(attentions: Sequence[str], budgets: Sequence[str]) -> list[Way]:
+def variants_of(attentions: Sequence[str], budgets: Sequence[str]) -> list[Variant]:
     """Every attention with every budget, dense once: it has none.
 
     Raises:
         UserError: an unknown attention, a bad budget, or one that is given twice.
     """
-    found: list[Way] = []
+    found: list[Variant] = []
     known: dict[str, AttentionMode] = {mode: mode for mode in get_args(AttentionMode)}
     for name in attentions:
         attention = known.get(name)
         if attention is None:
             raise UserError(f"attention {name!r} is unknown; use some of {', '.join(known)}")
         each = [None] if attention == "dense" else [Budget.parse(budget) for budget in budgets]
-        found += [Way(attention, budget) for budget in each]
-    if len({way.label for way in found}) < len(found):
-        raise UserError(f"an attention or a budget is given twice: {', '.join(way.label for way in found)}")
+        found += [Variant(attention, budget) for budget in each]
+    if len({variant.label for variant in found}) < len(found):
+        raise UserError(f"an attention or a budget is given twice: {', '.join(variant.label for variant in found)}")
     if not found:
         raise UserError("there is no attention to evaluate")
     return found

@@ -1,4 +1,4 @@
-"""The decoder: tokens → hidden states → logits. How attention reads its keys is the caller's choice (a `Way`)."""
+"""The decoder: tokens → hidden states → logits. How queries read keys is the caller's choice, an `AttentionBackend`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
-from lychee_jax.attention.backend import Full, Way
+from lychee_jax.attention.backend import AttentionBackend, Full
 from lychee_jax.config import ModelConfig
 from lychee_jax.models.layers import MLP, Embedding, Projection, RMSNorm, logits_from
 from lychee_jax.models.rope import apply_rotary
@@ -28,12 +28,12 @@ class DecoderLayer(nnx.Module):
         x: Float[Array, "B T E"],
         cos: Float[Array, "#B T half"],
         sin: Float[Array, "#B T half"],
-        way: Way,
+        backend: AttentionBackend,
         index: int,
         state: Any,
     ) -> tuple[Float[Array, "B T E"], Any]:
-        """One block; `state` is what the way to attend carries from layer to layer."""
-        out, state = self.attention(self.input_norm(x), cos, sin, way, index, state)
+        """One block; `state` is what the attention backend carries from layer to layer."""
+        out, state = self.attention(self.input_norm(x), cos, sin, backend, index, state)
         x = x + out
         return x + self.mlp(self.post_attention_norm(x)), state
 
@@ -57,16 +57,16 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         cos: Float[Array, "#B T half"],
         sin: Float[Array, "#B T half"],
-        way: Way,
+        backend: AttentionBackend,
         state: Any,
     ) -> tuple[Float[Array, "B T E"], Any]:
-        """Final-normed hidden states, and the state that the way to attend has carried through all layers.
+        """Final-normed hidden states, and the state that the attention backend has carried through all layers.
 
         `cos` and `sin` come from `rope.rotary_tables`, one row for all sequences or one each.
         """
         x = self.embed(tokens)
         for index, layer in enumerate(self.layers):
-            x, state = layer(x, cos, sin, way, index, state)
+            x, state = layer(x, cos, sin, backend, index, state)
         return self.norm(x), state
 
     def hidden(
@@ -79,11 +79,11 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T E"]:
         """Final-normed hidden states of whole sequences under dense causal attention, without a cache."""
         x = self.embed(tokens)
-        way = Full()
+        backend = Full()
         for index, layer in enumerate(self.layers):
 
             def block(x: jax.Array, layer: DecoderLayer = layer, index: int = index) -> jax.Array:
-                return layer(x, cos, sin, way, index, None)[0]
+                return layer(x, cos, sin, backend, index, None)[0]
 
             x = jax.checkpoint(block)(x) if remat else block(x)
         return self.norm(x)
@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention: project, normalise (Qwen3), rotate, attend in the given way, project back."""
+    """Grouped-query attention: project, normalise (Qwen3), rotate, attend in the given backend, project back."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         embed, head_dim = config.hidden_size, config.head_dim
@@ -117,7 +117,7 @@ class Attention(nnx.Module):
         x: Float[Array, "B T E"],
         cos: Float[Array, "#B T half"],
         sin: Float[Array, "#B T half"],
-        way: Way,
+        backend: AttentionBackend,
         index: int,
         state: Any,
     ) -> tuple[Float[Array, "B T E"], Any]:
@@ -128,5 +128,5 @@ class Attention(nnx.Module):
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         batch, length, heads, head_dim = q.shape
         grouped = q.reshape(batch, length, self.kv_heads, heads // self.kv_heads, head_dim)
-        out, state = way(index, grouped, k, v, state)
+        out, state = backend(index, grouped, k, v, state)
         return self.o_proj(out.reshape(batch, length, heads, head_dim)), state

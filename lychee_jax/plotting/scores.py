@@ -17,12 +17,12 @@ _MARKERS = "osD^vP"
 _SCALE = "RdYlGn"
 
 type Key = tuple[str, int, float | None, str]
-"""Task, length, depth, way."""
+"""Task, length, depth, variant."""
 
 
 def plot_panels(values: Mapping[Key, float], path: Path, *, title: str, unit: str, at_most: float | None) -> None:
-    """One panel a task: score over length, a line for each way."""
-    tasks, ways = _unique(values, 0), _unique(values, 3)
+    """One panel a task: score over length, a line for each variant."""
+    tasks, variants = _unique(values, 0), _unique(values, 3)
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = _figure(2.6 * max(columns, 2) + 0.6, 2.1 * rows + 1.1)
@@ -31,11 +31,12 @@ def plot_panels(values: Mapping[Key, float], path: Path, *, title: str, unit: st
         if panel >= len(tasks):
             axes.set_visible(False)
             continue
-        for order, way in enumerate(ways):
-            points = sorted((key[1], score) for key, score in values.items() if (key[0], key[3]) == (tasks[panel], way))
+        for order, variant in enumerate(variants):
+            own = {key[1]: score for key, score in values.items() if (key[0], key[3]) == (tasks[panel], variant)}
+            points = sorted(own.items())
             # Lines may lie on one another: the later ones are thinner and have smaller marks.
             axes.plot(
-                *zip(*points, strict=True), label=way, color=_COLOURS[order % len(_COLOURS)],
+                *zip(*points, strict=True), label=variant, color=_COLOURS[order % len(_COLOURS)],
                 marker=_MARKERS[order % len(_MARKERS)], markersize=max(3, 7 - 1.5 * order),
                 linewidth=max(0.9, 2.2 - 0.4 * order),
             )  # fmt: skip
@@ -50,21 +51,21 @@ def plot_panels(values: Mapping[Key, float], path: Path, *, title: str, unit: st
             axes.set_ylim(-0.04 * at_most, 1.04 * at_most)
     figure.suptitle(f"{title} ({unit}, over length in tokens)", fontsize=11, color=_INK, parse_math=False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(ways), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(variants), frameon=False, fontsize=8)
     figure.savefig(path, format="png")
 
 
 def plot_heatmaps(values: Mapping[Key, float], path: Path, *, title: str, unit: str) -> None:
-    """One map for each task and way: length to the right, depth downwards; scores from 0 to 100."""
-    tasks, ways = _unique(values, 0), _unique(values, 3)
+    """One map for each task and variant: length to the right, depth downwards; scores from 0 to 100."""
+    tasks, variants = _unique(values, 0), _unique(values, 3)
     lengths = sorted({key[1] for key in values})
     depths = sorted({key[2] for key in values}, key=lambda depth: -1.0 if depth is None else depth)
     width = max(2.4, 0.62 * len(lengths) + 0.9)
-    figure = _figure(width * len(ways) + 1.0, (0.34 * len(depths) + 1.1) * len(tasks) + 0.6)
-    grid = figure.subplots(len(tasks), len(ways), squeeze=False)
+    figure = _figure(width * len(variants) + 1.0, (0.34 * len(depths) + 1.1) * len(tasks) + 0.6)
+    grid = figure.subplots(len(tasks), len(variants), squeeze=False)
     for i, task in enumerate(tasks):
-        for j, way in enumerate(ways):
-            cells = [[values.get((task, length, depth, way), np.nan) for length in lengths] for depth in depths]
+        for j, variant in enumerate(variants):
+            cells = [[values.get((task, length, depth, variant), np.nan) for length in lengths] for depth in depths]
             axes = grid[i, j]
             axes.imshow(np.asarray(cells), cmap=_SCALE, vmin=0, vmax=100, aspect="auto")
             for row, column in np.argwhere(~np.isnan(cells)):
@@ -74,7 +75,7 @@ def plot_heatmaps(values: Mapping[Key, float], path: Path, *, title: str, unit: 
             axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
             axes.set_yticks(range(len(depths)), ["any" if depth is None else f"{depth:.0%}" for depth in depths])
             axes.tick_params(labelsize=8, colors=_INK, length=0)
-            axes.set_title(f"{task}, {way}", fontsize=9, color=_INK, parse_math=False)
+            axes.set_title(f"{task}, {variant}", fontsize=9, color=_INK, parse_math=False)
             if j == 0:
                 axes.set_ylabel("depth", fontsize=8, color=_INK)
     figure.colorbar(ScalarMappable(Normalize(0, 100), _SCALE), ax=grid, fraction=0.04, label=unit)

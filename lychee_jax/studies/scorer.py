@@ -250,8 +250,8 @@ def _score_layer(
     below: Bool[Array, "B K T P"],
 ) -> tuple[Float[Array, "B T E"], Bool[Array, "B K T P"], Int32[Array, ""]]:
     """One layer: what goes up, and how many pages its sparse heads read for tokens that are really `fed`."""
-    way, index = _gated(z, kv, x.shape[1], policy, page_size)
-    out, picked = nnx.merge(graph, weights)(x, cos, sin, way, index, below)
+    backend, index = _gated(z, kv, x.shape[1], policy, page_size)
+    out, picked = nnx.merge(graph, weights)(x, cos, sin, backend, index, below)
     sparse = (z == 0.0)[:, :, None] & fed[:, None]
     read = jnp.sum(jnp.where(sparse, jnp.sum(below, axis=-1, dtype=jnp.int32), 0))
     return out, picked, read
@@ -294,8 +294,8 @@ def _weigh_layer(
     kv: KeysAndValues,
     below: Bool[Array, "B K T P"],
 ) -> tuple[Float[Array, "B T E"], Bool[Array, "B K T P"], Float32[Array, "B K T P"]]:
-    way, index = _gated(z, kv, x.shape[1], policy, page_size)
-    out, (picked, masses) = nnx.merge(graph, weights)(x, cos, sin, _Weighed(way), index, below)
+    backend, index = _gated(z, kv, x.shape[1], policy, page_size)
+    out, (picked, masses) = nnx.merge(graph, weights)(x, cos, sin, _Weighed(backend), index, below)
     return out, picked, masses
 
 

@@ -38,8 +38,8 @@ def departures(
     cos, sin = tables
     places = starts[:, None] + jnp.arange(answers.shape[1], dtype=jnp.int32)
     teacher, remembered = model(tokens, cos, sin, Remember(), ())
-    way = Gated(z, starts, answers > 0, policy, page_size, remembered)
-    student, _ = model(jnp.take_along_axis(tokens, places, axis=1), cos[0][places], sin[0][places], way, None)
+    backend = Gated(z, starts, answers > 0, policy, page_size, remembered)
+    student, _ = model(jnp.take_along_axis(tokens, places, axis=1), cos[0][places], sin[0][places], backend, None)
     teacher = jnp.take_along_axis(teacher, places[..., None], axis=1)
     following = jnp.pad(answers[:, 1:], ((0, 0), (0, 1)))
     counted = (answers > 0) & (following == answers)

@@ -36,7 +36,7 @@ from pallas_kernels.mosaic_gpu.common import (
     wait_for_predecessor,
 )  # fmt: skip
 from pallas_kernels.mosaic_gpu.plan import TILE_TOKENS, Rows, Tiling
-from pallas_kernels.types import PageScores
+from pallas_kernels.types import PageScore
 from pallas_kernels.xla.decode import MASKED
 
 # Warpgroups that compute tiles of the usual size; larger ones take one of them all its time, and its slots are few.
@@ -74,7 +74,7 @@ def attend(
     *,
     tiling: Tiling,
     scale: float,
-    page_scores: PageScores | None,
+    page_scores: PageScore | None,
     score_rows: int,
     target: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -317,7 +317,7 @@ class _Compute(_Walk):
 
     def __init__(
         self, tiling: Tiling, refs: Refs, number: int, computing: int, groups: int, stride: int, scale: float,
-        page_scores: PageScores | None, stages: int,
+        page_scores: PageScore | None, stages: int,
     ):  # fmt: skip
         super().__init__(tiling, refs, stages)
         self.number, self.computing, self.groups, self.stride = number, computing, groups, stride

@@ -12,7 +12,7 @@ from pallas_kernels.mosaic_gpu.extend import BLOCK, extend
 from pallas_kernels.mosaic_gpu.finish import finish
 from pallas_kernels.mosaic_gpu.plan import Tiling
 from pallas_kernels.mosaic_gpu.select import SIDE, chunking
-from pallas_kernels.types import Heads, PageScores, Rule, Selection
+from pallas_kernels.types import Heads, PageScore, Rule, Selection
 from pallas_kernels.xla.decode import other_heads, page_limits
 
 _PAGE_SIZES = (16, 32, 64, 128)
@@ -78,7 +78,7 @@ def dense_decode(
     heads: Int[Heads, " R"],
     *,
     scale: float,
-    page_scores: PageScores | None = None,
+    page_scores: PageScore | None = None,
 ) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]:
     """Attention over the whole cache, and page scores from the same pass."""
     shape = (q.shape[0], heads.shape[0], *q.shape[2:])
@@ -193,7 +193,7 @@ def hybrid_decode(
     recent_pages: int,
     rule: Rule = "budget",
     amount: float = 0.0,
-    page_scores: PageScores = "max",
+    page_scores: PageScore = "max",
 ) -> tuple[Float[Array, "B K G H"], Selection]:
     """All roles of a layer in one launch, then merge and selection in another."""
     if q.shape[0] == 0:

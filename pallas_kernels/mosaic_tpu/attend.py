@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import chip
-from pallas_kernels.types import Heads, PageScores
+from pallas_kernels.types import Heads, PageScore
 from pallas_kernels.xla.decode import MASKED
 
 _LANES = 128
@@ -48,7 +48,7 @@ class Plan:
     sparse: bool
     cores: int
     scale: float = 1.0
-    scores: PageScores | None = None
+    scores: PageScore | None = None
     exact: bool = False  # float32 products
     ahead: bool = False  # a row's last step fetches the first of the next row, whose pages are known then
 
@@ -366,7 +366,7 @@ def attend(
     heads: Heads,
     *,
     scale: float,
-    page_scores: PageScores | None,
+    page_scores: PageScore | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention `[B, R, G, H]` and page scores `[B, R, P]` of `heads [R]` over the first `limits` tokens of lists.
 

@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.mosaic_tpu.attend import attend
-from pallas_kernels.types import Heads, PageScores
+from pallas_kernels.types import Heads, PageScore
 
 
 def dense_decode(
@@ -14,7 +14,7 @@ def dense_decode(
     heads: Heads,
     *,
     scale: float,
-    page_scores: PageScores | None = None,
+    page_scores: PageScore | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """See `reference.dense_decode`."""
     return attend(q, kv_pages, page_table, lengths, None, heads, scale=scale, page_scores=page_scores)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_tpu.dense_decode import dense_decode
 from pallas_kernels.mosaic_tpu.select import select_pages
 from pallas_kernels.mosaic_tpu.sparse_decode import sparse_decode
-from pallas_kernels.types import Heads, PageScores, Rule, Selection
+from pallas_kernels.types import Heads, PageScore, Rule, Selection
 
 
 def _others(heads: Heads, kv_heads: int) -> jax.Array:
@@ -43,7 +43,7 @@ def hybrid_decode(
     recent_pages: int,
     rule: Rule = "budget",
     amount: float = 0.0,
-    page_scores: PageScores = "max",
+    page_scores: PageScore = "max",
 ) -> tuple[jax.Array, Selection]:
     """See `reference.hybrid_decode`."""
     kv_heads = q.shape[1]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from pallas_kernels.types import Heads, PageScores, Rule, Selection
+from pallas_kernels.types import Heads, PageScore, Rule, Selection
 
 # Stands for −∞: finite, so that a row in which everything is masked does not become NaN.
 MASKED = -1e30
@@ -30,7 +30,7 @@ def _attend(
     pages: jax.Array | None,
     *,
     scale: float,
-    page_scores: PageScores | None,
+    page_scores: PageScore | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention of the heads `heads` over `pages [B, R, M]` (None: all pages in order), a block of pages at a time."""
     batch, _, groups, head_dim = q.shape
@@ -99,7 +99,7 @@ def dense_decode(
     heads: Int[Heads, " R"],
     *,
     scale: float,
-    page_scores: PageScores | None = None,
+    page_scores: PageScore | None = None,
 ) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]:
     """Attention of KV heads `heads` over the whole cache, and in the same pass a score for every page.
 
@@ -223,7 +223,7 @@ def hybrid_decode(
     recent_pages: int,
     rule: Rule = "budget",
     amount: float = 0.0,
-    page_scores: PageScores = "max",
+    page_scores: PageScore = "max",
 ) -> tuple[Float[Array, "B K G H"], Selection]:
     """One layer's attention: `heads` retrieve and replace their entry of the selection, all others read the pages
     that `selection` holds for their own index and hand them on.

@@ -1,0 +1,448 @@
+"""The GPU kernels against the float64 oracle, run by the GPU interpreter with race detection, and lowered for CUDA.
+
+Lengths sit at the borders of pages and of tiles; NaN is in every slot that must not be read.
+"""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_kernels as ops
+from pallas_kernels.mosaic_gpu import attend
+from pallas_kernels.mosaic_gpu.common import Refs, compiler_params, targeting
+from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
+from tests.support import oracle
+from tests.support.gpu import interpreted, kernels, lower, run, unsigned
+from tests.support.paged_caches import Cache, Shape, make_cache, padded, some_pages
+
+BF16, F16 = "bfloat16", "float16"
+
+
+def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None) -> None:
+    with ops.recorded() as calls:
+        out, scores = run(
+            ops.dense_decode, *cache.arrays, jnp.array(heads, jnp.int32), scale=shape.scale, page_scores=kind
+        )
+    assert calls == [("dense_decode", "mosaic_gpu")]
+    want, want_scores = oracle.dense_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads, scale=shape.scale, score=kind or "max"
+    )
+    assert out.dtype == cache.q.dtype
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    if kind is None:
+        assert scores is None
+        return
+    assert scores.dtype == jnp.float32
+    assert scores.shape == (len(cache.lengths), len(heads), cache.page_table.shape[1])
+    for b, row in enumerate(want_scores):
+        for r, head in enumerate(row):
+            np.testing.assert_allclose(scores[b, r, : len(head)], head, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "kind"),
+    [
+        (Shape(16, 64, 4, BF16), [2, 0], "max"),
+        (Shape(32, 128, 7, F16), [1], "lse"),
+        (Shape(64, 128, 8, BF16), [0, 2, 1], "max"),
+        (Shape(128, 64, 1, BF16), [2], "lse"),
+        (Shape(64, 64, 2, F16), [0, 1, 2], None),
+    ],
+    ids=str,
+)
+def test_dense_decode_at_every_border_of_a_page(shape: Shape, heads: list[int], kind: str | None) -> None:
+    check_dense(shape, make_cache(shape), heads, kind)
+
+
+@pytest.mark.parametrize("heads", [[1], [0, 1, 2]], ids=["a head over all blocks", "heads share blocks"])
+def test_more_tiles_than_slots(heads: list[int]) -> None:
+    """Every block's slots are used again, and rows of other lengths end inside a block's share."""
+    shape = Shape(64, 128, 4, BF16)
+    check_dense(shape, make_cache(shape, lengths=[64 * 40 + 1, 0, 129, 64 * 21]), heads, "max")
+
+
+def test_more_rows_than_a_block_holds_lengths_of() -> None:
+    shape = Shape(16, 64, 2, BF16)
+    check_dense(shape, make_cache(shape, lengths=[(7 * b) % 50 for b in range(9)]), [1], "max")
+
+
+@pytest.mark.parametrize("groups", range(1, 9))
+def test_the_queries_of_a_head_lie_in_one_tile_of_eight_rows(groups: int) -> None:
+    """A copy of eight rows brings zeros for those past the tile that it begins in; the interpreter brings the rows."""
+    q = np.random.default_rng(groups).standard_normal((2, 3, groups, 64)).astype(np.float32)
+    rows, stride = attend.query_rows(jnp.asarray(q))
+    assert rows.shape[0] % 8 == 0
+    for number, head in enumerate(q.reshape(6, groups, 64)):
+        first = number * stride
+        end = first // 8 * 8 + 8
+        np.testing.assert_array_equal(np.asarray(rows)[first : min(first + 8, end)][:groups], head)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # NumPy's, inside the interpreter
+def test_a_row_of_another_cache_does_not_leak_in() -> None:
+    """Infinite values of one row stay in its own output, though rows share a block's memory."""
+    shape = Shape(16, 64, 2, BF16)
+    cache = make_cache(shape, lengths=[16 * 40, 5])
+    cache.kv_pages[cache.page_table[0, 3]] = np.inf
+    out, _ = run(ops.dense_decode, *cache.arrays, jnp.array([1], jnp.int32), scale=shape.scale)
+    assert not np.isfinite(np.asarray(out[0], np.float32)).all()
+    want, _ = oracle.dense_decode(
+        cache.q[1:], cache.kv_pages, cache.page_table[1:], cache.lengths[1:], [1], scale=shape.scale
+    )
+    np.testing.assert_allclose(np.asarray(out[1:], np.float64), want, atol=shape.tolerance)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "budget"),
+    [
+        (Shape(16, 64, 4, BF16), [1, 2], 4),
+        (Shape(64, 128, 8, BF16), [0], 4),
+        (Shape(128, 128, 7, F16), [0, 1, 2], 9),
+        (Shape(32, 64, 1, BF16), [2, 0], 21),
+    ],
+    ids=str,
+)
+def test_sparse_decode_reads_the_selected_pages_only(shape: Shape, heads: list[int], budget: int) -> None:
+    """Selections shorter and longer than a tile, some empty, with and without the row's last page."""
+    lengths = None if budget == 4 else [shape.page_size * budget + 1, shape.page_size * 3 - 1, 0]
+    cache = make_cache(shape, lengths=lengths)
+    pages = some_pages(cache, shape.page_size, budget)
+    for b, row in enumerate(pages):  # nothing else may be read
+        for p in set(range(oracle.page_count(int(cache.lengths[b]), shape.page_size))).difference(*row):
+            if b + 2 < len(pages):  # the last two rows share a page
+                cache.kv_pages[cache.page_table[b, p]] = np.nan
+    got = run(ops.sparse_decode, *cache.arrays, padded(pages, budget), jnp.array(heads, jnp.int32), scale=shape.scale)
+    want = oracle.sparse_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, scale=shape.scale
+    )
+    assert got.dtype == cache.q.dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=shape.tolerance)
+
+
+def check_select(scores: np.ndarray, counts: list[int], rule: oracle.Rule, page_size: int = 16) -> None:
+    """Against the oracle; `counts` are the pages of every row, and what lies past them is NaN."""
+    scores = scores.astype(np.float32)
+    lengths = [max(0, count * page_size - b % page_size) for b, count in enumerate(counts)]
+    for b, count in enumerate(counts):
+        scores[b, :, count:] = np.nan
+    pages, got = run(
+        ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), page_size=page_size,
+        budget_pages=rule.budget, sink_pages=rule.sink, recent_pages=rule.recent, rule=rule.name, amount=rule.amount,
+    )  # fmt: skip
+    picked = [
+        [oracle.pick(head[:count].astype(np.float64), rule) for head in row]
+        for row, count in zip(scores, counts, strict=True)
+    ]
+    assert min(p.margin for row in picked for p in row) > 0.0 or rule.name == "budget"
+    expected = padded([[p.pages for p in row] for row in picked], rule.budget)
+    np.testing.assert_array_equal(pages, expected.pages)
+    np.testing.assert_array_equal(got, expected.counts)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in scalar subtract")  # the oracle's margin of ∞ and ∞
+@pytest.mark.parametrize("make", ["distinct", "ties", "zeros", "infinite"])
+def test_select_pages_is_exact(make: str) -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((5, 2, 300))
+    if make == "ties":
+        scores = np.round(scores)
+    if make == "zeros":  # minus zero ties with zero
+        scores = np.where(scores > 0, 0.0, -0.0)
+    if make == "infinite":  # and values that bisection must not be led astray by
+        scores = np.where(scores > 2, np.inf, np.where(scores < -1, -np.inf, 1e38 * scores))
+    check_select(scores, [300, 0, 1, 40, 41], oracle.Rule(40, 2, 3))
+
+
+@pytest.mark.parametrize("capacity", [64, 1024, 2048, 2112, 4096, 4160])
+def test_select_pages_of_every_chunk(capacity: int) -> None:
+    """Chunks of 16, 32, 48 and 64 columns, full or padded, and two of them; the last page is taken by its score."""
+    rng = np.random.default_rng(capacity)
+    scores = np.round(40 * rng.standard_normal((2, 1, capacity))) / 16
+    scores[:, :, capacity - 4] = 20
+    check_select(scores, [capacity, capacity - 1], oracle.Rule(60, 2, 3))
+
+
+def test_scores_of_whole_chunks_are_selected_from_in_one_launch() -> None:
+    """Nothing is padded before the kernel nor cut off after it."""
+
+    def select(scores: Any, lengths: Any) -> Any:
+        return ops.select_pages(
+            scores, lengths, page_size=64, budget_pages=64, sink_pages=2, recent_pages=4, implementation="mosaic_gpu"
+        )
+
+    for capacity, launches in ((2048, 1), (2000, 2)):
+        module = lower(
+            select, jax.ShapeDtypeStruct((1, 8, capacity), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+        )
+        found = sum(module.count(name) for name in ("stablehlo.pad", "stablehlo.slice", "stablehlo.custom_call"))
+        assert found == launches
+
+
+def test_select_pages_of_the_longest_contexts() -> None:
+    """More pages than a chunk holds, and more places than one product brings."""
+    rng = np.random.default_rng(1)
+    check_select(np.round(8 * rng.standard_normal((2, 2, 5000))), [5000, 4097], oracle.Rule(200, 8, 16))
+
+
+@pytest.mark.parametrize(
+    ("name", "amount"), [("ratio", 0.07), ("top_p", 0.6), ("threshold", 0.01), ("forced", 0.0)], ids=str
+)
+def test_select_pages_by_every_rule(name: str, amount: float) -> None:
+    rng = np.random.default_rng(2)
+    check_select(2 * rng.standard_normal((2, 2, 90)), [90, 33], oracle.Rule(30, 1, 2, name, amount, "lse"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "rule", "known"),
+    [
+        (Shape(16, 64, 4, BF16), [1], oracle.Rule(4, 1, 1), True),
+        (Shape(64, 128, 8, BF16), [2, 0], oracle.Rule(4, 1, 1), False),
+        (Shape(32, 64, 2, F16), [], oracle.Rule(4, 1, 1), True),
+        (Shape(16, 128, 7, F16), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), True),
+    ],
+    ids=str,
+)
+def test_hybrid_decode_mixes_the_roles_of_a_layer(
+    shape: Shape, heads: list[int], rule: oracle.Rule, known: bool
+) -> None:
+    page = shape.page_size
+    cache = make_cache(shape, seed=1, lengths=[0, 1, page, 4 * page + page // 2 + 1, 6 * page])
+    pages = some_pages(cache, shape.page_size, rule.budget)
+    numbers: dict[str, Any] = {
+        "scale": shape.scale, "budget_pages": rule.budget, "sink_pages": rule.sink, "recent_pages": rule.recent,
+        "rule": rule.name, "amount": rule.amount, "page_scores": rule.page_score,
+    }  # fmt: skip
+    inherited = padded(pages, rule.budget)
+    with ops.recorded() as calls:
+        if known:
+            call = functools.partial(ops.hybrid_decode, heads=np.array(heads, np.int32))
+            out, selection = run(call, *cache.arrays, inherited, **numbers)
+        else:
+            out, selection = run(ops.hybrid_decode, *cache.arrays, inherited, jnp.array(heads, jnp.int32), **numbers)
+    assert calls == [("hybrid_decode", "mosaic_gpu")]
+    want, handed, margin = oracle.hybrid_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, rule, scale=shape.scale
+    )
+    assert margin > 1e-4, "another seed: this one decides by rounding"
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    expected = padded(handed, rule.budget)
+    np.testing.assert_array_equal(selection.pages, expected.pages)
+    np.testing.assert_array_equal(selection.counts, expected.counts)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 40])
+def test_pieces_cover_every_tile_once_and_have_numbers_of_their_own(batch: int) -> None:
+    """The walk of all blocks, in plain numbers."""
+    rng = np.random.default_rng(batch)
+    lengths = jnp.asarray(rng.integers(0, 5000, batch), jnp.int32)
+    tiling = Tiling(batch, 8, 2, 6, 12, 64, 13)
+
+    @jax.jit
+    def facts(lengths: Any) -> Any:
+        rows = Rows(tiling, lengths)
+        every = jnp.arange(batch, dtype=jnp.int32)
+        tiles = jax.vmap(lambda b: jnp.stack([rows.tiles(lengths[b]), rows.start(b)]))(every)
+        found = jax.vmap(rows.locate)(jnp.arange(0, 4000, 7, dtype=jnp.int32))
+        segments = jnp.stack([tiling.dense_tiles(lengths), tiling.sparse_tiles(lengths)])
+        return rows.share, rows.total, tiles, found, segments
+
+    share, total, tiles, located, per_head = jax.tree.map(np.asarray, facts(lengths))
+    assert share * tiling.blocks >= total > share * (tiling.blocks - 1) - tiling.blocks
+    starts = np.cumsum([0, *tiles[:, 0]])
+    assert tiles[:, 1].tolist() == starts[:-1].tolist()
+    for tile, row, start, length in zip(range(0, 4000, 7), *located, strict=True):
+        if tile < total:
+            assert starts[row] == start <= tile < starts[row + 1]
+            assert length == lengths[row]
+    numbers = set()
+    segments = [(b, h) for b in range(batch) for h in range(tiling.heads)]
+    end = 0
+    for b, h in segments:
+        first = end
+        end += int(per_head[0 if h < tiling.dense else 1, b])
+        for block in {tile // share for tile in range(first, end)}:
+            number = b * tiling.heads + h + block
+            assert number not in numbers
+            assert number < tiling.pieces
+            numbers.add(number)
+    assert end == total
+
+
+@pytest.mark.parametrize(
+    ("batch", "dense", "sparse", "pages"), [(1, 1, 7, 2048), (1, 8, 0, 2048), (4, 2, 6, 900), (8, 0, 8, 2048)]
+)
+def test_rows_of_one_length_have_no_more_pieces_than_are_merged_at_once(
+    batch: int, dense: int, sparse: int, pages: int
+) -> None:
+    tiling = Tiling(batch, 8, dense, sparse, 64, 64, 132)
+    most = {True: 0, False: 0}
+    for used in [*range(1, 140), *range(pages - 9, pages)]:
+        length = jnp.int32(64 * used)
+        heads = [int(tiling.dense_tiles(length))] * dense + [int(tiling.sparse_tiles(length))] * sparse
+        ends = np.cumsum(heads * batch)
+        share = -(-int(ends[-1]) // tiling.blocks)
+        pieces = (ends - 1) // share - (ends - heads * batch) // share + 1
+        for number, found in enumerate(pieces):
+            is_dense = number % tiling.heads < dense
+            most[is_dense] = max(most[is_dense], found)
+    for is_dense, found in most.items():
+        assert found <= tiling.pieces_of(is_dense)
+        if found and (is_dense or not dense):  # beside dense heads, sparse ones have fewer tiles than the bound thinks
+            assert found >= 0.75 * tiling.pieces_of(is_dense), "no bound to load by"
+
+
+def test_wrong_page_ids_are_never_followed() -> None:
+    """What the interpreter would hide: every page that is fetched lies inside the pool, whatever the table says."""
+    wrong = jnp.array([[-1, 9, 2**31 - 1, -(2**31), 3, 8]], jnp.int32)
+    selected = jnp.array([[[-1, 2, 5, 7, 2**31 - 1, -(2**31)]]], jnp.int32)
+    refs = Refs({"page_table": wrong, "pages": selected})
+    for sparse in (0, 1):
+        tiling = Tiling(1, 1, 1 - sparse, sparse, 6, 64, 4)
+        fetch = attend._Fetch(tiling, refs, 9, 6, 2)
+        number = jnp.int32(0)
+        for length in (1, 64 * 6):
+            piece = attend._Piece(
+                number, number, number, jnp.bool_(not sparse), number, number, jnp.int32(length), number
+            )
+            logical = [fetch.logical(piece, jnp.int32(tile)) for tile in range(6)]
+            assert all(0 <= int(page) < 9 for pages in logical for page in fetch.physical(piece, pages))
+            if sparse:  # none of the wrong ones counts as a page, not even one whose first token is beyond int32
+                real = [int(page) for (page,) in logical if int(page) >= 0]
+                assert real == ([2, 5] if length > 64 else [])
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(2, []), (0, [1])], ids=["no heads", "no rows"])
+def test_nothing_is_asked_for(batch: int, heads: list[int]) -> None:
+    q = jnp.ones((batch, 3, 4, 64), jnp.bfloat16)
+    pool, table = jnp.ones((9, 3, 16, 128), jnp.bfloat16), jnp.zeros((batch, 4), jnp.int32)
+    lengths, named = jnp.full((batch,), 40, jnp.int32), jnp.array(heads, jnp.int32)
+    selection = ops.Selection(jnp.zeros((batch, 3, 2), jnp.int32), jnp.ones((batch, 3), jnp.int32))
+    out, scores = run(ops.dense_decode, q, pool, table, lengths, named, scale=1.0, page_scores="max")
+    assert (out.shape, scores.shape) == ((batch, len(heads), 4, 64), (batch, len(heads), 4))
+    out = run(ops.sparse_decode, q, pool, table, lengths, selection, named, scale=1.0)
+    assert out.shape == (batch, len(heads), 4, 64)
+    policy = {"budget_pages": 2, "sink_pages": 0, "recent_pages": 0}
+    out, handed = run(ops.hybrid_decode, q, pool, table, lengths, selection, named, scale=1.0, **policy)
+    assert (out.shape, handed.pages.shape) == (q.shape, selection.pages.shape)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (Shape(3, 64, 4, BF16), "pages of 3"),
+        (Shape(16, 32, 4, BF16), "head_dim 32"),
+        (Shape(16, 64, 9, BF16), "and 9"),
+        (Shape(16, 64, 4), "float32"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_cover_is_refused(shape: Shape, message: str) -> None:
+    cache = make_cache(shape, lengths=[5])
+    with pytest.raises(NotImplementedError, match=message), targeting("cuda"):
+        ops.dense_decode(*cache.arrays, jnp.array([0], jnp.int32), scale=1.0, implementation="mosaic_gpu")
+
+
+def test_other_machines_are_refused_by_name_and_served_by_xla_otherwise() -> None:
+    cache = make_cache(Shape(16, 64, 4, BF16), lengths=[5])
+    heads = jnp.array([0], jnp.int32)
+    with pytest.raises(NotImplementedError, match="Hopper"):
+        ops.dense_decode(*cache.arrays, heads, scale=1.0, implementation="mosaic_gpu")
+    with ops.recorded() as calls:
+        ops.dense_decode(*cache.arrays, heads, scale=1.0)
+    assert calls == [("dense_decode", "xla")]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize(
+    ("batch", "groups", "head_dim", "page_size", "pages", "dense"),
+    [(1, 4, 128, 64, 2048, 1), (4, 4, 128, 64, 3072, 8), (64, 7, 128, 16, 512, 2), (6, 1, 64, 128, 8192, 0),
+     (2, 8, 64, 32, 32768, 8)],
+)  # fmt: skip
+def test_kernels_lower_for_cuda(
+    batch: int, groups: int, head_dim: int, page_size: int, pages: int, dense: int, dtype: Any
+) -> None:
+    """The real shapes: shared memory, TMA boxes, layouts and signs show while lowering, which interpreting does not."""
+    heads = np.arange(dense, dtype=np.int32)
+    shapes: list[Any] = [
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in [
+            ((batch, 8, groups, head_dim), dtype), ((batch * pages + 1, 8, page_size, 2 * head_dim), dtype),
+            ((batch, pages), jnp.int32), ((batch,), jnp.int32), ((batch, 8, 64), jnp.int32), ((batch, 8), jnp.int32),
+        ]
+    ]  # fmt: skip
+
+    def call(q: Any, pool: Any, table: Any, lengths: Any, selected: Any, counts: Any) -> Any:
+        return ops.hybrid_decode(
+            q, pool, table, lengths, ops.Selection(selected, counts), heads, scale=0.1, budget_pages=64, sink_pages=2,
+            recent_pages=4, implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    code = kernels(call, *shapes)
+    assert len(code) == 2, "two launches"
+    assert unsigned(code) == []
+
+
+def test_the_warpgroups_that_compute_reduce_in_memory_of_their_own() -> None:
+    """In the code for CUDA: a reduction's memory is no reference, so that the interpreter cannot see who shares it."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in [
+            ((1, 8, 4, 128), jnp.bfloat16), ((257, 8, 64, 256), jnp.bfloat16), ((1, 256), jnp.int32), ((1,), jnp.int32)
+        ]
+    ]  # fmt: skip
+
+    def call(q: Any, pool: Any, table: Any, lengths: Any) -> Any:
+        heads = np.array([3], np.int32)
+        return ops.dense_decode(
+            q, pool, table, lengths, heads, scale=0.1, page_scores="max", implementation="mosaic_gpu"
+        )
+
+    lines = kernels(call, *shapes)[0].splitlines()
+    constants = dict(re.findall(r"(%\w+) = arith.constant (\d+) : index", "\n".join(lines)))
+    space = compiler_params().reduction_scratch_bytes
+    view = re.compile(rf"memref\.view %\w+\[(%\w+)\]\[\] : .* to memref<{space // 4}xf32,")
+    places = [(number, int(constants[found[1]])) for number, line in enumerate(lines) if (found := view.search(line))]
+    second, first = sorted({place for _, place in places}, reverse=True)
+    assert second - first >= space
+    order = [place for _, place in places]
+    assert order == sorted(order, reverse=True), "each warpgroup has one place"
+    # They run side by side: nobody waits for the other one's end.
+    assert not any("gpu.barrier" in line for line in lines[places[0][0] :])
+
+
+@pytest.mark.parametrize("pages", [1000, 20000])
+def test_scores_below_zero_are_lower_than_others(pages: int) -> None:
+    """In the code for CUDA; whether the interpreter knows is `test_select_pages_is_exact`'s matter."""
+    arguments = jax.ShapeDtypeStruct((2, 3, pages), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def call(scores: Any, lengths: Any) -> Any:
+        return ops.select_pages(
+            scores, lengths, page_size=64, budget_pages=12, sink_pages=1, recent_pages=2, implementation="mosaic_gpu"
+        )
+
+    code = kernels(call, *arguments)
+    assert len(code) == 1
+    assert "maxsi" in code[0]
+    assert unsigned(code) == []
+
+
+def test_the_interpreter_sees_a_copy_that_is_not_waited_for() -> None:
+    """The judge of the tests above: without it they would pass whatever the kernels' barriers do."""
+
+    def body(source: Any, out: Any, buffer: Any, arrived: Any) -> None:
+        plgpu.copy_gmem_to_smem(source, buffer, arrived)
+        out[...] = buffer[...]
+        plgpu.barrier_wait(arrived)
+
+    with pytest.raises(Exception, match="RACE"), interpreted():
+        plgpu.kernel(
+            body, out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
+            scratch_types=[plgpu.SMEM((128,), jnp.float32), plgpu.Barrier()],
+            interpret=plgpu.InterpretGPUParams(detect_races=True),
+        )(jnp.ones((128,), jnp.float32))  # fmt: skip

@@ -1,0 +1,192 @@
+"""The ops against the float64 oracle, over pools that hold NaN wherever nothing was ever written."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import pallas_kernels as ops
+from pallas_kernels import Selection, dispatch
+from tests.support import oracle
+from tests.support.paged_caches import (
+    BUDGET,
+    KV_HEADS,
+    PAGES,
+    SHAPES,
+    Cache,
+    Shape,
+    make_cache,
+    padded,
+    run,
+    some_pages,
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [(SHAPES[0], "max"), (SHAPES[2], "lse"), (SHAPES[4], "max"), (SHAPES[5], "lse")], ids=str
+)
+def test_dense_decode_and_its_page_scores(shape: Shape, kind: str) -> None:
+    heads = [2, 0] if kind == "max" else [1]
+    cache = make_cache(shape)
+    out, scores = run(ops.dense_decode, *cache.arrays, jnp.array(heads, jnp.int32), scale=shape.scale, page_scores=kind)
+    want, want_scores = oracle.dense_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads, scale=shape.scale, score=kind
+    )
+    assert out.dtype == cache.q.dtype
+    assert scores.dtype == jnp.float32
+    assert scores.shape == (len(cache.lengths), len(heads), PAGES)
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    for b, row in enumerate(want_scores):
+        for r, head in enumerate(row):
+            np.testing.assert_allclose(scores[b, r, : len(head)], head, atol=5e-5, rtol=1e-5)
+
+
+def test_dense_decode_without_scores_and_sparse_decode_of_all_pages_are_the_same_attention() -> None:
+    shape = SHAPES[2]
+    cache = make_cache(shape)
+    heads = jnp.array([0, 2], jnp.int32)
+    scored, _ = run(ops.dense_decode, *cache.arrays, heads, scale=shape.scale, page_scores="max")
+    plain, nothing = run(ops.dense_decode, *cache.arrays, heads, scale=shape.scale)
+    assert nothing is None
+    np.testing.assert_allclose(plain, scored, atol=1e-6)
+    every = [[list(range(oracle.page_count(int(n), shape.page_size)))] * KV_HEADS for n in cache.lengths]
+    sparse = run(ops.sparse_decode, *cache.arrays, padded(every, PAGES), heads, scale=shape.scale)
+    np.testing.assert_allclose(sparse, scored, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[5]], ids=str)
+def test_sparse_decode_reads_the_selected_pages_only(shape: Shape) -> None:
+    heads = [1, 2]
+    cache = make_cache(shape)
+    pages = some_pages(cache, shape.page_size)
+    got = run(ops.sparse_decode, *cache.arrays, padded(pages, BUDGET), jnp.array(heads, jnp.int32), scale=shape.scale)
+    want = oracle.sparse_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, scale=shape.scale
+    )
+    assert got.dtype == cache.q.dtype
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=shape.tolerance)
+
+
+def check_hybrid(shape: Shape, cache: Cache, heads: list[int], rule: oracle.Rule) -> None:
+    pages = some_pages(cache, shape.page_size, rule.budget)
+    out, selection = run(
+        ops.hybrid_decode,
+        *cache.arrays,
+        padded(pages, rule.budget),
+        jnp.array(heads, jnp.int32),
+        scale=shape.scale,
+        budget_pages=rule.budget,
+        sink_pages=rule.sink,
+        recent_pages=rule.recent,
+        rule=rule.name,
+        amount=rule.amount,
+        page_scores=rule.page_score,
+    )
+    want, handed, margin = oracle.hybrid_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, rule, scale=shape.scale
+    )
+    assert margin > 1e-4, "another seed: this one decides by rounding"
+    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    expected = padded(handed, rule.budget)
+    np.testing.assert_array_equal(selection.pages, expected.pages)
+    np.testing.assert_array_equal(selection.counts, expected.counts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    list(zip(SHAPES, [[0], [2, 1], [1], [2], [0, 2], [1], [2, 0]], strict=True)),
+    ids=str,
+)
+def test_hybrid_decode_mixes_the_roles_of_a_layer(shape: Shape, heads: list[int]) -> None:
+    check_hybrid(shape, make_cache(shape, seed=1), heads, oracle.Rule(BUDGET, 1, 1))
+
+
+@pytest.mark.parametrize("heads", [[], [0, 1, 2]], ids=["none retrieves", "all retrieve"])
+def test_hybrid_decode_of_one_role_alone(heads: list[int]) -> None:
+    check_hybrid(SHAPES[1], make_cache(SHAPES[1]), heads, oracle.Rule(BUDGET, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [oracle.Rule(BUDGET, 1, 1, "top_p", 0.9, "lse"), oracle.Rule(BUDGET, 1, 1, page_score="lse")],
+    ids=lambda rule: rule.name,
+)
+def test_hybrid_decode_by_attention_mass(rule: oracle.Rule) -> None:
+    check_hybrid(SHAPES[1], make_cache(SHAPES[1]), [2, 0], rule)
+
+
+def test_hybrid_decode_over_more_pages_than_one_pass_holds() -> None:
+    """A long cache and a wide selection, so that an implementation that goes block by block needs several."""
+    shape = Shape(64, 8, 2)
+    cache = make_cache(shape, lengths=[18 * 64 + 5, 39 * 64, 64])
+    check_hybrid(shape, cache, [1], oracle.Rule(20, 1, 2))
+
+
+def test_a_named_implementation_runs_or_raises() -> None:
+    shape = SHAPES[1]
+    args = (*make_cache(shape).arrays, jnp.array([0], jnp.int32))
+    with pytest.raises(NotImplementedError, match="mosaic_tpu"):
+        ops.dense_decode(*args, scale=shape.scale, implementation="mosaic_tpu")
+    with pytest.raises(NotImplementedError, match="Hopper"):
+        ops.dense_decode(*args, scale=shape.scale, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="xla"):
+        ops.dense_decode(*args, scale=shape.scale, implementation="triton")
+    with pytest.raises(ValueError, match="no kernels to interpret"), ops.interpreted("xla"):
+        pass
+
+
+def test_without_a_name_a_refusal_falls_back_and_an_error_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES[1]
+    args = (*make_cache(shape).arrays, jnp.array([0], jnp.int32))
+    error: Exception = NotImplementedError("mosaic_tpu: no such head_dim")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise error
+
+    def trace(**options: Any) -> None:
+        jax.eval_shape(functools.partial(ops.dense_decode, scale=shape.scale, **options), *args)
+
+    monkeypatch.setitem(dispatch._OPS, "mosaic_tpu", {"dense_decode": refuse})
+    monkeypatch.setitem(dispatch._PREFERENCE, jax.default_backend(), ("mosaic_tpu", "xla"))
+    with ops.recorded() as calls:
+        trace()
+    assert calls == [("dense_decode", "xla")]
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        trace(implementation="mosaic_tpu")
+    error = ValueError("bad input")
+    with pytest.raises(ValueError, match="bad input"):
+        trace()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kv_pages": (9, 2, 4, 16)}, "kv_pages"),
+        ({"kv_pages": (9, 3, 4, 15)}, "kv_pages"),
+        ({"page_table": (3, 5)}, "rows"),
+        ({"lengths": (1,)}, "rows"),
+        ({"heads": (4,)}, "heads"),
+        ({"budget_pages": 0}, "budget"),
+        ({"budget_pages": 5}, "room for 4 pages"),
+        ({"sink_pages": -1}, "sink"),
+        ({"recent_pages": -1}, "recent"),
+        ({"sink_pages": 3, "recent_pages": 2}, "forced"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_a_value_error(wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a user has it: without the tests' import hook, only the ops' own checks stand.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    shapes = {"q": (2, 3, 1, 8), "kv_pages": (9, 3, 4, 16), "page_table": (2, 5), "lengths": (2,), "heads": (1,)}
+    shapes |= {name: shape for name, shape in wrong.items() if name in shapes}
+    floats: dict[str, Any] = {name: jnp.zeros(shapes[name]) for name in ("q", "kv_pages")}
+    ints: dict[str, Any] = {name: jnp.zeros(shapes[name], jnp.int32) for name in ("page_table", "lengths", "heads")}
+    selection = Selection(jnp.zeros((2, 3, 4), jnp.int32), jnp.zeros((2, 3), jnp.int32))
+    policy: dict[str, Any] = {"budget_pages": 4, "sink_pages": 1, "recent_pages": 1}
+    policy |= {name: value for name, value in wrong.items() if name in policy}
+    with pytest.raises(ValueError, match=message):
+        ops.hybrid_decode(**floats, **ints, selection=selection, scale=1.0, **policy)

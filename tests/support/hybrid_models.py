@@ -1,0 +1,123 @@
+"""Small random models for hybrid decoding, whose weights the float64 oracle gets, too."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.config import ModelConfig, RopeConfig
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import AttentionMode, GenerateOptions
+from lychee_jax.models.decoder import Decoder
+from tests.support import oracle
+
+VOCAB = 61
+NEW = 14
+
+
+DEFAULT_ROPE = RopeConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A tiny model, its head map, a policy and prompts: `lengths` in tokens."""
+
+    name: str
+    kv_heads: int
+    group: int
+    head_dim: int
+    retrieval: tuple[tuple[int, ...], ...]
+    page_size: int
+    policy: SelectionPolicy
+    lengths: tuple[int, ...]
+    qwen3: bool = False
+    rope: RopeConfig = DEFAULT_ROPE
+    seed: int = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig(
+            family="qwen3" if self.qwen3 else "qwen2",
+            vocab_size=VOCAB,
+            hidden_size=24,
+            intermediate_size=40,
+            num_layers=len(self.retrieval),
+            num_heads=self.kv_heads * self.group,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            max_position_embeddings=128 if self.rope.kind == "default" else self.rope.original_max_position_embeddings,
+            rope=self.rope,
+            tie_word_embeddings=self.qwen3,
+            qkv_bias=not self.qwen3,
+            o_bias=not self.qwen3,
+            mlp_bias=not self.qwen3,
+            qk_norm=self.qwen3,
+        )
+
+    @property
+    def heads(self) -> HeadMap:
+        return HeadMap(len(self.retrieval), self.kv_heads, self.retrieval)
+
+    @property
+    def rule(self) -> oracle.Rule:
+        pages = self.policy.pages(self.page_size)
+        by_mass = self.policy.page_score == "mass" or self.policy.rule in ("top_p", "threshold")
+        amounts = {"ratio": self.policy.ratio, "top_p": self.policy.top_p, "threshold": self.policy.threshold}
+        return oracle.Rule(
+            budget=pages["budget_pages"],
+            sink=pages["sink_pages"],
+            recent=pages["recent_pages"],
+            name=self.policy.rule,
+            amount=amounts.get(self.policy.rule, 0.0),
+            page_score="lse" if by_mass else "max",
+        )
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        rng = np.random.default_rng(self.seed)
+        return [rng.integers(0, VOCAB, length).tolist() for length in self.lengths]
+
+    def options(self, attention: AttentionMode = "hybrid", **changes: Any) -> GenerateOptions:
+        options = GenerateOptions(attention, self.heads, self.policy, self.page_size, NEW)
+        return dataclasses.replace(options, **changes)
+
+
+# Prompts just below, at and above the borders of pages; all but the longest start with P ≤ M and cross it on the way.
+BUDGET = Case(
+    name="budget",
+    kv_heads=2,
+    group=2,
+    head_dim=16,
+    retrieval=((0, 1), (1,), ()),
+    page_size=4,
+    policy=SelectionPolicy(12, 4, 4),
+    lengths=(3, 4, 5, 11, 12, 29),
+    qwen3=True,
+    seed=2,
+)
+
+
+@functools.cache
+def make_model(case: Case, dtype: str = "float32") -> tuple[Engine, dict[str, np.ndarray]]:
+    """Random weights under which attention is peaked, so that the choice of pages decides the tokens."""
+    rng = np.random.default_rng(case.seed + 1)
+    abstract = nnx.eval_shape(lambda: Decoder(case.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    weights: dict[str, np.ndarray] = {}
+    leaves = nnx.to_flat_state(state)
+    for path, leaf in leaves:
+        name, value = ".".join(map(str, path)), rng.standard_normal(leaf.shape)
+        if name.endswith("scale"):
+            value = (2.0 if "attention" in name else 1.0) * (1 + 0.3 * value)
+        elif name.endswith("bias"):
+            value = 0.3 * value
+        elif name.endswith("kernel"):
+            value = (1.7 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(case.config.hidden_size)
+        weights[name] = value.astype(leaf.dtype)
+    arrays = [(path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))]))) for path, leaf in leaves]
+    return Engine(nnx.merge(graphdef, nnx.from_flat_state(arrays))), weights

@@ -1,0 +1,218 @@
+"""Tokenizers, streamed text and stop strings, on small tokenizers of every kind that the model families bring."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lychee_jax.errors import UserError
+from lychee_jax.text.streaming import StopStrings, StreamDecoder, TextStream
+from lychee_jax.text.tokenizer import Tokenizer
+from tests.support import tiny_tokenizers
+
+KINDS = {
+    "byte_level": tiny_tokenizers.byte_level,
+    "llama2": tiny_tokenizers.llama2,
+    "metaspace": tiny_tokenizers.metaspace,
+    "words": tiny_tokenizers.words,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    def load(kind, template):
+        folder = tiny_tokenizers.write_tokenizer(tmp_path_factory.mktemp(kind), KINDS[kind](), chat_template=template)
+        return Tokenizer.from_folder(folder)
+
+    return {kind: load(kind, tiny_tokenizers.CHAT_TEMPLATE if kind != "words" else None) for kind in KINDS}
+
+
+def streamed(tokenizer, ids):
+    decoder = StreamDecoder(tokenizer)
+    return [*(decoder.push(index) for index in ids), decoder.flush()]
+
+
+TEXT = st.text(alphabet=st.one_of(st.sampled_from("the dog is→✓ é😀日"), st.characters(exclude_categories=("Cs",))))
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXT, kind=st.sampled_from(["byte_level", "llama2"]))
+def test_any_text_comes_back_and_streams_to_the_same(tokenizers, text, kind):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    pieces = streamed(tokenizer, ids)
+    assert "".join(pieces) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces) or "\N{REPLACEMENT CHARACTER}" in text
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["byte_level", "words"]))
+def test_any_ids_stream_to_what_they_decode_to(tokenizers, data, kind):
+    """Also broken UTF-8, special tokens, and ids that the tokenizer lacks."""
+    tokenizer = tokenizers[kind]
+    size = len(tokenizer._backend)
+    ids = data.draw(st.lists(st.integers(0, size + 5), max_size=30))
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["llama2", "metaspace"]))
+def test_byte_fallback_streams_to_what_it_decodes_to(tokenizers, data, kind):
+    """Tokens in any order, among them whole characters as bytes; special tokens between them do not show."""
+    tokenizer = tokenizers[kind]
+    size = len(tokenizer._backend)
+    characters = st.sampled_from("é😀日\n a").map(lambda char: [3 + byte for byte in char.encode()])
+    others = st.one_of(st.integers(0, 2), st.integers(259, size + 5)).map(lambda index: [index])
+    ids = [index for part in data.draw(st.lists(st.one_of(characters, others), max_size=20)) for index in part]
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["llama2", "metaspace"]))
+def test_broken_bytes_never_swallow_text(tokenizers, data, kind):
+    """Bytes that begin or continue letters (3 + 128 and up), in any order, between whole tokens."""
+    tokenizer = tokenizers[kind]
+    ids = data.draw(st.lists(st.integers(3 + 128, len(tokenizer._backend) - 1), max_size=20))
+    text = "".join(streamed(tokenizer, ids))
+    letters = [char for char in tokenizer.decode(ids) if char.isalpha() and char.isascii()]
+    assert [char for char in text if char.isalpha() and char.isascii()] == letters
+
+
+def test_a_letter_appears_with_its_last_byte(tokenizers):
+    emoji = [3 + byte for byte in "é😀".encode()]
+    assert streamed(tokenizers["llama2"], emoji) == ["", "é", "", "", "", "😀", ""]
+    # é was shown before the bytes after it proved broken; they become one U+FFFD
+    assert streamed(tokenizers["llama2"], emoji[:4]) == ["", "é", "", "", "\N{REPLACEMENT CHARACTER}"]
+    tokenizer = tokenizers["byte_level"]
+    joined = tokenizer.encode("aé")[1:]
+    assert len(joined) == 2
+    assert streamed(tokenizer, joined) == ["a", "é", ""]
+
+
+def test_the_first_space_goes_and_all_others_stay(tokenizers):
+    for kind in ("llama2", "metaspace"):
+        tokenizer = tokenizers[kind]
+        the, space = tokenizer.encode("the")[-1], 259
+        assert streamed(tokenizer, [the, the, space, the]) == ["the", " the", " ", " the", ""]
+        assert streamed(tokenizer, [1, the, 1, the]) == ["", "the", "", " the", ""]
+        assert streamed(tokenizer, [space, the]) == ["", " the", ""]
+    assert streamed(tokenizers["words"], [1, 2, 3]) == ["a", " b", " c", ""]
+
+
+def test_special_tokens_are_silent_and_added_ones_are_not(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    ids = tokenizer.encode("the<think>→✓</s>dog")
+    assert len(ids) == 6
+    assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == "the<think>→✓dog"
+
+
+def test_encode_is_the_tokenizers_default_and_long_texts_are_not_cut(tokenizers):
+    for kind, begin in (("byte_level", 0), ("llama2", 1)):
+        ids = tokenizers[kind].encode("the dog " * 50)
+        assert ids[0] == begin
+        assert len(ids) > 100  # the folder's model_max_length is 16
+    assert tokenizers["words"].encode("a b c") == [1, 2, 3]
+
+
+def test_chat_writes_one_bos_and_opens_the_answer(tokenizers):
+    tokenizer = tokenizers["byte_level"]
+    ids = tokenizer.encode_chat("the dog")
+    assert ids.count(0) == 1
+    assert ids[0] == 0
+    assert tokenizer.decode(ids) == "user the dog assistant "
+    turns = [
+        {"role": "user", "content": "is"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "stop"},
+    ]
+    assert tokenizer.decode(tokenizer.encode_chat(turns)) == "user is assistant no user stop assistant "
+
+
+def test_chat_without_template_or_against_it_is_refused(tokenizers):
+    with pytest.raises(UserError, match="no chat template"):
+        tokenizers["words"].encode_chat("a")
+    with pytest.raises(UserError, match="only user and assistant speak here"):
+        tokenizers["llama2"].encode_chat([{"role": "system", "content": "a"}])
+
+
+def test_text_that_is_no_unicode_is_refused(tokenizers):
+    with pytest.raises(UserError, match=r"not valid Unicode: .* character 3"):
+        tokenizers["byte_level"].encode("abc\udc80")
+
+
+def test_a_folder_without_tokenizer_and_one_with_a_broken_one(tmp_path):
+    assert Tokenizer.from_folder(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{]")
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        Tokenizer.from_folder(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_is_quiet_and_leaves_logging_as_it_was(tmp_path):
+    folder = tiny_tokenizers.write_tokenizer(tmp_path, tiny_tokenizers.llama2())
+    program = (
+        "import sys; from lychee_jax.text.tokenizer import Tokenizer; assert 'transformers' not in sys.modules\n"
+        f"tokenizer = Tokenizer.from_folder({str(folder)!r})\n"
+        "print(tokenizer.decode(tokenizer.encode('the dog'))); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "the dog\nFalse\n", "")
+    Tokenizer.from_folder(folder)
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def naive_stop(text, stops):
+    """Text before the stop string that is complete first (the longest of several), read letter by letter."""
+    for end in range(1, len(text) + 1):
+        ends = [stop for stop in stops if text[:end].endswith(stop)]
+        if ends:
+            return text[: end - len(max(ends, key=len))], True
+    return text, False
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(st.text("abé", max_size=4), max_size=12),
+    stops=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_strings_do_not_depend_on_the_pieces(pieces, stops):
+    stream = StopStrings(stops)
+    out, text = [], ""
+    for piece in pieces:
+        out.append(stream.push(piece))
+        text += piece
+        wanted, hit = naive_stop(text, stops)
+        assert stream.hit == hit
+        assert wanted.startswith("".join(out))
+        if hit:
+            assert "".join(out) == wanted
+        else:  # nothing is held back without need
+            held = text[len("".join(out)) :]
+            assert held == "" or any(stop.startswith(held) for stop in stops)
+    assert "".join(out) + stream.flush() == naive_stop(text, stops)[0]
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(UserError, match="must not be empty"):
+        StopStrings(["a", ""])
+
+
+def test_a_row_of_text_ends_at_its_stop_string(tokenizers):
+    tokenizer = tokenizers["llama2"]
+    ids = tokenizer.encode("the dog is é. no")[1:]
+    row = TextStream(tokenizer, ["is é", "never"])
+    pieces = []
+    for index in ids:
+        pieces.append(row.push(index))
+        if row.stopped:
+            break
+    assert row.stopped
+    assert "".join(pieces) + row.flush() == row.text == "the dog "
+    row = TextStream(tokenizer, ["gone"])
+    assert "".join([*map(row.push, tokenizer.encode("the dog")[1:]), row.flush()]) == row.text == "the dog"
+    assert not row.stopped
