@@ -8,7 +8,7 @@ from typing import Literal
 
 from lychee_jax.engine.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,8 @@ class ChunkSizes:
 
     def padded(self, count: int) -> int:
         """What a chunk with `count` real tokens is padded to: pages, a power of two of them up to the unit, then
-        units, a power of two of them."""
+        units, a power of two of them.
+        """
         raise NotImplementedError
 
 
