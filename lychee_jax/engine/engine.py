@@ -94,6 +94,10 @@ class Engine:
         return bool(self._requests or self._sent or self._ended)
 
     @property
+    def _allocated_pages(self) -> int:
+        return self._runner.num_pages - self.options.max_num_seqs if self._runner is not None else 0
+
+    @property
     def scheduler(self) -> Scheduler | None:
         """None before the first request is scheduled."""
         return self._scheduler
@@ -122,7 +126,7 @@ class Engine:
                 f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need {need} pages of "
                 f"{self.options.page_size} tokens, and the KV cache has room for {self._most_pages}"
             )
-        if self._scheduler is not None and not self._unscheduled and need <= self._scheduler.allocator.capacity:
+        if self._scheduler is not None and not self._unscheduled and need <= self._allocated_pages:
             self._scheduler.add(request)
         else:
             self._unscheduled.append(request)
@@ -174,16 +178,16 @@ class Engine:
 
     def _send(self) -> bool:
         """Whether anything was sent."""
-        if self._unscheduled and (self._scheduler is None or not self._scheduler.has_requests):
+        if self._unscheduled and (self._scheduler is None or not (self._scheduler.num_waiting or self._scheduler.num_running)):
             self._make_room()
         if self._scheduler is None or self._runner is None:
             return False
         work = self._scheduler.schedule()
-        self._runner.copy(work.copies)
         sent = _Sent([], None, 0)
         if work.prefill is not None:
             sent.marker, sent.blocks = self._runner.prefill(work.prefill)
             sent.prompt_tokens = sum(chunk.count for chunk in work.prefill.chunks)
+        self._runner.copy(work.copies)
         sent.blocks += [self._runner.decode(group) for group in work.decode]
         if sent.marker is None and not sent.blocks:
             return False
@@ -198,7 +202,7 @@ class Engine:
         if jax.default_backend() == "cpu" and self.options.cache_memory is None:
             together = 2 * sum(sorted(needs)[-self.options.max_num_seqs :])
             pages = max(max(needs), min(next_power_of_two(together), self._default_pages()))
-        if self._runner is None or pages > self._runner.num_pages - self.options.max_num_seqs:
+        if self._runner is None or pages > self._allocated_pages:
             if self._runner is not None:
                 self._compile_seconds += self._runner.programs.seconds
                 self._runner.pools = ()  # freed before the larger ones are made
@@ -206,7 +210,6 @@ class Engine:
                 self.spec, self.weights, self.options, self.config, num_pages=pages + self.options.max_num_seqs,
                 max_model_len=self.max_model_len,
             )  # fmt: skip
-            salt = repr((self.spec.config.fingerprint(), str(self.dtype), page_size, self.options.implementation))
             share = self.options.prefix_cache and self.spec.config.rope.kind != "dynamic"  # keys of the whole prompt
             allocator = Allocator(
                 self._runner.num_pages, page_size, scratch=self.options.max_num_seqs, prefix_cache=share
@@ -215,7 +218,7 @@ class Engine:
                 self.options.max_num_seqs, self._runner.block_steps, self.config.chunks(page_size),
                 self.config.prefill_rows, self.config.prefill_tokens,
             )  # fmt: skip
-            self._scheduler = Scheduler(scheduling, allocator, salt=salt.encode())
+            self._scheduler = Scheduler(scheduling, allocator)
         assert self._scheduler is not None
         for request in self._unscheduled:
             self._scheduler.add(request)
@@ -296,7 +299,7 @@ class Engine:
 
     @staticmethod
     def _finish_reason(request: Request, token: int, count: int) -> FinishReason | None:
-        if token in request.eos_ids:
+        if token in request.eos_ids and count > len(request.forced):
             return "stop"
         return "length" if count >= request.max_new_tokens else None
 

@@ -124,9 +124,13 @@ def prefill_chunk(
     return pools, jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-def _advance(rows: Rows, slots: Int[Array, " B"], on: Bool[Array, " B"], sampled: Sampled) -> Rows:
-    """The rows after a token each: ended by an eos, by the last token allowed, or by logits that are not finite."""
-    ended = jnp.any(sampled.token[:, None] == rows.eos.at[slots].get(mode="fill", fill_value=-1), axis=1)
+def _advance(
+    rows: Rows, slots: Int[Array, " B"], on: Bool[Array, " B"], forced: Int[Array, " B"], sampled: Sampled
+) -> Rows:
+    """The rows after a token each: ended by an eos that was not forced, by the last token allowed, or by logits that
+    are not finite.
+    """
+    ended = (forced < 0) & jnp.any(sampled.token[:, None] == rows.eos.at[slots].get(mode="fill", fill_value=-1), axis=1)
     remaining = rows.remaining.at[slots].get(mode="fill", fill_value=0) - 1
     alive = on & ~ended & (remaining > 0) & sampled.finite
     target = jnp.where(on, slots, rows.token.shape[0])  # out of range: dropped
@@ -204,8 +208,9 @@ def start_row(
     logits = spec.merge(weights).logits(hidden)
     slots = jnp.full((width,), rows.token.shape[0], jnp.int32).at[0].set(slot)
     on = jnp.arange(width) == 0
-    sampled = _choose(logits, rows, slots, jnp.full((width,), -1, jnp.int32).at[0].set(start.forced))
-    rows = _advance(rows, slots, on, sampled)
+    forced = jnp.full((width,), -1, jnp.int32).at[0].set(start.forced)
+    sampled = _choose(logits, rows, slots, forced)
+    rows = _advance(rows, slots, on, forced, sampled)
     block = Block.empty(1, width, logits.shape[1]).put(jnp.int32(0), on, sampled, jnp.zeros((width,), jnp.int32))
     return rows, block
 
@@ -253,7 +258,7 @@ def decode_block(
         forced_i = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
         sampled = _choose(logits, rows, slots, forced_i)
         target = jnp.where(active, slots, rows.token.shape[0])
-        rows = _advance(rows, slots, active, sampled)
+        rows = _advance(rows, slots, active, forced_i, sampled)
         rows = rows._replace(position=rows.position.at[target].add(1, mode="drop"))
         return i + 1, state.pools, rows, block.put(i, active, sampled, state.pages_read)
 

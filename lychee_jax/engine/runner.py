@@ -26,7 +26,7 @@ from lychee_jax.engine.programs import (
 )
 from lychee_jax.engine.request import Request
 from lychee_jax.engine.sampling import SamplingArrays, sampling_row
-from lychee_jax.engine.scheduler import Chunk, DecodeWork, PrefillWork
+from lychee_jax.engine.scheduler import DecodeWork, PrefillWork
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
 
@@ -101,11 +101,15 @@ class Runner:
             prefill_chunk, (rows, work.tokens), (self.spec, self.options.extend_implementation), self.weights,
             self.pools, table, tokens, cos, sin, starts, counts,
         )  # fmt: skip
-        started = [self._start(chunk, np.int32(index), last) for index, chunk in enumerate(work.chunks) if chunk.last]
+        started = [
+            self._start(row.request, row.slot, np.int32(index), last)
+            for index, chunk in enumerate(work.chunks)
+            if chunk.last
+            for row in (chunk, *chunk.forks)
+        ]
         return last, started
 
-    def _start(self, chunk: Chunk, index: np.int32, last: jax.Array) -> SentBlock:
-        request = chunk.request
+    def _start(self, request: Request, slot: int, index: np.int32, last: jax.Array) -> SentBlock:
         seen: Any = self._nothing_seen
         if request.sampling.repetition_penalty != 1:
             seen = np.zeros((self.spec.config.vocab_size,), bool)
@@ -113,7 +117,7 @@ class Runner:
         eos = np.full((self.ends,), -1, np.int32)
         eos[: len(request.eos_ids)] = request.eos_ids
         start = Start(
-            np.int32(chunk.slot), np.int32(len(request.prompt)), np.int32(request.max_new_tokens), eos,
+            np.int32(slot), np.int32(len(request.prompt)), np.int32(request.max_new_tokens), eos,
             np.int32(request.top_logprobs), SamplingArrays(*sampling_row(request.sampling, request.sample_index)), seen,
             np.int32(request.forced[0] if request.forced else -1),
         )  # fmt: skip
