@@ -37,8 +37,8 @@ _POLICY = {
 class Generation:
     """What `LoadedModel.generate` returns; every list has one entry for each prompt.
 
-    `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer and
-    never shows the eos. `finish_reason`: "stop" (an eos or a stop text) or "length".
+    `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer
+    and never shows the eos. `finish_reason`: "stop" (an eos or a stop text) or "length".
     """
 
     prompt_tokens: list[int]
@@ -131,6 +131,7 @@ class LoadedModel:
         options: GenerateOptions,
         *,
         forced: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
         top_logprobs: int = 0,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> TokenStream:
@@ -141,6 +142,7 @@ class LoadedModel:
             options: of all rows.
             forced: a row of tokens for each prompt that are taken instead of sampled ones, from the first new one on
                 (teacher forcing).
+            limits: new tokens of each row, instead of the options' `max_new_tokens`.
             top_logprobs: how many of the likeliest tokens are reported at each step.
             on_prefill: called with the prompt tokens that were read, and how many there are.
 
@@ -148,15 +150,16 @@ class LoadedModel:
             UserError: bad input, told in one line.
             NotImplementedError: the implementation that `options` name does not cover this model on this machine.
         """
-        rows = self.check_prompts(prompts, options.max_new_tokens)
+        rows = self.check_prompts(prompts, 1)
         base = self.engine_options
         wanted = dataclasses.replace(
             base, page_size=options.page_size, correct_every=options.correct_every,
             implementation=options.implementation,
         )  # fmt: skip
         return TokenStream(
-            self._route(wanted), rows, options, forced=forced, top_logprobs=top_logprobs, on_prefill=on_prefill
-        )
+            self._route(wanted), rows, options, forced=forced, limits=limits, top_logprobs=top_logprobs,
+            on_prefill=on_prefill,
+        )  # fmt: skip
 
     def generate_tokens(
         self,
@@ -164,10 +167,11 @@ class LoadedModel:
         options: GenerateOptions,
         *,
         forced: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
     ) -> Result:
         """`stream_tokens` to its end."""
-        stream = self.stream_tokens(prompts, options, forced=forced, on_prefill=on_prefill)
+        stream = self.stream_tokens(prompts, options, forced=forced, limits=limits, on_prefill=on_prefill)
         for _ in stream:
             pass
         return stream.result()

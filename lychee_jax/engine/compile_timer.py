@@ -31,7 +31,7 @@ class Programs:
     """Calls jitted functions through executables that are kept, and adds up the time that calls waited for compilers.
 
     `base`: what all programs of this caller have in common (configuration, dtype, sizes of the cache), so that a key
-    names shapes only. Float32 models multiply in full float32: accelerators would round the factors to bfloat16 or TF32.
+    names shapes only. Float32 models multiply in full float32: accelerators would round factors to bfloat16 or TF32.
     """
 
     def __init__(self, dtype: np.dtype, base: Hashable):

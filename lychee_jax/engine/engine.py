@@ -36,7 +36,9 @@ class _Progress:
     """A request that the engine knows: what was delivered so far."""
 
     request: Request
+    hold: bool
     delivered: int = 0
+    ended: bool = False
 
 
 @dataclasses.dataclass
@@ -71,6 +73,7 @@ class Engine:
         self._compile_seconds = 0.0
         self._runner: Runner | None = None
         self._scheduler: Scheduler | None = None
+        self._allocator: Allocator | None = None
         self._most_pages = self._page_limit()
 
     @property
@@ -103,12 +106,17 @@ class Engine:
         return self._scheduler
 
     @property
+    def allocator(self) -> Allocator | None:
+        """None before the first request is scheduled."""
+        return self._allocator
+
+    @property
     def runner(self) -> Runner | None:
         """None before the first request is scheduled."""
         return self._runner
 
-    def add_request(self, request: Request) -> None:
-        """Queue a request.
+    def add_request(self, request: Request, *, hold: bool = False) -> None:
+        """Queue a request. With `hold`, its pages stay as they are after its end, until `finish`.
 
         Raises:
             UserError: a prompt or a limit that this model or this cache cannot take, an id that is taken, or an engine
@@ -130,12 +138,17 @@ class Engine:
             self._scheduler.add(request)
         else:
             self._unscheduled.append(request)
-        self._requests[request.id] = _Progress(request)
+        self._requests[request.id] = _Progress(request, hold)
 
     def abort(self, request_id: str) -> None:
         """End a request, whatever it is doing; its pages are free at once. Unknown ids are ignored."""
         if self._end(request_id):
             self._ended.append(RequestOutput(request_id, finish_reason="abort"))
+
+    def pages(self, request_id: str) -> list[int]:
+        """The pool pages of a request that has been scheduled and not been ended."""
+        assert self._allocator is not None
+        return self._allocator.pages(request_id)
 
     def finish(self, request_id: str) -> None:
         """End a request whose text is complete, without an output."""
@@ -178,7 +191,9 @@ class Engine:
 
     def _send(self) -> bool:
         """Whether anything was sent."""
-        if self._unscheduled and (self._scheduler is None or not (self._scheduler.num_waiting or self._scheduler.num_running)):
+        if self._unscheduled and (
+            self._scheduler is None or not (self._scheduler.num_waiting or self._scheduler.num_running)
+        ):
             self._make_room()
         if self._scheduler is None or self._runner is None:
             return False
@@ -211,14 +226,14 @@ class Engine:
                 max_model_len=self.max_model_len,
             )  # fmt: skip
             share = self.options.prefix_cache and self.spec.config.rope.kind != "dynamic"  # keys of the whole prompt
-            allocator = Allocator(
+            self._allocator = Allocator(
                 self._runner.num_pages, page_size, scratch=self.options.max_num_seqs, prefix_cache=share
             )
             scheduling = SchedulerConfig(
                 self.options.max_num_seqs, self._runner.block_steps, self.config.chunks(page_size),
                 self.config.prefill_rows, self.config.prefill_tokens,
             )  # fmt: skip
-            self._scheduler = Scheduler(scheduling, allocator)
+            self._scheduler = Scheduler(scheduling, self._allocator)
         assert self._scheduler is not None
         for request in self._unscheduled:
             self._scheduler.add(request)
@@ -260,7 +275,7 @@ class Engine:
             top = np.asarray(block.top_ids), np.asarray(block.top_logprobs)
         for column, (request, first) in enumerate(zip(sent.requests, sent.first_steps, strict=True)):
             progress = self._requests.get(request.id)
-            if progress is None or progress.request is not request:
+            if progress is None or progress.request is not request or progress.ended:
                 continue  # it has ended meanwhile
             output = RequestOutput(request.id)
             for step in range(len(tokens)):
@@ -289,7 +304,9 @@ class Engine:
             if output.finish_reason is not None:
                 assert self._scheduler is not None
                 output.cached_tokens = self._scheduler.cached_tokens(request.id)
-                self._end(request.id)
+                progress.ended = True
+                if not progress.hold:
+                    self._end(request.id)
             if output.tokens or output.finish_reason is not None:
                 yield output
 

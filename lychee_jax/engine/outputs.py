@@ -30,9 +30,10 @@ class RequestOutput:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds. First tokens belong to the prefill; `tokens_per_s` counts all others, of all rows.
+    """Seconds. As long as a row waits for its first token the time is the prefill's, also where others decode already.
 
-    `compile_s`: how long compilers were waited for; it is in neither of the other two.
+    `tokens_per_s`: of all rows, while every one decodes. `compile_s`: how long compilers were waited for; it is in
+    neither of the other two.
     """
 
     prefill_s: float
@@ -50,5 +51,7 @@ class Result:
     greedy: list[list[bool]]
     finish_reason: list[FinishReason]
     cached_tokens: list[int]
+    pages_read: list[int]
+    pages_held: list[int]
     timing: Timing
     attention: dict[str, Any]

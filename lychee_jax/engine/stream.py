@@ -1,4 +1,4 @@
-"""A batch of prompts through the engine, their tokens as they come: what Python callers and the command line loop over."""
+"""A batch of prompts through the engine, their tokens as they come: what callers in Python loop over."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
         options: GenerateOptions,
         *,
         forced: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
         top_logprobs: int = 0,
         on_prefill: Callable[[int, int], None] | None = None,
     ):
@@ -79,20 +80,24 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
         self._read_before = router.engine.prompt_tokens_read
         self._started = self._last = time.perf_counter()
         self._prefill_s = self._decode_s = 0.0
+        self._decoding, self._decoded = False, 0  # the last step; tokens that came while every row decoded
         self._on_prefill = on_prefill
         self._prompt_tokens = sum(map(len, prompts))
         given = forced or [()] * len(prompts)
-        if len(given) != len(prompts):
-            raise UserError(f"there are {len(prompts)} prompts, but {len(given)} rows of forced tokens")
+        most = limits or [options.max_new_tokens] * len(prompts)
+        for name, rows in (("rows of forced tokens", given), ("limits", most)):
+            if len(rows) != len(prompts):
+                raise UserError(f"there are {len(prompts)} prompts, but {len(rows)} {name}")
         self._ids = [router.new_id() for _ in prompts]
         self._rows = [RequestOutput(request_id) for request_id in self._ids]
+        ends = () if options.ignore_eos else options.eos_ids
         router.add(
             [
                 Request(
-                    request_id, prompt, options.max_new_tokens, options.sampling, options.attention_options,
-                    () if options.ignore_eos else options.eos_ids, tuple(tokens), row, top_logprobs,
+                    self._ids[row], prompt, most[row], options.sampling, options.attention_options, ends,
+                    tuple(given[row]), row, top_logprobs,
                 )
-                for row, (request_id, prompt, tokens) in enumerate(zip(self._ids, prompts, given, strict=True))
+                for row, prompt in enumerate(prompts)
             ]
         )  # fmt: skip
         self._open = set(range(len(prompts)))
@@ -115,21 +120,22 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
         raise StopIteration
 
     def _count_time(self, compiling: float) -> None:
-        """The time since the last step: decoding if any row has a token already, else reading prompts."""
+        """The time since the last step: reading prompts as long as a row waits for its first token, then decoding."""
         now = time.perf_counter()
         passed = max(0.0, now - self._last - compiling)
         self._last = now
-        if any(row.tokens for row in self._rows):
+        self._decoding = all(self._rows[row].tokens for row in self._open)
+        if self._decoding:
             self._decode_s += passed
         else:
             self._prefill_s += passed
-        if self._on_prefill is not None:
-            read = self._router.engine.prompt_tokens_read - self._read_before
-            if any(not self._rows[row].tokens for row in self._open):
+            if self._on_prefill is not None:
+                read = self._router.engine.prompt_tokens_read - self._read_before
                 self._on_prefill(min(read, self._prompt_tokens), self._prompt_tokens)
 
     def _keep(self, row: int, output: RequestOutput) -> None:
         whole = self._rows[row]
+        self._decoded += len(output.tokens) if self._decoding else 0
         whole.tokens += output.tokens
         whole.logprobs += output.logprobs
         whole.greedy += output.greedy
@@ -165,7 +171,6 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
     def result(self) -> Result:
         """Everything handed out so far."""
         rows = self._rows
-        count = sum(len(row.tokens) for row in rows) - len(rows)
         read, held = sum(row.pages_read for row in rows), sum(row.pages_held for row in rows)
         return Result(
             [list(row.tokens) for row in rows],
@@ -173,10 +178,12 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
             [list(row.greedy) for row in rows],
             [row.finish_reason or "abort" for row in rows],
             [row.cached_tokens for row in rows],
+            [row.pages_read for row in rows],
+            [row.pages_held for row in rows],
             Timing(
                 self._prefill_s,
                 self._decode_s,
-                count / self._decode_s if count > 0 and self._decode_s > 0 else 0.0,
+                self._decoded / self._decode_s if self._decode_s > 0 else 0.0,
                 self._router.engine.compile_seconds - self._compiled_before,
             ),
             self._attention(read / held if held else 1.0),
