@@ -34,10 +34,11 @@ from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.plotting.attention import plot_heads
 from lychee_jax.plotting.training import plot_training
+from lychee_jax.run_folder import MetricsFile, claim
 from lychee_jax.training import gates
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
-from lychee_jax.training.loop import Checkpoints, MetricsFile, Patience, claim
+from lychee_jax.training.loop import Checkpoints, Patience
 
 type State = dict[str, Any]
 type Report = Callable[[int, dict[str, float]], None]
