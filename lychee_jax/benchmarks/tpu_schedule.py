@@ -263,7 +263,7 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
     import jax.numpy as jnp
 
     import pallas_kernels
-    from pallas_kernels import Selection
+    from pallas_kernels import KVPages, Selection, SelectionSpec
     from pallas_kernels.mosaic_tpu import attend, select
 
     config = MODELS[model]
@@ -271,7 +271,6 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
     heads, head_dim = config.num_kv_heads, config.head_dim
     pages, budget = context // _PAGE_SIZE, _BUDGET // _PAGE_SIZE
     sparse = op == "sparse_decode"
-    counts: dict[str, Any] = {"budget_pages": budget, "sink_pages": 2, "recent_pages": 4}
     item = jnp.dtype(dtype).itemsize
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -280,14 +279,16 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
     def call(q: Any, pool: Any, table: Any, lengths: Any, ids: Any, chosen: Any, counted: Any, scores: Any) -> Any:
         name, scale = "mosaic_tpu", head_dim**-0.5
         if op == "select_pages":
-            return pallas_kernels.select_pages(scores, lengths, page_size=_PAGE_SIZE, **counts, implementation=name)
+            return pallas_kernels.select_pages(
+                scores, lengths, SelectionSpec(budget, 2, 4), page_size=_PAGE_SIZE, implementation=name
+            )
         if sparse:
             selection = Selection(chosen, counted)
             return pallas_kernels.sparse_decode(
-                q, pool, table, lengths, selection, ids, scale=scale, implementation=name
+                q, KVPages(pool), table, lengths, selection, ids, scale=scale, implementation=name
             )
         return pallas_kernels.dense_decode(
-            q, pool, table, lengths, ids, scale=scale, page_scores="max", implementation=name
+            q, KVPages(pool), table, lengths, ids, scale=scale, page_scores="max", implementation=name
         )
 
     tpu_compiler.compile_for(

@@ -226,7 +226,7 @@ class Engine:
         if prefilled.pools is None:
             raise UserError("this cache was decoded already; prefill again, or decode it with keep=True")
         if keep:
-            return tuple(jnp.copy(pool) for pool in prefilled.pools)
+            return jax.tree.map(jnp.copy, prefilled.pools)
         pools, prefilled.pools = prefilled.pools, None
         return pools
 

@@ -15,10 +15,9 @@ from lychee_jax.attention.decode import Decode
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.prefill import Extend
 from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cache.pages import Pools
 from lychee_jax.engine.sampling import SamplingArrays, SamplingKind, sample
 from lychee_jax.models.spec import ModelSpec
-
-Pools = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)

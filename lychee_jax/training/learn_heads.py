@@ -240,9 +240,9 @@ class Learner:
         uniform = jax.random.uniform(key, (plan.batch, above, kv_heads), jnp.float32)
 
         # The cap of a rule is static and costs memory: never more than the row has pages.
-        numbers, size = plan.policy.pages(plan.page_size), plan.page_size
-        pages = max(pages_for(tokens.shape[1], size), numbers["sink_pages"] + numbers["recent_pages"])
-        policy = dataclasses.replace(plan.policy, budget=size * min(numbers["budget_pages"], pages))
+        size = plan.page_size
+        pages = max(pages_for(tokens.shape[1], size), plan.policy.forced_pages(size))
+        policy = dataclasses.replace(plan.policy, budget=size * min(plan.policy.budget // size, pages))
 
         def rows(weights, z, tokens, starts, answers, cos, sin):
             model = nnx.merge(self._graph, weights)

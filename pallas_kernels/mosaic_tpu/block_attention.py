@@ -17,7 +17,12 @@ _LANES = 128
 def block_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, *, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.block_attention`. The scale is folded into the queries, in their own precision."""
+    """Attention of queries `[B, K, G, T, H]` over one block of keys and values `[B, K, S, H]`, and its natural
+    log-sum-exps `[B, K, G, T]`, by which blocks are merged.
+
+    Every query sees the first `valid[b]` keys; with None, T = S and query t sees keys 0 … t. The scale is folded into
+    the queries, in their own precision.
+    """
     chip.cores()  # refuse where there is no TPU
     queries, head_dim, keys = *q.shape[3:], k.shape[2]
     if q.dtype != jnp.bfloat16 or k.dtype != jnp.bfloat16:

@@ -3,18 +3,21 @@
 import jax
 
 from pallas_kernels.mosaic_tpu.attend import attend
-from pallas_kernels.types import Heads, PageScore
+from pallas_kernels.types import Heads, KVPages, PageScore
 
 
 def dense_decode(
     q: jax.Array,
-    kv_pages: jax.Array,
+    kv: KVPages,
     page_table: jax.Array,
     lengths: jax.Array,
     heads: Heads,
     *,
     scale: float,
     page_scores: PageScore | None = None,
+    return_lse: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """See `reference.dense_decode`."""
-    return attend(q, kv_pages, page_table, lengths, None, heads, scale=scale, page_scores=page_scores)
+    """See `xla.decode.dense_decode`."""
+    if return_lse:
+        raise NotImplementedError("mosaic_tpu returns no log-sum-exp")
+    return attend(q, kv.data, page_table, lengths, None, heads, scale=scale, page_scores=page_scores)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.mosaic_tpu.dense_decode import dense_decode
 from pallas_kernels.mosaic_tpu.select import select_pages
 from pallas_kernels.mosaic_tpu.sparse_decode import sparse_decode
-from pallas_kernels.types import Heads, PageScore, Rule, Selection
+from pallas_kernels.types import Heads, KVPages, Selection, SelectionSpec
 
 
 def _others(heads: Heads, kv_heads: int) -> jax.Array:
@@ -31,34 +31,29 @@ def _put(whole: jax.Array, heads: Heads, some: jax.Array) -> jax.Array:
 
 def hybrid_decode(
     q: jax.Array,
-    kv_pages: jax.Array,
+    kv: KVPages,
     page_table: jax.Array,
     lengths: jax.Array,
     selection: Selection,
     heads: Heads,
+    spec: SelectionSpec,
     *,
     scale: float,
-    budget_pages: int,
-    sink_pages: int,
-    recent_pages: int,
-    rule: Rule = "budget",
-    amount: float = 0.0,
-    page_scores: PageScore = "max",
+    dense: jax.Array | None = None,
 ) -> tuple[jax.Array, Selection]:
-    """See `reference.hybrid_decode`."""
+    """See `xla.decode.hybrid_decode`."""
+    if dense is not None:
+        raise NotImplementedError("mosaic_tpu has no dense rows beside hybrid ones")
     kv_heads = q.shape[1]
     out = jnp.zeros_like(q)
     if heads.shape[0] < kv_heads:
         others = _others(heads, kv_heads)
-        sparse = sparse_decode(q, kv_pages, page_table, lengths, selection, others, scale=scale)
+        sparse = sparse_decode(q, kv, page_table, lengths, selection, others, scale=scale)
         out = _put(out, others, sparse)
     if heads.shape[0] > 0:
-        dense, scores = dense_decode(q, kv_pages, page_table, lengths, heads, scale=scale, page_scores=page_scores)
+        full, scores = dense_decode(q, kv, page_table, lengths, heads, scale=scale, page_scores=spec.page_score)
         assert scores is not None
-        pages, counts = select_pages(
-            scores, lengths, page_size=kv_pages.shape[2], budget_pages=budget_pages, sink_pages=sink_pages,
-            recent_pages=recent_pages, rule=rule, amount=amount,
-        )  # fmt: skip
-        out = _put(out, heads, dense)
+        pages, counts = select_pages(scores, lengths, spec, page_size=kv.page_size)
+        out = _put(out, heads, full)
         selection = Selection(_put(selection.pages, heads, pages), _put(selection.counts, heads, counts))
     return out, selection

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import chip
-from pallas_kernels.types import Rule
+from pallas_kernels.types import SelectionSpec
 from pallas_kernels.xla import decode as reference
 
 _LANES = 128
@@ -146,29 +146,17 @@ def _each(chunks: int, step: Any, carry: Any) -> Any:
 
 
 def select_pages(
-    page_scores: jax.Array,
-    lengths: jax.Array,
-    *,
-    page_size: int,
-    budget_pages: int,
-    sink_pages: int,
-    recent_pages: int,
-    rule: Rule = "budget",
-    amount: float = 0.0,
+    page_scores: jax.Array, lengths: jax.Array, spec: SelectionSpec, *, page_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """See `reference.select_pages`."""
+    """See `xla.decode.select_pages`."""
     chip.cores()  # refuse where there is no TPU
     batch, heads, capacity = page_scores.shape
     used = ((lengths + page_size - 1) // page_size).astype(jnp.int32)
-    if rule == "budget":
-        limits = jnp.broadcast_to(jnp.minimum(budget_pages, used)[:, None], (batch, heads))
+    if spec.rule == "budget":
+        limits = jnp.broadcast_to(jnp.minimum(spec.budget_pages, used)[:, None], (batch, heads))
     else:
-        page = jnp.arange(capacity, dtype=jnp.int32)
-        forced = (page < sink_pages) | (page >= used[:, None] - recent_pages)
-        limits = reference.page_limits(
-            page_scores, used, forced & (page < used[:, None]), budget_pages=budget_pages, rule=rule, amount=amount
-        )
-    return _launch(page_scores, limits, used, budget_pages, sink_pages, recent_pages), limits
+        limits = reference.page_limits(page_scores, used, reference.forced_pages(used, capacity, spec), spec)
+    return _launch(page_scores, limits, used, spec.budget_pages, spec.sink_pages, spec.recent_pages), limits
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))  # layers share one trace

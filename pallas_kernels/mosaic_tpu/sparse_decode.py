@@ -4,21 +4,24 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_tpu.attend import attend
-from pallas_kernels.types import Heads, Selection
+from pallas_kernels.types import Heads, KVPages, Selection
 
 
 def sparse_decode(
     q: jax.Array,
-    kv_pages: jax.Array,
+    kv: KVPages,
     page_table: jax.Array,
     lengths: jax.Array,
     selection: Selection,
     heads: Heads,
     *,
     scale: float,
+    return_lse: bool = False,
 ) -> jax.Array:
-    """See `reference.sparse_decode`."""
-    page_size = kv_pages.shape[2]
+    """See `xla.decode.sparse_decode`."""
+    if return_lse:
+        raise NotImplementedError("mosaic_tpu returns no log-sum-exp")
+    page_size = kv.page_size
     used = (lengths + page_size - 1) // page_size
     inside = (selection.pages >= 0) & (selection.pages < used[:, None, None])
     count = jnp.sum(inside, axis=-1, dtype=jnp.int32)
@@ -26,4 +29,4 @@ def sparse_decode(
     last = jnp.any(selection.pages == used[:, None, None] - 1, axis=-1) & (count > 0)
     missing = (used * page_size - lengths)[:, None]
     tokens = count * page_size - jnp.where(last, missing, 0)
-    return attend(q, kv_pages, page_table, tokens, selection.pages, heads, scale=scale, page_scores=None)[0]
+    return attend(q, kv.data, page_table, tokens, selection.pages, heads, scale=scale, page_scores=None)[0]
