@@ -31,7 +31,7 @@ from lychee_jax.engine.options import AttentionMode, GenerateOptions
 from lychee_jax.engine.outputs import Prefilled
 from lychee_jax.engine.programs import Pools
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
 # The plain way to attend in JAX, over keys and values that lie in one piece: what a paged cache has to stand beside.
@@ -98,7 +98,7 @@ class DecodeReport:
 
 
 def run(
-    model: LoadedModel, options: GenerateOptions, *, context: int = 32768, tokens: int = 16, repeats: int = 5
+    model: LLM, options: GenerateOptions, *, context: int = 32768, tokens: int = 16, repeats: int = 5
 ) -> DecodeReport:
     """Measure one sequence of `context` cached tokens; a sample of a way is the mean over `tokens` decoded ones.
 
@@ -235,7 +235,7 @@ def _contiguous(
 
 
 def _report(
-    model: LoadedModel,
+    model: LLM,
     options: GenerateOptions,
     context: int,
     steps: dict[str, list[tuple[float, float]]],

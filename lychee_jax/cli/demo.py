@@ -18,7 +18,7 @@ from lychee_jax.engine.options import AttentionMode
 from lychee_jax.engine.outputs import Prefilled, Result
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.plotting.attention import plot_heads
 from lychee_jax.text.tokenizer import Tokenizer
 
@@ -87,7 +87,7 @@ class DemoReport:
         )
 
 
-def run(model: LoadedModel, output: Path, *, seed: int = 0, length: int = 16384) -> DemoReport:
+def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> DemoReport:
     """Hide facts in a document of `length` tokens, ask for some of them, and draw the head roles into `output`.
 
     Raises:
@@ -156,7 +156,7 @@ def _exam(rng: np.random.Generator, length: int) -> tuple[str, list[tuple[str, d
     ]
 
 
-def _read(model: LoadedModel, prompts: Sequence[list[int]]) -> Prefilled:
+def _read(model: LLM, prompts: Sequence[list[int]]) -> Prefilled:
     """Prefill all questions; the document that they begin with is read once."""
     columns = (TextColumn("Reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -167,7 +167,7 @@ def _read(model: LoadedModel, prompts: Sequence[list[int]]) -> Prefilled:
         )  # fmt: skip
 
 
-def _answer(model: LoadedModel, filled: Prefilled, mode: AttentionMode, heads: HeadMap, budget: int) -> Result:
+def _answer(model: LLM, filled: Prefilled, mode: AttentionMode, heads: HeadMap, budget: int) -> Result:
     """Answer all questions from a copy of the filled cache, in equally many steps each, so that times compare."""
     options = model.options(
         attention=mode, heads=heads, budget=budget, page_size=_PAGE_SIZE, max_new_tokens=_NEW_TOKENS, ignore_eos=True
@@ -179,7 +179,7 @@ def _answer(model: LoadedModel, filled: Prefilled, mode: AttentionMode, heads: H
     return stream.result()
 
 
-def _text(model: LoadedModel, tokenizer: Tokenizer, tokens: list[int]) -> str:
+def _text(model: LLM, tokenizer: Tokenizer, tokens: list[int]) -> str:
     """The first line of an answer, up to the end-of-text token."""
     end = next((i for i, token in enumerate(tokens) if token in model.eos_ids), len(tokens))
     return tokenizer.decode(tokens[:end]).strip().split("\n", 1)[0].strip()
