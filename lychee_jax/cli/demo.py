@@ -20,6 +20,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
 from lychee_jax.llm import LoadedModel
 from lychee_jax.plotting.attention import plot_heads
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid")
@@ -181,8 +182,7 @@ def _answer(model: LoadedModel, filled: Prefilled, mode: AttentionMode, heads: H
 
 def _text(model: LoadedModel, tokenizer: Tokenizer, tokens: list[int]) -> str:
     """The first line of an answer, up to the end-of-text token."""
-    end = next((i for i, token in enumerate(tokens) if token in model.eos_ids), len(tokens))
-    return tokenizer.decode(tokens[:end]).strip().split("\n", 1)[0].strip()
+    return text_of(tokenizer, tokens, eos_ids=model.eos_ids).strip().split("\n", 1)[0].strip()
 
 
 def _bare(question: str) -> str:

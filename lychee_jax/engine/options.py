@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
+from lychee_jax.arguments import check_int32, settle_numbers
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.sampling import SamplingParams
@@ -28,6 +29,8 @@ class GenerateOptions:
     implementation: str | None = None
 
     def __post_init__(self):
+        settle_numbers(self)
+        check_int32(self, "page_size", "max_new_tokens", "correct_every")
         if self.attention not in get_args(AttentionMode):
             raise UserError(f"attention is {self.attention!r}; use one of {', '.join(get_args(AttentionMode))}")
         if self.max_new_tokens < 1:

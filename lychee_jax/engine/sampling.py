@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
+from lychee_jax.arguments import settle_numbers
 from lychee_jax.errors import UserError
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -64,6 +65,7 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        settle_numbers(self)
         # Written as "not inside" so that NaN is refused too.
         if not 0 <= self.temperature <= _FLOAT32_MAX:
             raise UserError(f"temperature must be a finite number of at least 0 (0 is greedy), not {self.temperature}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
+from lychee_jax.files import decode_text, json_text, parse_json, parse_json_lines, read_json_object
 
 SETTINGS, ANSWERS, PROMPTS = "settings.json", "answers.jsonl", "prompts.jsonl"
 
@@ -28,7 +28,7 @@ class Journal:
         """
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output {folder} is a file; give a folder")
-        _claim(folder, json.loads(json.dumps(settings)))
+        _claim(folder, parse_json(json_text(settings), "the settings"))
         self.folder = folder
         self.records = read_lines(folder / ANSWERS)
         self._done = {(*_name(record), record["variant"]) for record in self.records}
@@ -66,16 +66,16 @@ def _claim(folder: Path, settings: Record) -> None:
     file = folder / SETTINGS
     if file.exists():
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is no JSON; remove the folder or give another --output") from error
+            found = read_json_object(file)
+        except UserError as error:
+            raise UserError(f"{error}; remove the folder or give another --output") from error
         other = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
         if other:
             changes = ", ".join(f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in other)
             raise UserError(f"--output {folder} holds a run with other settings ({changes}); give another folder")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json_text(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def read_lines(file: Path) -> list[Record]:
@@ -88,12 +88,12 @@ def read_lines(file: Path) -> list[Record]:
         with file.open("r+b") as handle:
             handle.truncate(len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(f"{file} has a line that is no JSON; remove it or give another --output") from error
+        return parse_json_lines(decode_text(whole, file), file)
+    except UserError as error:
+        raise UserError(f"{error}; remove that line or give another --output") from error
 
 
 def append_lines(file: Path, records: list[Record]) -> None:
     """Write the objects at the end of a file, one a line."""
     with file.open("a", encoding="utf-8") as handle:
-        handle.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        handle.write("".join(json_text(record) + "\n" for record in records))

@@ -18,6 +18,7 @@ from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.variants import Variant
 from lychee_jax.llm import LoadedModel
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 
@@ -134,7 +135,7 @@ def _answer(
     tokenizer = tokenizer_of(model)
     return [
         {
-            "answer": tokenizer.decode(row),
+            "answer": text_of(tokenizer, row, eos_ids=options.eos_ids),
             "references": case.references,
             "prompt_tokens": len(case.tokens) + len(case.forced),
             "new_tokens": len(row),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import signal
 import threading
@@ -24,6 +23,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Float32, Int
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text, parse_json, read_json, read_text
 
 
 def answer_losses(
@@ -138,22 +138,22 @@ def claim(output: Path, plan: Mapping[str, Any]) -> None:
     Raises:
         UserError: a file is in the way, or the folder holds a run with other settings.
     """
-    described = json.loads(json.dumps(plan))
+    described = parse_json(json_text(plan), "the plan")
     record = output / "plan.json"
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
     if record.exists():
         try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{record} is no JSON; remove the folder or give another --output") from error
+            found = read_json(record)
+        except UserError as error:
+            raise UserError(f"{error}; remove the folder or give another --output") from error
         if found != described:
             raise UserError(
                 f"--output {output} holds a run with other settings; give another folder or remove that one"
             )
         return
     output.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    record.write_text(json_text(described, indent=2) + "\n", encoding="utf-8")
 
 
 class MetricsFile:
@@ -161,9 +161,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, done: int) -> None:
         kept: dict[int, str] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for line in read_text(path).split("\n") if path.exists() else ():
             try:
-                step = int(json.loads(line)["step"])
+                step = int(parse_json(line, path)["step"])
             except (ValueError, KeyError, TypeError):  # the run was killed while it wrote
                 continue
             if step <= done:
@@ -172,10 +172,14 @@ class MetricsFile:
         self._path = path
 
     def write(self, **values: Any) -> None:
-        """Append a line; numbers are rounded to six digits."""
+        """Append a line; numbers are rounded to six digits.
+
+        Raises:
+            UserError: one that is not finite, by its name.
+        """
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded) + "\n")
+            file.write(json_text(rounded) + "\n")
 
 
 def mean_metrics(window: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:

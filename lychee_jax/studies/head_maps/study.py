@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text, read_json_object
 from lychee_jax.llm import LoadedModel
 from lychee_jax.plotting.training import History
 from lychee_jax.studies.head_maps import calibration, maps
@@ -255,11 +255,11 @@ def _check(grid: Grid, sizes: Sizes, heads: int) -> None:
 
 def read(file: Path) -> Record:
     """The object in a file, or an empty one."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_json_object(file) if file.exists() else {}
 
 
 def write(file: Path, content: Record) -> None:
     """Write an object whole or not at all."""
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
     part.replace(file)
