@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from checkpoints_convert.source import MARKER
 from checkpoints_convert.verify import verify as compare
 from checkpoints_convert.weights import NUMPY_DTYPES, Weights, check_dtype
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 
 FORMAT = "lychee-checkpoint/1"
 
@@ -103,8 +103,8 @@ def _copy_files(weights: Weights, dtype: str, folder: Path) -> None:
     """The marker, the config as it now is, and whatever belongs to the text side."""
     config = {key: value for key, value in weights.raw_config.items() if key != "torch_dtype"}
     config |= {"dtype": dtype, "tie_word_embeddings": weights.config.tie_word_embeddings}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / MARKER).write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(json_text({"format": FORMAT}) + "\n", encoding="utf-8")
     for name in TEXT_FILES:
         if (weights.source.folder / name).is_file():
             shutil.copyfile(weights.source.folder / name, folder / name)

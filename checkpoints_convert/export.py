@@ -1,6 +1,5 @@
 """Weights of ours as a Hugging Face checkpoint: the way back, for models that are trained here."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from checkpoints_convert.source import SINGLE
 from checkpoints_convert.weights import NUMPY_DTYPES
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 
@@ -58,5 +58,5 @@ def export_hugging_face(folder: Path, config: ModelConfig, params: Mapping[str, 
         "dtype": config.dtype,
         **ids,
     }
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json_text(raw, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(json_text(ids, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint whose tensors were all checked against its config, ready to be read in our layout."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from checkpoints_convert.keys import EMBEDDING, LM_HEAD, is_derived, keys
 from checkpoints_convert.source import Source, describe
 from lychee_jax.config import DTYPES, ModelConfig
 from lychee_jax.errors import UserError
+from lychee_jax.files import read_json_object
 
 NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -37,7 +37,7 @@ class Weights:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         config = ModelConfig.from_folder(folder)
-        self.raw_config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
         self.source = Source(folder)
         if config.tie_word_embeddings and self._has_own_head():
             config = dataclasses.replace(config, tie_word_embeddings=False)

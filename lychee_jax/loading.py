@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from checkpoints_convert.weights import Weights, cast, check_dtype
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
+from lychee_jax.files import read_json_object
 from lychee_jax.llm import LLM, Generation, LoadedModel
 from lychee_jax.models.decoder import Decoder
 
@@ -105,7 +105,7 @@ def _fill(config: ModelConfig, arrays: Iterator[tuple[str, Float[np.ndarray, ...
 
 def _check_converted(folder: Path) -> ModelConfig:
     """The config of a converted folder whose weights are all there, by what their metadata say."""
-    marker = _read_object(folder / MARKER)
+    marker = read_json_object(folder / MARKER)
     if marker.get("format") != FORMAT:
         raise UserError(f"{folder / MARKER} has format {marker.get('format')!r}; this version reads {FORMAT}")
     config = ModelConfig.from_folder(folder)
@@ -144,15 +144,5 @@ def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     file = folder / "generation_config.json"
     if not file.is_file():
         return config.eos_token_ids
-    ids = _read_object(file).get("eos_token_id")
+    ids = read_json_object(file).get("eos_token_id")
     return config.eos_token_ids if ids is None else token_ids(ids, f"{file}: eos_token_id")
-
-
-def _read_object(file: Path) -> dict[str, object]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must be a JSON object")
-    return content

@@ -16,6 +16,7 @@ from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.variants import Variant
 from lychee_jax.llm import LLM
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 
@@ -124,7 +125,7 @@ def _answer(model: LLM, cases: list[Case], options: GenerateOptions) -> list[dic
         held = result.pages_held[row]
         records.append(
             {
-                "answer": tokenizer.decode(new),
+                "answer": text_of(tokenizer, new, eos_ids=options.eos_ids),
                 "references": case.references,
                 "prompt_tokens": len(case.tokens) + count,
                 "new_tokens": len(new),

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import Source, Writer, make_source
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
@@ -396,14 +396,14 @@ def _conclude(loaded: LLM, plan: Plan, output: Path, expected: Float32[np.ndarra
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
     config, label = loaded.config, loaded.path.resolve().name
     head_map = HeadMap(
-        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json.dumps(meta, sort_keys=True)
+        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json_text(meta, sort_keys=True)
     )
     head_map.save(output / HEADS)
     described = {
         "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,
         "expected": [[round(float(z), 6) for z in layer] for layer in expected],
     }  # fmt: skip
-    (output / GATES).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    (output / GATES).write_text(json_text(described) + "\n", encoding="utf-8")
     plot_heads(head_map, output / ROLES)
     plot_training(output / METRICS, head_map, output / TRAINING)
     return Learned(head_map, expected, above_half)

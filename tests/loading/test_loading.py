@@ -199,7 +199,7 @@ def test_generate_takes_texts_and_ids(textual):
     assert several.tokens[0] == one.tokens[0]
     assert several.prompt_tokens == [len(ids), len(textual.tokenizer.encode("the dog"))]
     chat = textual.generate("the dog", chat=True, **NEW)
-    assert chat.tokens == textual.generate([textual.tokenizer.encode_chat("the dog")], **NEW).tokens
+    assert chat.tokens == textual.generate([textual.tokenizer.encode_messages("the dog")], **NEW).tokens
 
 
 def test_stream_yields_the_text_of_generate(textual):
@@ -259,4 +259,4 @@ def test_a_converted_folder_keeps_its_tokenizer(textual, tmp_path):
     convert(textual.path, tmp_path / "converted")
     tokenizer = Tokenizer.from_folder(tmp_path / "converted")
     assert tokenizer is not None
-    assert tokenizer.encode_chat("the dog") == textual.tokenizer.encode_chat("the dog")
+    assert tokenizer.encode_messages("the dog") == textual.tokenizer.encode_messages("the dog")
