@@ -151,6 +151,21 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def read_object(file: Path) -> dict[str, object]:
+    """A JSON object.
+
+    Raises:
+        UserError: the file is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must be a JSON object")
+    return content
+
+
 def describe(problems: Mapping[str, Sequence[str]]) -> str:
     """All problems in one line, the first few of each kind by name."""
     parts = []

@@ -79,7 +79,7 @@ def test_tied_with_another_head_loads_both(tmp_path):
     for folder in ("hf", "converted"):
         loaded = load(tmp_path / folder)
         assert not loaded.config.tie_word_embeddings
-        np.testing.assert_array_equal(leaves(loaded.model)["lm_head", "kernel"], head.T)
+        np.testing.assert_array_equal(leaves(loaded.model)["lm_head", "kernel"], head)
 
 
 def test_without_a_path_the_bundled_model_is_loaded(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_damaged_converted_folders(tmp_path):
 
     folder = copy("format")
     (folder / "lychee.json").write_text('{"format": "lychee-checkpoint/9"}')
-    assert "this version reads lychee-checkpoint/1" in refused(folder)
+    assert "this version reads lychee-checkpoint/1 and lychee-checkpoint/2" in refused(folder)
     (folder / "lychee.json").write_text("nonsense")
     assert "cannot be read as JSON" in refused(folder)
 
@@ -168,10 +168,10 @@ def test_damaged_converted_folders(tmp_path):
     assert "extra: layers.1" in refused(folder)
 
     folder = copy("lost")
-    shutil.rmtree(folder / "weights" / "layers.1.mlp.up_proj.kernel")
+    shutil.rmtree(folder / "weights" / "layers.1.mlp.gate_up_proj.kernel")
     assert "no whole Orbax checkpoint" in refused(folder)
     folder = copy("lost numbers")
-    shutil.rmtree(folder / "weights" / "layers.1.mlp.up_proj.kernel" / "c")
+    shutil.rmtree(folder / "weights" / "layers.1.mlp.gate_up_proj.kernel" / "c")
     assert "is damaged" in refused(folder)
     folder = copy("changed")
     chunk = next(file for file in (folder / "weights" / "norm.scale" / "c").rglob("*") if file.is_file())

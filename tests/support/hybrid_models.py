@@ -6,14 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig, RopeConfig
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import AttentionMode, GenerateOptions
-from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.spec import ModelSpec
 from tests.support import oracle
 
 VOCAB = 61
@@ -106,18 +105,19 @@ BUDGET = Case(
 def make_model(case: Case, dtype: str = "float32") -> tuple[Engine, dict[str, np.ndarray]]:
     """Random weights under which attention is peaked, so that the choice of pages decides the tokens."""
     rng = np.random.default_rng(case.seed + 1)
-    abstract = nnx.eval_shape(lambda: Decoder(case.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
+    config = case.config
+    spec, shapes = ModelSpec.abstract(config, dtype)
+    scores = (config.num_heads + config.num_kv_heads) * config.head_dim  # rows of queries and keys
     weights: dict[str, np.ndarray] = {}
-    leaves = nnx.to_flat_state(state)
-    for path, leaf in leaves:
-        name, value = ".".join(map(str, path)), rng.standard_normal(leaf.shape)
+    for name, leaf in zip(spec.names, shapes, strict=True):
+        value = rng.standard_normal(leaf.shape)
         if name.endswith("scale"):
             value = (2.0 if "attention" in name else 1.0) * (1 + 0.3 * value)
         elif name.endswith("bias"):
             value = 0.3 * value
         elif name.endswith("kernel"):
-            value = (1.7 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(case.config.hidden_size)
+            value /= np.sqrt(config.hidden_size)
+            if "qkv_proj" in name:
+                value[:scores] *= 1.7
         weights[name] = value.astype(leaf.dtype)
-    arrays = [(path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))]))) for path, leaf in leaves]
-    return Engine(nnx.merge(graphdef, nnx.from_flat_state(arrays))), weights
+    return Engine(spec.merge(tuple(map(jnp.asarray, weights.values())))), weights

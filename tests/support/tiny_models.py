@@ -6,13 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.llm import LoadedModel
-from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.spec import ModelSpec
 from lychee_jax.training.learn_heads import Plan
 
 CONFIG = ModelConfig("llama", language.VOCAB_SIZE, 32, 48, 3, 4, 2, 16, 512)
@@ -26,16 +25,19 @@ PLAN = Plan(
 def make(config: ModelConfig = CONFIG, *, seed: int = 0, folder: Path | None = None) -> LoadedModel:
     """Random weights under which attention is peaked, so that the choice of pages matters."""
     rng = np.random.default_rng(seed)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
-    leaves = []
-    for path, leaf in nnx.to_flat_state(state):
-        name, value = ".".join(map(str, path)), rng.standard_normal(leaf.shape)
+    spec, shapes = ModelSpec.abstract(config, jnp.float32)
+    scores = (config.num_heads + config.num_kv_heads) * config.head_dim  # rows of queries and keys
+    weights = []
+    for name, leaf in zip(spec.names, shapes, strict=True):
+        value = rng.standard_normal(leaf.shape)
         if name.endswith("scale"):
             value = 1 + 0.3 * value
         elif name.endswith("kernel"):
-            value = (2.0 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(config.hidden_size)
-        leaves.append((path, leaf.replace(jnp.asarray(value, jnp.float32))))
-    model = nnx.merge(graph, nnx.from_flat_state(leaves))
+            value /= np.sqrt(config.hidden_size)
+            if "qkv_proj" in name:
+                value[:scores] *= 2.0
+        weights.append(jnp.asarray(value, jnp.float32))
+    model = spec.merge(tuple(weights))
     return LoadedModel(folder or Path("tiny"), config, model, None, (language.EOS,))
 
 
