@@ -13,7 +13,7 @@ from lychee_jax.config import ModelConfig, RopeConfig
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import AttentionMode, GenerateOptions
 from lychee_jax.models.spec import ModelSpec
-from tests.support import oracle
+from tests.support import first_format, oracle
 
 VOCAB = 61
 NEW = 14
@@ -105,19 +105,16 @@ BUDGET = Case(
 def make_model(case: Case, dtype: str = "float32") -> tuple[Engine, dict[str, np.ndarray]]:
     """Random weights under which attention is peaked, so that the choice of pages decides the tokens."""
     rng = np.random.default_rng(case.seed + 1)
-    config = case.config
-    spec, shapes = ModelSpec.abstract(config, dtype)
-    scores = (config.num_heads + config.num_kv_heads) * config.head_dim  # rows of queries and keys
-    weights: dict[str, np.ndarray] = {}
-    for name, leaf in zip(spec.names, shapes, strict=True):
-        value = rng.standard_normal(leaf.shape)
+    drawn: dict[str, np.ndarray] = {}
+    for name, shape in first_format.shapes(case.config).items():
+        value = rng.standard_normal(shape)
         if name.endswith("scale"):
             value = (2.0 if "attention" in name else 1.0) * (1 + 0.3 * value)
         elif name.endswith("bias"):
             value = 0.3 * value
         elif name.endswith("kernel"):
-            value /= np.sqrt(config.hidden_size)
-            if "qkv_proj" in name:
-                value[:scores] *= 1.7
-        weights[name] = value.astype(leaf.dtype)
-    return Engine(spec.merge(tuple(map(jnp.asarray, weights.values())))), weights
+            value = (1.7 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(case.config.hidden_size)
+        drawn[name] = value.astype(jnp.dtype(dtype))
+    weights = first_format.fused(drawn)
+    spec, _ = ModelSpec.abstract(case.config, dtype)
+    return Engine(spec.merge(tuple(jnp.asarray(weights[name]) for name in spec.names))), weights

@@ -13,6 +13,7 @@ from lychee_jax.data import language
 from lychee_jax.llm import LoadedModel
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.training.learn_heads import Plan
+from tests.support import first_format
 
 CONFIG = ModelConfig("llama", language.VOCAB_SIZE, 32, 48, 3, 4, 2, 16, 512)
 POLICY = SelectionPolicy(1 << 10, 8, 8, rule="ratio", ratio=0.3)
@@ -25,19 +26,17 @@ PLAN = Plan(
 def make(config: ModelConfig = CONFIG, *, seed: int = 0, folder: Path | None = None) -> LoadedModel:
     """Random weights under which attention is peaked, so that the choice of pages matters."""
     rng = np.random.default_rng(seed)
-    spec, shapes = ModelSpec.abstract(config, jnp.float32)
-    scores = (config.num_heads + config.num_kv_heads) * config.head_dim  # rows of queries and keys
-    weights = []
-    for name, leaf in zip(spec.names, shapes, strict=True):
-        value = rng.standard_normal(leaf.shape)
+    drawn = {}
+    for name, shape in first_format.shapes(config).items():
+        value = rng.standard_normal(shape)
         if name.endswith("scale"):
             value = 1 + 0.3 * value
         elif name.endswith("kernel"):
-            value /= np.sqrt(config.hidden_size)
-            if "qkv_proj" in name:
-                value[:scores] *= 2.0
-        weights.append(jnp.asarray(value, jnp.float32))
-    model = spec.merge(tuple(weights))
+            value = (2.0 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(config.hidden_size)
+        drawn[name] = value.astype(np.float32)
+    weights = first_format.fused(drawn)
+    spec, _ = ModelSpec.abstract(config, jnp.float32)
+    model = spec.merge(tuple(jnp.asarray(weights[name]) for name in spec.names))
     return LoadedModel(folder or Path("tiny"), config, model, None, (language.EOS,))
 
 
