@@ -33,8 +33,9 @@ def export_hugging_face(folder: Path, config: ModelConfig, params: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     dtype = NUMPY_DTYPES[config.dtype]
     tensors = {
-        key.name: np.ascontiguousarray(key.source_view(np.ascontiguousarray(params[key.path]).astype(dtype)))
+        part.name: np.ascontiguousarray(params[key.path][part.rows]).astype(dtype)
         for key in keys(config)
+        for part in key.parts
     }
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_ids[0]}
