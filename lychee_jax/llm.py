@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.streaming import TextStream
 from lychee_jax.text.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+
 # Keywords as the command line has them; both groups have a top_p, and the shorter name is sampling's.
 _SAMPLING = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
 _POLICY = {
@@ -35,7 +38,7 @@ _POLICY = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `LoadedModel.generate` returns; every list has one entry for each prompt.
+    """What `LLM.generate` returns; every list has one entry for each prompt.
 
     `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer
     and never shows the eos. `finish_reason`: "stop" (an eos or a stop text) or "length".
@@ -51,7 +54,7 @@ class Generation:
 
 
 @dataclasses.dataclass
-class LoadedModel:
+class LLM:
     """A model with its weights on the device, and what its folder says about text, ends and roles.
 
     Attributes:
@@ -259,6 +262,8 @@ class LoadedModel:
             UserError: a map that cannot be read, or was made for another model.
         """
         if heads is None:
+            if self.heads is None:
+                _log.info("%s has no heads.json: every KV head retrieves", self.path)
             return self.heads or HeadMap.all(self.config)
         if heads == "all":
             return HeadMap.all(self.config)
@@ -284,6 +289,10 @@ class LoadedModel:
                 raise UserError(f"stop texts need a tokenizer, and {self.path} has none")
             return None
         return [TextStream(self.tokenizer, stop) for _ in range(rows)]
+
+
+LoadedModel = LLM
+"""The former name, for one release."""
 
 
 def _pieces(stream: TokenStream, texts: list[TextStream] | None) -> Iterator[str]:

@@ -22,16 +22,16 @@ from checkpoints_convert.weights import Weights, cast, check_dtype
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
-from lychee_jax.llm import Generation, LoadedModel
+from lychee_jax.llm import LLM, Generation, LoadedModel
 from lychee_jax.models.decoder import Decoder
 
-__all__ = ["BUNDLED", "Generation", "LoadedModel", "load", "read_config", "save"]
+__all__ = ["BUNDLED", "LLM", "Generation", "LoadedModel", "load", "read_config", "save"]
 
 BUNDLED = Path(__file__).parent / "bundled"
 """The model that the package brings along."""
 
 
-def load(path: str | Path | None = None, dtype: str | None = None) -> LoadedModel:
+def load(path: str | Path | None = None, dtype: str | None = None) -> LLM:
     """Load a converted folder or a Hugging Face folder (config.json and safetensors) onto the default device.
 
     Tensors come one at a time (of a converted folder: one layer at a time), are checked, cast and sent to the device.
@@ -64,7 +64,7 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> LoadedMode
     heads = HeadMap.load(folder / "heads.json", config) if (folder / "heads.json").exists() else None
     eos_ids = _eos_ids(folder, config)
     config = dataclasses.replace(config, dtype=dtype)
-    return LoadedModel(folder, config, _fill(config, arrays), heads, eos_ids)
+    return LLM(folder, config, _fill(config, arrays), heads, eos_ids)
 
 
 def read_config(path: str | Path) -> ModelConfig:

@@ -7,11 +7,14 @@ the last line, which the next run removes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 type Record = dict[str, Any]
 
@@ -45,6 +48,7 @@ def claim(folder: Path, settings: Mapping[str, Any], file: str = "plan.json") ->
         raise UserError(
             f"--output {folder} holds a run with other settings ({changes}); give another folder or remove that one"
         )
+    _log.info("%s holds this run: it is resumed", folder)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

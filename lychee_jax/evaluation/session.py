@@ -17,12 +17,12 @@ from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.report import Report, Style
 from lychee_jax.evaluation.runner import Plan, run
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.run_folder import Record
 
 
 def evaluate(
-    model: LoadedModel,
+    model: LLM,
     style: Style,
     plan: Plan,
     output: Path,
@@ -67,7 +67,7 @@ def evaluate(
     return report
 
 
-def _attention(model: LoadedModel, options: GenerateOptions) -> Record:
+def _attention(model: LLM, options: GenerateOptions) -> Record:
     """What decides the answers beside attention and budget; the head map by its roles."""
     heads = options.heads or HeadMap.all(model.config)
     policy = dataclasses.asdict(options.policy)

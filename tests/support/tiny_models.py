@@ -11,7 +11,7 @@ from flax import nnx
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.training.learn_heads import Plan
 
@@ -23,7 +23,7 @@ PLAN = Plan(
 )  # fmt: skip
 
 
-def make(config: ModelConfig = CONFIG, *, seed: int = 0, folder: Path | None = None) -> LoadedModel:
+def make(config: ModelConfig = CONFIG, *, seed: int = 0, folder: Path | None = None) -> LLM:
     """Random weights under which attention is peaked, so that the choice of pages matters."""
     rng = np.random.default_rng(seed)
     graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
@@ -36,7 +36,7 @@ def make(config: ModelConfig = CONFIG, *, seed: int = 0, folder: Path | None = N
             value = (2.0 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(config.hidden_size)
         leaves.append((path, leaf.replace(jnp.asarray(value, jnp.float32))))
     model = nnx.merge(graph, nnx.from_flat_state(leaves))
-    return LoadedModel(folder or Path("tiny"), config, model, None, (language.EOS,))
+    return LLM(folder or Path("tiny"), config, model, None, (language.EOS,))
 
 
 def plan(**changes: Any) -> Plan:
