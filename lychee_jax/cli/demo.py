@@ -155,9 +155,7 @@ def _exam(rng: np.random.Generator, length: int) -> tuple[str, list[tuple[str, d
     ]
 
 
-def _answer(
-    model: LLM, prompts: Sequence[list[int]], mode: AttentionMode, heads: HeadMap, budget: int
-) -> Result:
+def _answer(model: LLM, prompts: Sequence[list[int]], mode: AttentionMode, heads: HeadMap, budget: int) -> Result:
     """Answer all questions, in equally many steps each, so that times compare."""
     options = model.options(
         attention=mode, heads=heads, budget=budget, page_size=_PAGE_SIZE, max_new_tokens=_NEW_TOKENS, ignore_eos=True
