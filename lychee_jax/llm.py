@@ -20,6 +20,7 @@ from lychee_jax.engine.engine import Engine, check_prompt
 from lychee_jax.engine.kernel_support import refuse_uncovered
 from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions, max_pages
 from lychee_jax.engine.outputs import Result, Timing
+from lychee_jax.engine.page_trace import Reading, trace_step
 from lychee_jax.engine.request import FinishReason
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.engine.stream import Router, TokenStream
@@ -84,7 +85,8 @@ class LLM:
     engine_options: EngineOptions = dataclasses.field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        self.spec, self.weights = ModelSpec.split(self.model)
+        self.spec, weights = ModelSpec.split(self.model)
+        self.weights = place_weights(self.config, weights)
         self._router: Router | None = None
 
     @property
@@ -106,9 +108,26 @@ class LLM:
             return router
         if router is not None and router.engine.has_work and not router.engine.failed:
             raise UserError("a generation with other engine options is still running; finish it or close it first")
-        self._router = router = None  # its cache is freed before another one is made
+        if router is not None:
+            router.engine.close()  # its cache is freed before another one is made
         self._router = Router(Engine(self.spec, self.weights, options, self.engine_config))
         return self._router
+
+    def read_pages(self, prompt: Sequence[int], options: GenerateOptions) -> Reading:
+        """Which pages every head reads in the decode step after a prompt, in hybrid attention.
+
+        Raises:
+            UserError: a prompt that this model cannot take, or a generation is still running.
+        """
+        (row,) = self.check_prompts([prompt], 1)
+        return trace_step(self.engine(self._engine_options(options)), row, options.attention_options)
+
+    def _engine_options(self, options: GenerateOptions) -> EngineOptions:
+        """Those of the model, with what a call may choose."""
+        return dataclasses.replace(
+            self.engine_options, page_size=options.page_size, correct_every=options.correct_every,
+            implementation=options.implementation,
+        )  # fmt: skip
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
         """The prompts as the engine takes them.
@@ -159,14 +178,9 @@ class LLM:
             NotImplementedError: the implementation that `options` name does not cover this model on this machine.
         """
         rows = self.check_prompts(prompts, 1)
-        base = self.engine_options
-        wanted = dataclasses.replace(
-            base, page_size=options.page_size, correct_every=options.correct_every,
-            implementation=options.implementation,
-        )  # fmt: skip
         return TokenStream(
-            self._route(wanted), rows, options, forced=forced, limits=limits, top_logprobs=top_logprobs,
-            on_prefill=on_prefill,
+            self._route(self._engine_options(options)), rows, options, forced=forced, limits=limits,
+            top_logprobs=top_logprobs, on_prefill=on_prefill,
         )  # fmt: skip
 
     def generate_tokens(

@@ -180,7 +180,7 @@ def generate(
     texts = [TextStream(tokenizer, stops, eos_ids) for _ in prompts] if tokenizer is not None else None
     with _prefill_bar(max(map(len, prompts))) as on_prefill:
         stream = loaded.stream_tokens(prompts, options, on_prefill=on_prefill)
-    result = _follow(stream, texts, live=len(prompts) == 1 and not as_json)
+        result = _follow(stream, texts, live=len(prompts) == 1 and not as_json)
     if as_json:
         print(json_text(_as_json(prompts, result, texts)))
         return
@@ -314,4 +314,10 @@ def _prefill_bar(tokens: int) -> Iterator[Callable[[int, int], None] | None]:
     )
     with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("prefill", total=tokens)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def update(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done == total:  # it makes way for the text
+                bar.stop()
+
+        yield update
