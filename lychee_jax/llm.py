@@ -8,15 +8,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
-from lychee_jax.engine.engine import Engine, Stream
-from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.outputs import Timing
-from lychee_jax.engine.sampling import SamplingParams
+from lychee_jax.engine.engine import Engine, check_prompt
+from lychee_jax.engine.kernel_support import refuse_uncovered
+from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions, as_prompts, max_pages
+from lychee_jax.engine.outputs import Result, Timing
+from lychee_jax.engine.request import FinishReason
+from lychee_jax.engine.sampling_params import SamplingParams
+from lychee_jax.engine.stream import Router, TokenStream
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.streaming import TextStream
 from lychee_jax.text.tokenizer import Tokenizer
 
@@ -31,13 +37,15 @@ _POLICY = {
 class Generation:
     """What `LoadedModel.generate` returns; every list has one entry for each prompt.
 
-    `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer.
+    `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer
+    and never shows the eos. `finish_reason`: "stop" (an eos or a stop text) or "length".
     """
 
     prompt_tokens: list[int]
     tokens: list[list[int]]
     logprobs: list[list[float]]
     text: list[str] | None
+    finish_reason: list[FinishReason]
     timing: Timing
     attention: dict[str, Any]
 
@@ -65,10 +73,108 @@ class LoadedModel:
     heads: HeadMap | None
     eos_ids: tuple[int, ...]
 
-    @functools.cached_property
-    def engine(self) -> Engine:
-        """Token ids in, token ids out."""
-        return Engine(self.model)
+    engine_config: EngineConfig | None = None
+    engine_options: EngineOptions = dataclasses.field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        self.spec, self.weights = ModelSpec.split(self.model)
+        self._router: Router | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of weights, activations and cache."""
+        return np.dtype(self.weights[0].dtype)
+
+    def engine(self, options: EngineOptions) -> Engine:
+        """The engine for these options. There is one at a time: other options free its cache first.
+
+        Raises:
+            UserError: a generation with other options is not at its end yet.
+        """
+        return self._route(options).engine
+
+    def _route(self, options: EngineOptions) -> Router:
+        router = self._router
+        if router is not None and router.engine.options == options and not router.engine.failed:
+            return router
+        if router is not None and router.engine.has_work and not router.engine.failed:
+            raise UserError("a generation with other engine options is still running; finish it or close it first")
+        self._router = router = None  # its cache is freed before another one is made
+        self._router = Router(Engine(self.spec, self.weights, options, self.engine_config))
+        return self._router
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
+        """The prompts as the engine takes them.
+
+        Raises:
+            UserError: no prompt, or one that this model cannot take.
+        """
+        rows = as_prompts(prompts)
+        if not rows:
+            raise UserError("there is no prompt; give at least one")
+        for number, row in enumerate(rows):
+            check_prompt(self.config, row, max_new_tokens, self.config.max_tokens, f"prompt {number}")
+        return rows
+
+    def check_implementation(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
+        """Raise NotImplementedError if the named implementation does not cover these prompts on this machine."""
+        if options.implementation is not None and prompts:
+            pages = max_pages(max(map(len, prompts)) + options.max_new_tokens, options.page_size)
+            refuse_uncovered(
+                options.implementation, self.config, self.dtype, options.policy, batch=len(prompts), pages=pages,
+                page_size=options.page_size,
+            )  # fmt: skip
+
+    def stream_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerateOptions,
+        *,
+        forced: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
+        top_logprobs: int = 0,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> TokenStream:
+        """Token ids in, (row, output) out as tokens come.
+
+        Args:
+            prompts: rows of ids.
+            options: of all rows.
+            forced: a row of tokens for each prompt that are taken instead of sampled ones, from the first new one on
+                (teacher forcing).
+            limits: new tokens of each row, instead of the options' `max_new_tokens`.
+            top_logprobs: how many of the likeliest tokens are reported at each step.
+            on_prefill: called with the prompt tokens that were read, and how many there are.
+
+        Raises:
+            UserError: bad input, told in one line.
+            NotImplementedError: the implementation that `options` name does not cover this model on this machine.
+        """
+        rows = self.check_prompts(prompts, 1)
+        base = self.engine_options
+        wanted = dataclasses.replace(
+            base, page_size=options.page_size, correct_every=options.correct_every,
+            implementation=options.implementation,
+        )  # fmt: skip
+        return TokenStream(
+            self._route(wanted), rows, options, forced=forced, limits=limits, top_logprobs=top_logprobs,
+            on_prefill=on_prefill,
+        )  # fmt: skip
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerateOptions,
+        *,
+        forced: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """`stream_tokens` to its end."""
+        stream = self.stream_tokens(prompts, options, forced=forced, limits=limits, on_prefill=on_prefill)
+        for _ in stream:
+            pass
+        return stream.result()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -99,7 +205,7 @@ class LoadedModel:
         chosen = self.options(**options)
         rows = [self._encode(prompt, chat) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         texts = self._texts(len(rows), tuple(stop))
-        stream = self.engine.stream(rows, chosen, on_prefill)
+        stream = self.stream_tokens(rows, chosen, on_prefill=on_prefill)
         for _ in _pieces(stream, texts):
             pass
         result = stream.result()
@@ -108,6 +214,7 @@ class LoadedModel:
             result.tokens,
             result.logprobs,
             [text.text for text in texts] if texts is not None else None,
+            result.finish_reason,
             result.timing,
             result.attention,
         )
@@ -126,7 +233,7 @@ class LoadedModel:
         texts = self._texts(1, tuple(stop))
         if texts is None:
             raise UserError(f"{self.path} has no tokenizer, so there is no text to stream; use generate")
-        return _pieces(self.engine.stream([self._encode(prompt, chat)], chosen, on_prefill), texts)
+        return _pieces(self.stream_tokens([self._encode(prompt, chat)], chosen, on_prefill=on_prefill), texts)
 
     def options(self, *, heads: str | Path | HeadMap | None = None, **keywords: Any) -> GenerateOptions:
         """The engine's options for the keywords that `generate` takes.
@@ -179,17 +286,17 @@ class LoadedModel:
         return [TextStream(self.tokenizer, stop) for _ in range(rows)]
 
 
-def _pieces(stream: Stream, texts: list[TextStream] | None) -> Iterator[str]:
+def _pieces(stream: TokenStream, texts: list[TextStream] | None) -> Iterator[str]:
     """Follow a generation to its end, rows ended by their stop texts; yields the text of all rows as it comes."""
-    for step in stream:
-        for row, text in enumerate(texts or ()):
-            token = int(step.tokens[row])
-            if token < 0:
-                continue
-            if piece := text.push(token):
+    for row, output in stream:
+        if texts is None:
+            continue
+        for token in output.tokens:
+            if piece := texts[row].push(token):
                 yield piece
-            if text.stopped:
+            if texts[row].stopped:
                 stream.finish(row)
+                break
     for text in texts or ():
         if piece := text.flush():
             yield piece

@@ -25,6 +25,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.cache.allocator import CacheLayout, pages_for
+from lychee_jax.cache.pages import Pools, make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import idle_rows
 from lychee_jax.engine.programs import DecodePlan, Rows, decode_block
@@ -33,6 +34,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
+from pallas_kernels import KVPages
 
 Mode = Literal["hybrid", "dense", "cudnn"]
 _STEPS = 16
@@ -212,7 +214,7 @@ class _Program:
 class _Paged(_Program):
     """As the engine decodes: the shapes of the pools, and the arguments beside them and the weights."""
 
-    pools: tuple[jax.ShapeDtypeStruct, ...]
+    pools: Pools
     rest: tuple[Any, ...]
 
     @classmethod
@@ -223,8 +225,8 @@ class _Paged(_Program):
         config = spec.config
         idle = idle_rows(batch)
         layout = CacheLayout.plan([context] * batch + [0] * idle, page_size)
-        shape = (layout.num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
-        pools = tuple(jax.ShapeDtypeStruct(shape, weights[0].dtype) for _ in range(config.num_layers))
+        make = functools.partial(make_pools, config, layout.num_pages, page_size, weights[0].dtype)
+        pools = jax.eval_shape(make)
         # The last tokens of the context, again and again.
         active = jnp.arange(batch + idle) < batch
         positions = jnp.where(active, context - _STEPS, 0).astype(jnp.int32)
@@ -238,15 +240,16 @@ class _Paged(_Program):
     @property
     def cache_bytes(self) -> int:
         """Of all pools."""
-        return sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in self.pools)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.pools))
 
     @property
     def pool_copies(self) -> int:
         """How many instructions copy a whole pool."""
-        return pool_copies(self.compiled.as_text() or "", self.pools[0])
+        return pool_copies(self.compiled.as_text() or "", self.pools[0].data)
 
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
-        make = jax.jit(lambda key: jax.random.normal(key, self.pools[0].shape, self.pools[0].dtype))
+        data = self.pools[0].data
+        make = jax.jit(lambda key: KVPages(jax.random.normal(key, data.shape, data.dtype)))
         held: dict[str, Any] = {
             "pools": tuple(make(key) for key in jax.random.split(jax.random.key(1), len(self.pools)))
         }

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from lychee_jax.errors import UserError
+from lychee_jax.parallel.mesh import EVERYWHERE
 from lychee_jax.tpu_environment import has_tpu, without_tpu
 
 
@@ -67,7 +68,7 @@ def sharding(chip: Chip) -> jax.sharding.NamedSharding:
     """
     if not installed():
         raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
-    return jax.sharding.NamedSharding(_mesh(chip), jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(_mesh(chip), EVERYWHERE)
 
 
 @contextlib.contextmanager

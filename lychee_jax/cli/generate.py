@@ -17,8 +17,8 @@ from lychee_jax.cli.console import load_model
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lychee_jax.engine.engine import Stream
     from lychee_jax.engine.outputs import Result
+    from lychee_jax.engine.stream import TokenStream
     from lychee_jax.text.streaming import TextStream
 
 _PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"
@@ -125,7 +125,7 @@ def generate(
     """
     from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.engine.options import GenerateOptions
-    from lychee_jax.engine.sampling import SamplingParams
+    from lychee_jax.engine.sampling_params import SamplingParams
     from lychee_jax.text.streaming import StopStrings, TextStream
 
     # Everything that can be refused without the model is looked at before it is loaded.
@@ -154,14 +154,14 @@ def generate(
         prompts = [tokenizer.encode_chat(source) if chat else tokenizer.encode(source)]
     else:
         prompts = source
-    loaded.engine.check_prompts(prompts, max_new_tokens)
-    loaded.engine.check_implementation(prompts, options)
+    loaded.check_prompts(prompts, max_new_tokens)
+    loaded.check_implementation(prompts, options)
     if heads is None and loaded.heads is None and attention != "dense":
         print(f"notice: {loaded.path} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
     texts = [TextStream(tokenizer, stops) for _ in prompts] if tokenizer is not None else None
     with _prefill_bar(max(map(len, prompts))) as on_prefill:
-        stream = loaded.engine.stream(prompts, options, on_prefill)
+        stream = loaded.stream_tokens(prompts, options, on_prefill=on_prefill)
     result = _follow(stream, texts, live=len(prompts) == 1 and not as_json)
     if as_json:
         print(json.dumps(_as_json(prompts, result, texts), ensure_ascii=False))
@@ -220,19 +220,18 @@ def _token_ids(name: str, text: str) -> list[list[int]]:
     return rows
 
 
-def _follow(stream: Stream, texts: list[TextStream] | None, *, live: bool) -> Result:
+def _follow(stream: TokenStream, texts: list[TextStream] | None, *, live: bool) -> Result:
     """Take a generation to its end, stop strings included; with `live`, show its only row as it comes."""
     show: Callable[[str], Any] = sys.stdout.write if live else len
-    for step in stream:
-        for row, token in enumerate(step.tokens.tolist()):
-            if token < 0:
-                continue
+    for row, output in stream:
+        for token in output.tokens:
             if texts is None:
                 show(f"{token} ")
                 continue
             show(texts[row].push(token))
             if texts[row].stopped:
                 stream.finish(row)
+                break
         sys.stdout.flush()
     for text in texts or ():
         show(text.flush())
@@ -247,6 +246,7 @@ def _as_json(prompts: list[list[int]], result: Result, texts: list[TextStream] |
         "tokens": result.tokens,
         "logprobs": result.logprobs,
         "text": [text.text for text in texts] if texts is not None else None,
+        "finish_reason": result.finish_reason,
         "timing": dataclasses.asdict(result.timing),
         "attention": result.attention,
     }

@@ -9,7 +9,7 @@ MODEL, ATTENTION, SAMPLING = "Model", "Attention", "Sampling"
 Dtype = Literal["float32", "bfloat16"]
 AttentionMode = Literal["auto", "hybrid", "dense"]
 Rule = Literal["budget", "ratio", "top_p", "threshold", "forced"]
-PageScore = Literal["max", "mass"]
+PageScore = Literal["max", "lse", "mass"]
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 
 ModelOption = Annotated[

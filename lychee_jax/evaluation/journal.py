@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
+from lychee_jax.run_folder import Record, append_lines, claim, read_lines
 
 SETTINGS, ANSWERS, PROMPTS = "settings.json", "answers.jsonl", "prompts.jsonl"
-
-type Record = dict[str, Any]
 
 
 class Journal:
@@ -24,11 +21,9 @@ class Journal:
         """Open a folder, or make it.
 
         Raises:
-            UserError: a file is in the variant, or the folder holds a run with other settings.
+            UserError: the folder is a file, or holds a run with other settings.
         """
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--output {folder} is a file; give a folder")
-        _claim(folder, json.loads(json.dumps(settings)))
+        claim(folder, settings, SETTINGS)
         self.folder = folder
         self.records = read_lines(folder / ANSWERS)
         self._done = {(*_name(record), record["variant"]) for record in self.records}
@@ -60,40 +55,3 @@ def _fields(cell: Cell, index: int) -> Record:
 
 def _name(record: Record) -> tuple[Any, ...]:
     return record["task"], record["length"], record["depth"], record["index"]
-
-
-def _claim(folder: Path, settings: Record) -> None:
-    file = folder / SETTINGS
-    if file.exists():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is no JSON; remove the folder or give another --output") from error
-        other = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
-        if other:
-            changes = ", ".join(f"{name} was {found.get(name)!r}, now {settings.get(name)!r}" for name in other)
-            raise UserError(f"--output {folder} holds a run with other settings ({changes}); give another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-
-
-def read_lines(file: Path) -> list[Record]:
-    """The objects of a file; a last line that an interrupt cut off is removed from it."""
-    if not file.exists():
-        return []
-    data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with file.open("r+b") as handle:
-            handle.truncate(len(whole))
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(f"{file} has a line that is no JSON; remove it or give another --output") from error
-
-
-def append_lines(file: Path, records: list[Record]) -> None:
-    """Write the objects at the end of a file, one a line."""
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

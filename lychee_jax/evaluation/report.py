@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lychee_jax.evaluation.journal import Record
 from lychee_jax.plotting.scores import plot_heatmaps, plot_panels
+from lychee_jax.run_folder import Record
 
 Column = Literal["task", "depth", "length"]
 

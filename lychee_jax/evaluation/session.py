@@ -14,10 +14,11 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Cell
-from lychee_jax.evaluation.journal import Journal, Record
+from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.report import Report, Style
 from lychee_jax.evaluation.runner import Plan, run
 from lychee_jax.llm import LoadedModel
+from lychee_jax.run_folder import Record
 
 
 def evaluate(

@@ -29,8 +29,9 @@ from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import Functional, Params
+from lychee_jax.run_folder import MetricsFile, claim
 from lychee_jax.studies.bundled_tokenizer import save_tokenizer
-from lychee_jax.training.loop import Checkpoints, MetricsFile, answer_losses, claim, mean_metrics, prefetch
+from lychee_jax.training.loop import Checkpoints, answer_losses, mean_metrics, prefetch
 
 CONFIG = ModelConfig(
     family="llama",

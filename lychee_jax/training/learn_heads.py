@@ -34,10 +34,11 @@ from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.plotting.attention import plot_heads
 from lychee_jax.plotting.training import plot_training
+from lychee_jax.run_folder import MetricsFile, claim
 from lychee_jax.training import gates
 from lychee_jax.training.distill import Loss, departures
 from lychee_jax.training.lagrangian import Lagrangian
-from lychee_jax.training.loop import Checkpoints, MetricsFile, Patience, claim
+from lychee_jax.training.loop import Checkpoints, Patience
 
 type State = dict[str, Any]
 type Report = Callable[[int, dict[str, float]], None]
@@ -240,9 +241,9 @@ class Learner:
         uniform = jax.random.uniform(key, (plan.batch, above, kv_heads), jnp.float32)
 
         # The cap of a rule is static and costs memory: never more than the row has pages.
-        numbers, size = plan.policy.pages(plan.page_size), plan.page_size
-        pages = max(pages_for(tokens.shape[1], size), numbers["sink_pages"] + numbers["recent_pages"])
-        policy = dataclasses.replace(plan.policy, budget=size * min(numbers["budget_pages"], pages))
+        size = plan.page_size
+        pages = max(pages_for(tokens.shape[1], size), plan.policy.forced_pages(size))
+        policy = dataclasses.replace(plan.policy, budget=size * min(plan.policy.budget // size, pages))
 
         def rows(weights, z, tokens, starts, answers, cos, sin):
             model = nnx.merge(self._graph, weights)

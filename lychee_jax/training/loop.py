@@ -1,4 +1,4 @@
-"""What every training run needs: batches made ahead, losses of answers, exact checkpoints, metrics on disk.
+"""What every training run needs: batches made ahead, losses of answers, exact checkpoints.
 
 Parameters are a flat dictionary, `path → float32 array`, with the paths of the module tree; the model computes in the
 dtype it is asked to.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import itertools
-import json
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Float32, Int
-
-from lychee_jax.errors import UserError
 
 
 def answer_losses(
@@ -130,52 +127,6 @@ class Patience:
         """Raise the KeyboardInterrupt that has waited, if there is one."""
         if self._pressed:
             raise KeyboardInterrupt
-
-
-def claim(output: Path, plan: Mapping[str, Any]) -> None:
-    """Make the folder the run's own that `plan` describes.
-
-    Raises:
-        UserError: a file is in the way, or the folder holds a run with other settings.
-    """
-    described = json.loads(json.dumps(plan))
-    record = output / "plan.json"
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder")
-    if record.exists():
-        try:
-            found = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{record} is no JSON; remove the folder or give another --output") from error
-        if found != described:
-            raise UserError(
-                f"--output {output} holds a run with other settings; give another folder or remove that one"
-            )
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-
-
-class MetricsFile:
-    """One JSON object a line, appended; lines of steps that a resumed run does again are dropped first."""
-
-    def __init__(self, path: Path, done: int) -> None:
-        kept: dict[int, str] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                step = int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):  # the run was killed while it wrote
-                continue
-            if step <= done:
-                kept[step] = line
-        path.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
-        self._path = path
-
-    def write(self, **values: Any) -> None:
-        """Append a line; numbers are rounded to six digits."""
-        rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded) + "\n")
 
 
 def mean_metrics(window: list[dict[str, Float[Array, ""]]]) -> dict[str, float]:

@@ -9,9 +9,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import chip
 from pallas_kernels.mosaic_tpu.chip import LANES
-from pallas_kernels.mosaic_tpu.config import DEFAULT, TpuConfig
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.mosaic_tpu.kernel import attention_kernel
-from pallas_kernels.mosaic_tpu.plan import Plan, check, fits_smem, smem_words, vmem_bytes
+from pallas_kernels.mosaic_tpu.launch import Launch, check, fits_smem, smem_words, vmem_bytes
 from pallas_kernels.types import Heads, KVPages, PageScore
 from pallas_kernels.xla.decode import MASKED
 
@@ -28,7 +28,7 @@ def attend(
     page_scores: PageScore | None = None,
     return_lse: bool = False,
     dense: jax.Array | None = None,
-    config: TpuConfig = DEFAULT,
+    config: TpuConfig = TpuConfig(),
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Attention `[B, R, G, H]`, page scores `[B, R, P]` and log-sum-exps `[B, R, G]` of `heads [R]`.
 
@@ -40,26 +40,26 @@ def attend(
     if kv.scales is not None:
         raise NotImplementedError("mosaic_tpu reads no quantised caches")
     held, lists = smem_words(page_table, num_tokens, selected)
-    plan = Plan(
+    launch = Launch(
         batch=batch, kv_heads=kv_heads, heads=heads.shape[0], groups=groups, page_size=kv.page_size, head_dim=head_dim,
         max_pages=page_table.shape[1] if selected is None else selected.shape[2], sparse=selected is not None,
         cores=chip.cores(), scale=scale, scores=page_scores, return_lse=return_lse, dense_rows=dense is not None,
         exact=kv.data.dtype == jnp.float32, prefetch_rows=batch > 1 and fits_smem(held, lists, buffers=4),
         config=config,
     )  # fmt: skip
-    check(plan, q, kv.data, page_table, num_tokens, selected)
-    if plan.heads == 0:
+    check(launch, q, kv.data, page_table, num_tokens, selected)
+    if launch.heads == 0:
         return (
             q[:, :0],
             None if page_scores is None else jnp.zeros((batch, 0, page_table.shape[1]), jnp.float32),
             jnp.zeros((batch, 0, groups), jnp.float32) if return_lse else None,
         )
-    return _launch(plan, q, kv.data, page_table, num_tokens, selected, heads, dense)
+    return _call(launch, q, kv.data, page_table, num_tokens, selected, heads, dense)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # layers share one trace, which takes longer than the compiler does
-def _launch(
-    plan: Plan,
+def _call(
+    launch: Launch,
     q: jax.Array,
     pool: jax.Array,
     page_table: jax.Array,
@@ -68,15 +68,18 @@ def _launch(
     heads: Heads,
     dense: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    padding = ((0, 0), (0, 0), (0, plan.queries - plan.groups), (0, plan.width - plan.head_dim))
+    padding = ((0, 0), (0, 0), (0, launch.queries - launch.groups), (0, launch.width - launch.head_dim))
     query = jnp.pad(q.astype(pool.dtype), padding)
-    if plan.kv_splits == 1:  # as many for every core
-        heads = jnp.pad(heads, (0, plan.core_heads * plan.cores - plan.heads), constant_values=-1)
+    if launch.kv_splits == 1:  # as many for every core
+        heads = jnp.pad(heads, (0, launch.core_heads * launch.cores - launch.heads), constant_values=-1)
     if selected is None:
         tokens = jnp.where(heads >= 0, num_tokens[:, None], 0)
     else:  # a gather, as a sum that fuses
-        named = heads[:, None] == jnp.arange(plan.kv_heads, dtype=jnp.int32)
+        named = heads[:, None] == jnp.arange(launch.kv_heads, dtype=jnp.int32)
         tokens = jnp.sum(jnp.where(named, num_tokens[:, None, :], 0), axis=-1, dtype=jnp.int32)
+        if launch.dense_rows:  # the kernel looks at whole steps of it, also where it means nothing
+            unused = -launch.max_pages % launch.step_pages
+            selected = jnp.pad(selected, ((0, 0), (0, 0), (0, unused)), constant_values=-1)
 
     def row(core, row, *_):
         del core
@@ -84,30 +87,28 @@ def _launch(
 
     def following(core, row, *_):
         del core
-        return jnp.minimum(row + 1, plan.batch - 1), 0, 0
+        return jnp.minimum(row + 1, launch.batch - 1), 0, 0
 
-        if plan.dense_rows:  # the kernel reads whole steps of it, also where they mean nothing
-            selected = jnp.pad(selected, ((0, 0), (0, 0), (0, -plan.max_pages % plan.step_pages)), constant_values=-1)
     prefetched = [jnp.maximum(heads, 0), tokens, *([] if dense is None else [dense.astype(jnp.int32)])]
     lists = [page_table[:, None, :], *([] if selected is None else [selected])]
-    per_head = (1, 1, plan.core_heads)
-    outs = [(*per_head, plan.queries, plan.width)]
-    if plan.writes_lse:
-        outs.append((*per_head, plan.queries, LANES))
-    if plan.scores is not None:
-        outs.append((*per_head, plan.score_rows, LANES))
-    buffer = pltpu.VMEM((plan.step_pages, *pool.shape[2:]), pool.dtype)
-    state = (plan.config.step_blocks, plan.queries)
+    per_head = (1, 1, launch.core_heads)
+    outs = [(*per_head, launch.queries, launch.width)]
+    if launch.writes_lse:
+        outs.append((*per_head, launch.queries, LANES))
+    if launch.scores is not None:
+        outs.append((*per_head, launch.score_rows, LANES))
+    buffer = pltpu.VMEM((launch.step_pages, *pool.shape[2:]), pool.dtype)
+    state = (launch.config.step_blocks, launch.queries)
     results = pl.pallas_call(
-        lambda *refs: attention_kernel(plan, *refs),
+        lambda *refs: attention_kernel(launch, *refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
-            grid=(plan.cores, plan.batch),
+            grid=(launch.cores, launch.batch),
             in_specs=[
                 *(
                     pl.BlockSpec((1, *array.shape[1:]), index, memory_space=pltpu.SMEM)
                     for array in lists
-                    for index in ((row, following) if plan.prefetch_rows else (row,))
+                    for index in ((row, following) if launch.prefetch_rows else (row,))
                 ),
                 pl.BlockSpec((1, *query.shape[1:]), lambda core, row, *_: (row, 0, 0, 0)),
                 pl.BlockSpec(memory_space=pltpu.HBM),
@@ -118,55 +119,55 @@ def _launch(
                 buffer,
                 pltpu.VMEM((*state, LANES), jnp.float32),
                 pltpu.VMEM((*state, LANES), jnp.float32),
-                pltpu.VMEM((*state, plan.width), jnp.float32),
+                pltpu.VMEM((*state, launch.width), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct((plan.cores, plan.batch, *block[2:]), jnp.float32) for block in outs],
+        out_shape=[jax.ShapeDtypeStruct((launch.cores, launch.batch, *block[2:]), jnp.float32) for block in outs],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             disable_bounds_checks=True,
-            vmem_limit_bytes=vmem_bytes(plan, query, pool),
+            vmem_limit_bytes=vmem_bytes(launch, query, pool),
         ),
-        name="sparse_decode" if plan.sparse else "dense_decode",
+        name="sparse_decode" if launch.sparse else "dense_decode",
     )(
         *prefetched,
-        *(array for array in lists for _ in range(1 + plan.prefetch_rows)),
+        *(array for array in lists for _ in range(1 + launch.prefetch_rows)),
         query,
         # XLA would copy a small pool to the vector memory first.
         pltpu.with_memory_space_constraint(pool, pltpu.HBM),
     )
-    return _gather(plan, q, page_table, num_tokens, list(results))
+    return _gather(launch, q, page_table, num_tokens, list(results))
 
 
-def _gather(plan: Plan, q, page_table, num_tokens, results) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+def _gather(launch: Launch, q, page_table, num_tokens, results) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Join what the cores wrote: their heads, or their splits of the context."""
     out = results.pop(0)
-    lse = results.pop(0)[..., :1] if plan.writes_lse else None
-    scores = results.pop(0).reshape(*out.shape[:3], -1) if plan.scores is not None else None
-    if plan.kv_splits == 1:
-        out, lse, scores = (None if x is None else _join_heads(plan, x) for x in (out, lse, scores))
+    lse = results.pop(0)[..., :1] if launch.writes_lse else None
+    scores = results.pop(0).reshape(*out.shape[:3], -1) if launch.scores is not None else None
+    if launch.kv_splits == 1:
+        out, lse, scores = (None if x is None else _join_heads(launch, x) for x in (out, lse, scores))
     else:
         assert lse is not None
         out, lse = _merge_splits(out, lse)
         if scores is not None:
-            steps = (num_tokens + plan.step_tokens - 1) // plan.step_tokens
-            cut = (steps + 1) // 2 * plan.step_pages
+            steps = (num_tokens + launch.step_tokens - 1) // launch.step_tokens
+            cut = (steps + 1) // 2 * launch.step_pages
             page = jnp.arange(scores.shape[-1], dtype=jnp.int32)
             scores = jnp.where(page < cut[:, None, None], scores[0], scores[1])
     assert out is not None
-    out = out[:, :, : plan.groups, plan.width - plan.head_dim :].astype(q.dtype)
+    out = out[:, :, : launch.groups, launch.width - launch.head_dim :].astype(q.dtype)
     return (
         out,
         None if scores is None else scores[..., : page_table.shape[1]],
-        lse[:, :, : plan.groups, 0] if plan.return_lse and lse is not None else None,
+        lse[:, :, : launch.groups, 0] if launch.return_lse and lse is not None else None,
     )
 
 
-def _join_heads(plan: Plan, x: jax.Array) -> jax.Array:
+def _join_heads(launch: Launch, x: jax.Array) -> jax.Array:
     """`[cores, B, heads of a core, …]` to `[B, R, …]`; cores take turns with the heads."""
-    return jnp.moveaxis(x, 0, 2).reshape(plan.batch, -1, *x.shape[3:])[:, : plan.heads]
+    return jnp.moveaxis(x, 0, 2).reshape(launch.batch, -1, *x.shape[3:])[:, : launch.heads]
 
 
 def _merge_splits(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

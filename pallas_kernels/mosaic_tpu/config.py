@@ -17,6 +17,7 @@ class TpuConfig:
         select_places: places of the result that one pass over the pages fills, a power of two up to 128.
         select_bits: bits of the threshold that one round decides: more candidates to count, fewer sums over lanes to
             wait for. A divisor of 32.
+        prefill_query_block, prefill_key_block: tokens of a block of splash attention.
     """
 
     block_tokens: int = 1024
@@ -26,6 +27,5 @@ class TpuConfig:
     select_chunk: int = 2048
     select_places: int = 32
     select_bits: int = 2
-
-
-DEFAULT = TpuConfig()
+    prefill_query_block: int = 512
+    prefill_key_block: int = 1024

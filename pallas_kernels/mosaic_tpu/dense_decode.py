@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.mosaic_tpu.attend import attend
-from pallas_kernels.mosaic_tpu.config import DEFAULT, TpuConfig
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.types import Heads, KVPages, PageScore
 
 
@@ -17,7 +17,7 @@ def dense_decode(
     scale: float,
     page_scores: PageScore | None = None,
     return_lse: bool = False,
-    config: TpuConfig = DEFAULT,
+    config: TpuConfig = TpuConfig(),
 ) -> tuple[jax.Array, jax.Array | None] | tuple[jax.Array, jax.Array | None, jax.Array]:
     """See `xla.decode.dense_decode`."""
     out, scores, lse = attend(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from pallas_kernels.mosaic_tpu.config import DEFAULT, TpuConfig
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.mosaic_tpu.dense_decode import dense_decode
 from pallas_kernels.mosaic_tpu.select import select_pages
 from pallas_kernels.mosaic_tpu.sparse_decode import sparse_decode
@@ -47,7 +47,7 @@ def hybrid_decode(
     *,
     scale: float,
     dense: jax.Array | None = None,
-    config: TpuConfig = DEFAULT,
+    config: TpuConfig = TpuConfig(),
 ) -> tuple[jax.Array, Selection]:
     """See `xla.decode.hybrid_decode`."""
     retrieval, sparse = _roles(heads, q.shape[1])

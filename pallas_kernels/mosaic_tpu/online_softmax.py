@@ -11,28 +11,30 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.mosaic_tpu.launch import Launch
 from pallas_kernels.mosaic_tpu.page_scores import block_page_scores
-from pallas_kernels.mosaic_tpu.plan import Plan
 from pallas_kernels.xla.decode import MASKED
 
 
-def accumulate(plan: Plan, query, buffer, left, fresh, running_max, normalizer, acc) -> list[Any]:
+def accumulate(launch: Launch, query, buffer, left, fresh, running_max, normalizer, acc) -> list[Any]:
     """Fold a step into the blocks' states, all of them at once, from nothing where `fresh`.
 
     `buffer [step_pages, page_size, 2H]` has `left` valid tokens, and finite values behind them. Returns the columns of
     `block_page_scores`, block after block.
     """
-    precision = jax.lax.Precision.HIGHEST if plan.exact else jax.lax.Precision.DEFAULT
+    precision = jax.lax.Precision.HIGHEST if launch.exact else jax.lax.Precision.DEFAULT
     # The scale is folded into the exponent: 2^((s − max) · scale · log2 e).
-    factor = plan.scale * math.log2(math.e)
-    shape = (plan.block_tokens, plan.width)
-    blocks = range(plan.config.step_blocks)
+    factor = launch.scale * math.log2(math.e)
+    shape = (launch.block_tokens, launch.width)
+    blocks = range(launch.config.step_blocks)
 
     def lanes(block, first):
-        return buffer[pl.ds(block * plan.block_pages, plan.block_pages), :, pl.ds(first, plan.width)].reshape(shape)
+        return buffer[pl.ds(block * launch.block_pages, launch.block_pages), :, pl.ds(first, launch.width)].reshape(
+            shape
+        )
 
     def left_of(block):
-        return left - block * plan.block_tokens
+        return left - block * launch.block_tokens
 
     scores = [
         jax.lax.dot_general(
@@ -47,13 +49,13 @@ def accumulate(plan: Plan, query, buffer, left, fresh, running_max, normalizer, 
     columns = [
         column
         for block in blocks
-        for column in ([] if plan.scores is None else block_page_scores(plan, scores[block], left_of(block)))
+        for column in ([] if launch.scores is None else block_page_scores(launch, scores[block], left_of(block)))
     ]
     weights = [jnp.exp2((s - n[:, :1]) * factor) for s, n in zip(masked, new, strict=True)]
     products = [
         jax.lax.dot_general(
             w.astype(buffer.dtype),
-            lanes(block, 2 * plan.head_dim - plan.width),
+            lanes(block, 2 * launch.head_dim - launch.width),
             (((1,), (0,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
@@ -65,17 +67,17 @@ def accumulate(plan: Plan, query, buffer, left, fresh, running_max, normalizer, 
         added = jnp.sum(weights[block], axis=1, keepdims=True)
         running_max[block] = new[block]
         normalizer[block] = jnp.where(fresh, 0.0, normalizer[block]) * shrink + added
-        acc[block] = jnp.where(fresh, 0.0, acc[block]) * shrink[:, : plan.width] + products[block]
+        acc[block] = jnp.where(fresh, 0.0, acc[block]) * shrink[:, : launch.width] + products[block]
     return columns
 
 
-def merge_blocks(plan: Plan, running_max, normalizer, acc) -> tuple[jax.Array, jax.Array]:
+def merge_blocks(launch: Launch, running_max, normalizer, acc) -> tuple[jax.Array, jax.Array]:
     """The output `[queries, width]` and the natural log-sum-exp `[queries, 128]` of a head, from its blocks' states."""
     best = jnp.max(running_max[...], axis=0)
-    weight = jnp.exp2((running_max[...] - best) * (plan.scale * math.log2(math.e)))
+    weight = jnp.exp2((running_max[...] - best) * (launch.scale * math.log2(math.e)))
     # A block that saw no token has a maximum of MASKED and weights of 1.
     weight = jnp.where(running_max[...] > MASKED / 2, weight, 0.0)
     total = jnp.sum(normalizer[...] * weight, axis=0)
-    mixed = jnp.sum(jnp.where(weight > 0.0, acc[...] * weight[..., : plan.width], 0.0), axis=0)
-    lse = jnp.where(total > 0.0, best * plan.scale + jnp.log(total), MASKED)
+    mixed = jnp.sum(jnp.where(weight > 0.0, acc[...] * weight[..., : launch.width], 0.0), axis=0)
+    lse = jnp.where(total > 0.0, best * launch.scale + jnp.log(total), MASKED)
     return mixed / jnp.maximum(total, 1e-30), lse

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.mosaic_tpu import chip
 from pallas_kernels.mosaic_tpu.chip import LANES, SUBLANES
-from pallas_kernels.mosaic_tpu.config import DEFAULT, TpuConfig
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.types import SelectionSpec
 from pallas_kernels.xla.decode import forced_pages, page_limits
 
@@ -121,7 +121,7 @@ def _kernel(spec: SelectionSpec, config: TpuConfig, scores: Any, limits: Any, us
     jax.lax.fori_loop(0, -(-spec.budget_pages // places), place, jnp.full((SUBLANES, LANES), -1, jnp.int32))
 
 
-def trips(budget_pages: int, config: TpuConfig = DEFAULT) -> list[int]:
+def trips(budget_pages: int, config: TpuConfig = TpuConfig()) -> list[int]:
     """How often the kernel's loops run, in their order, where the pages are one chunk."""
     return [32 // config.select_bits, -(-budget_pages // config.select_places)]
 
@@ -145,7 +145,7 @@ def select_pages(
     spec: SelectionSpec,
     *,
     page_size: int,
-    config: TpuConfig = DEFAULT,
+    config: TpuConfig = TpuConfig(),
 ) -> tuple[jax.Array, jax.Array]:
     """See `xla.decode.select_pages`."""
     chip.cores()  # refuse where there is no TPU

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_tpu.attend import attend
-from pallas_kernels.mosaic_tpu.config import DEFAULT, TpuConfig
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.types import Heads, KVPages, Selection
 
 
@@ -19,7 +19,7 @@ def sparse_decode(
     scale: float,
     return_lse: bool = False,
     dense: jax.Array | None = None,
-    config: TpuConfig = DEFAULT,
+    config: TpuConfig = TpuConfig(),
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """See `xla.decode.sparse_decode`. Rows in `dense [B]` read all of their pages, whatever the selection says."""
     num_tokens = selected_tokens(lengths, selection.pages, kv.page_size)

@@ -91,13 +91,13 @@ def poison(prefilled: generate.Prefilled) -> generate.Prefilled:
     """NaN wherever no prompt token was written; garbage in the page table where no row owns a page."""
     assert prefilled.pools is not None
     table, size = np.array(prefilled.page_table), prefilled.page_size
-    filled = np.zeros((prefilled.pools[0].shape[0], size), bool)
+    filled = np.zeros((prefilled.pools[0].num_pages, size), bool)
     for row, prompt in enumerate(prefilled.prompts):
         for j in range(len(prompt)):
             filled[table[row, j // size], j % size] = True
         table[row, oracle.page_count(len(prompt) + prefilled.capacity, size) :] = 2**30 + row
     keep = jnp.asarray(filled)[:, None, :, None]
-    prefilled.pools = tuple(jnp.where(keep, pool, jnp.asarray(np.nan, pool.dtype)) for pool in prefilled.pools)
+    prefilled.pools = jax.tree.map(lambda data: jnp.where(keep, data, jnp.asarray(np.nan, data.dtype)), prefilled.pools)
     prefilled.page_table = jnp.asarray(table)
     return prefilled
 
@@ -183,7 +183,7 @@ def test_bfloat16_follows_the_oracle() -> None:
     engine, weights = make_model(BUDGET, "bfloat16")
     prefilled = engine.prefill(BUDGET.prompts, max_new_tokens=NEW, page_size=BUDGET.page_size)
     assert prefilled.pools is not None
-    assert {pool.dtype for pool in prefilled.pools} == {engine.dtype} == {jnp.dtype("bfloat16")}
+    assert {pool.data.dtype for pool in prefilled.pools} == {engine.dtype} == {jnp.dtype("bfloat16")}
     result = run(engine, BUDGET.prompts, BUDGET.options())
     judge = oracle.Oracle(weights, BUDGET.config, BUDGET.page_size)
 

@@ -5,6 +5,7 @@ Lengths sit at the borders of pages and of the kernel's steps; NaN is in every s
 
 import collections
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.models.decoder import Decoder
-from pallas_kernels.xla.prefill import extend_attention
+from pallas_kernels import KVPages
 from tests.support import oracle
-from tests.support.paged_caches import KV_HEADS, Cache, Shape, make_cache, padded, some_pages
+from tests.support.paged_caches import KV_HEADS, Cache, Shape, make_cache, padded, some_pages, spec_of
 from tests.support.tpu import interpreted, run
 
 F32, BF16 = "float32", "bfloat16"
@@ -139,8 +140,7 @@ def check_select(scores: np.ndarray, counts: list[int], rule: oracle.Rule, page_
     for b, count in enumerate(counts):
         scores[b, :, count:] = np.nan
     pages, got = run(
-        ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), page_size=page_size,
-        budget_pages=rule.budget, sink_pages=rule.sink, recent_pages=rule.recent, rule=rule.name, amount=rule.amount,
+        ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), spec=spec_of(rule), page_size=page_size,
     )  # fmt: skip
     picked = [
         [oracle.pick(head[:count].astype(np.float64), rule) for head in row]
@@ -195,8 +195,7 @@ def test_hybrid_decode_mixes_the_roles_of_a_layer(
     with ops.recorded() as calls:
         out, selection = run(
             ops.hybrid_decode, *cache.arrays, padded(pages, rule.budget), jnp.array(heads, jnp.int32),
-            scale=shape.scale, budget_pages=rule.budget, sink_pages=rule.sink, recent_pages=rule.recent,
-            rule=rule.name, amount=rule.amount, page_scores=rule.page_score, cores=cores,
+            spec=spec_of(rule), scale=shape.scale, cores=cores,
         )  # fmt: skip
     assert calls == [("hybrid_decode", "mosaic_tpu")]
     want, handed, margin = oracle.hybrid_decode(
@@ -258,7 +257,10 @@ def test_page_tables_beyond_the_scalar_memory_are_refused() -> None:
         ]
     ]  # fmt: skip
     with pytest.raises(NotImplementedError, match="scalar memory"), interpreted():
-        jax.eval_shape(lambda *args: ops.dense_decode(*args, scale=1.0, implementation="mosaic_tpu"), *shapes)
+        jax.eval_shape(
+            lambda q, data, *rest: ops.dense_decode(q, KVPages(data), *rest, scale=1.0, implementation="mosaic_tpu"),
+            *shapes,
+        )
 
 
 def test_the_interpreter_sees_a_copy_that_is_not_waited_for() -> None:
@@ -290,14 +292,17 @@ def test_prefill_of_a_chunk_over_its_past(head_dim: int, groups: int, length: in
     B = len(starts)
     q = (2 * rng.standard_normal((B, length, kv_heads, groups, head_dim))).astype(jnp.bfloat16)
     k, v = rng.standard_normal((2, B, length, kv_heads, head_dim)).astype(jnp.bfloat16)
+    counts = [length, length, 6]
+    k[2, 6:] = v[2, 6:] = np.nan  # padding
     scale = head_dim**-0.5
     with interpreted(), ops.recorded() as calls:
         out = jax.block_until_ready(
-            jax.jit(lambda *args: extend_attention(*args, scale=scale, implementation="mosaic_tpu"))(
-                *map(jnp.asarray, (q, k, v, pool, table)), jnp.array(starts, jnp.int32)
+            jax.jit(functools.partial(ops.extend_attention, scale=scale, implementation="mosaic_tpu"))(
+                *map(jnp.asarray, (q, k, v)), KVPages(jnp.asarray(pool)), jnp.asarray(table),
+                jnp.array(starts, jnp.int32), jnp.array(counts, jnp.int32),
             )
-        )
-    assert set(calls) == {("block_attention", "mosaic_tpu")}
+        )  # fmt: skip
+    assert calls == [("extend_attention", "mosaic_tpu")]
     for b, head, t in [(0, 0, 0), (0, 1, length - 1), (1, 0, 0), (1, 1, 77), (1, 0, length - 1), (2, 1, 5)]:
         past_k, past_v = oracle.read_cache(pool, table, b, starts[b], head)
         keys = np.concatenate([past_k, k[b, : t + 1, head].astype(np.float64)])

@@ -65,13 +65,12 @@ class Case:
 
     @property
     def rule(self) -> oracle.Rule:
-        pages = self.policy.pages(self.page_size)
         by_mass = self.policy.page_score == "mass" or self.policy.rule in ("top_p", "threshold")
         amounts = {"ratio": self.policy.ratio, "top_p": self.policy.top_p, "threshold": self.policy.threshold}
         return oracle.Rule(
-            budget=pages["budget_pages"],
-            sink=pages["sink_pages"],
-            recent=pages["recent_pages"],
+            budget=self.policy.budget // self.page_size,
+            sink=oracle.page_count(self.policy.sink, self.page_size),
+            recent=oracle.page_count(self.policy.recent, self.page_size),
             name=self.policy.rule,
             amount=amounts.get(self.policy.rule, 0.0),
             page_score="lse" if by_mass else "max",

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lychee_jax import run_folder
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LoadedModel
@@ -139,8 +140,8 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(loaded, learner, finishe
     [
         (Learner, "step", False),  # while the device is busy with the step: its result is lost
         (Learner, "step", True),
-        (loop.MetricsFile, "write", False),
-        (loop.MetricsFile, "write", True),  # a line is on disk that the run does not know of
+        (run_folder.MetricsFile, "write", False),
+        (run_folder.MetricsFile, "write", True),  # a line is on disk that the run does not know of
         (loop.Checkpoints, "save", False),
         (loop.Checkpoints, "save", True),
     ],

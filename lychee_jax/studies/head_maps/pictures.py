@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lychee_jax.run_folder import Record
 from lychee_jax.studies.head_maps.prompts import DIALOGUE
 from lychee_jax.studies.head_maps.report import PICTURES, by_seed, compared, method_names, share_name
 from lychee_jax.studies.head_maps.rows import COMPARED
-
-type Record = dict[str, Any]
 
 _INK = "#33272a"
 _COLOURS = ("#b3202f", "#5b6fa8", "#4f7f6b", "#d9863f", "#8a5a8f", "#7a7a7a", "#b8a14a")

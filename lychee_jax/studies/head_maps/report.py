@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any
 
+from lychee_jax.run_folder import Record
 from lychee_jax.studies.head_maps.prompts import DIALOGUE
 from lychee_jax.studies.head_maps.rows import COMPARED, FAMILIES
-
-type Record = dict[str, Any]
 
 PICTURES = {"budgets": "heads_budgets.png", "methods": "heads_methods.png", "between": "heads_between.png"}
 _TARGET = 1.0  # points below dense that the learned map may be, at a budget of 1/8

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import jax
 
@@ -18,6 +16,7 @@ from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LoadedModel
 from lychee_jax.plotting.training import History
+from lychee_jax.run_folder import Record, claim, read_json, write_json
 from lychee_jax.studies.head_maps import calibration, maps
 from lychee_jax.studies.head_maps.prompts import TASKS
 from lychee_jax.studies.head_maps.rows import POINTS, Grid, Row
@@ -25,10 +24,8 @@ from lychee_jax.studies.head_maps.scoring import Job, is_dialogue, jobs, program
 from lychee_jax.studies.head_maps.tally import Tally
 from lychee_jax.studies.scorer import Scorer
 from lychee_jax.training import learn_heads
-from lychee_jax.training.loop import claim
 
 type Report = Callable[[str, int, int], None]
-type Record = dict[str, Any]
 
 RESULTS, MAPS, CALIBRATION = "results.json", "maps.json", "calibration.json"
 _NUMBERED = ("ratio", "top_p", "threshold")  # rules with a number of their own
@@ -106,7 +103,7 @@ class Study:
             "between": self._between() if 4 in self.grid.points else [],
             "maps": {name: {**record, **head_map.to_json()} for name, (head_map, record) in chosen.items()},
         }
-        write(self.output / RESULTS, results)
+        write_json(self.output / RESULTS, results)
         return results
 
     def _maps(self, scorer: Scorer) -> dict[str, tuple[HeadMap, Record]]:
@@ -124,7 +121,7 @@ class Study:
                 found[name] = learned.head_map, {"expected": expected, "above_half": learned.above_half}
         if 2 not in self.grid.points:
             return found
-        kept = read(self.output / MAPS)
+        kept = read_json(self.output / MAPS)
         for i, seed in enumerate(self.grid.seeds):
             name = f"layer-{seed}"
             if name not in kept:
@@ -132,7 +129,7 @@ class Study:
                 roles, tried = maps.layer_roles(config, sizes.retrieval_heads, loss)
                 head_map = maps.map_of(roles, config, label, method="layer", seed=seed)
                 kept[name] = {"map": head_map.to_json(), "tried": tried}
-                write(self.output / MAPS, kept)
+                write_json(self.output / MAPS, kept)
             found[name] = HeadMap.from_json(kept[name]["map"]), {"tried": kept[name]["tried"]}
             self._report("choosing layers", i + 1, len(self.grid.seeds))
             roles = maps.random_roles(config, sizes.retrieval_heads, seed)
@@ -141,7 +138,7 @@ class Study:
 
     def _amounts(self, scorer: Scorer, chosen: Mapping[str, tuple[HeadMap, Record]]) -> dict[str, float]:
         """The numbers of the rules that have one, by `_amount_name`."""
-        amounts: dict[str, float] = read(self.output / CALIBRATION)
+        amounts: dict[str, float] = read_json(self.output / CALIBRATION)
         # One number for all tasks: a user does not know which task it is.
         wanted = {_amount_name(row): row for row in self.grid.rows() if row.rule in _NUMBERED}
         missing = {(row.context, row.budget): row for name, row in wanted.items() if name not in amounts}
@@ -152,7 +149,7 @@ class Study:
             numbers = calibration.calibrate(scorer, roles, row, samples=self.sizes.calibration)
             for rule, amount in numbers.items():
                 amounts[_amount_name(dataclasses.replace(row, rule=rule))] = amount
-            write(self.output / CALIBRATION, amounts)
+            write_json(self.output / CALIBRATION, amounts)
             self._report("calibrating rules", i + 1, len(missing))
         return amounts
 
@@ -251,15 +248,3 @@ def _check(grid: Grid, sizes: Sizes, heads: int) -> None:
             raise UserError(f"{name.replace('_', '-')} is {getattr(sizes, name)}; it must be at least 1")
     if not sizes.retrieval_heads < heads:
         raise UserError(f"retrieval-heads is {sizes.retrieval_heads}, but the model has {heads}: none would be sparse")
-
-
-def read(file: Path) -> Record:
-    """The object in a file, or an empty one."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def write(file: Path, content: Record) -> None:
-    """Write an object whole or not at all."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from pathlib import Path
 
-from lychee_jax.evaluation.journal import append_lines, read_lines
+from lychee_jax.run_folder import append_lines, read_lines
 from lychee_jax.studies.head_maps.rows import Row
 
 JOURNAL = "scores.jsonl"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.mosaic_tpu.chip import LANES, SUBLANES
-from pallas_kernels.mosaic_tpu.config import DEFAULT, TpuConfig
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.types import PageScore
 
 # Scalar memory is 1 MiB; the compiler wants some of it.
@@ -15,7 +15,7 @@ _SMEM_BYTES = 960 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Launch:
     """Everything static about one launch."""
 
     batch: int
@@ -33,7 +33,7 @@ class Plan:
     dense_rows: bool = False  # sparse only: rows may be flagged to read all of the page table
     exact: bool = False  # float32 products
     prefetch_rows: bool = False  # a row's last step fetches the first of the next row, whose lists are known then
-    config: TpuConfig = DEFAULT
+    config: TpuConfig = TpuConfig()
 
     @property
     def kv_splits(self) -> int:
@@ -101,19 +101,19 @@ def fits_smem(held: int, lists: int, buffers: int) -> bool:
     return 4 * (held + buffers * lists) <= _SMEM_BYTES
 
 
-def vmem_bytes(plan: Plan, query: jax.Array, pool: jax.Array) -> int:
+def vmem_bytes(launch: Launch, query: jax.Array, pool: jax.Array) -> int:
     """What the kernel needs of the vector memory: its buffers, its blocks (twice), and room for values in flight."""
-    page = plan.page_size * pool.shape[3] * pool.dtype.itemsize
-    buffers = 2 * plan.step_pages * page
-    blocks = plan.kv_heads * plan.queries * plan.width * query.dtype.itemsize
-    blocks += plan.core_heads * plan.queries * (plan.width + LANES) * 4
-    if plan.scores is not None:
-        blocks += plan.core_heads * max(plan.score_rows, SUBLANES) * LANES * 4
+    page = launch.page_size * pool.shape[3] * pool.dtype.itemsize
+    buffers = 2 * launch.step_pages * page
+    blocks = launch.kv_heads * launch.queries * launch.width * query.dtype.itemsize
+    blocks += launch.core_heads * launch.queries * (launch.width + LANES) * 4
+    if launch.scores is not None:
+        blocks += launch.core_heads * max(launch.score_rows, SUBLANES) * LANES * 4
     return buffers + 2 * blocks + (6 << 20)
 
 
 def check(
-    plan: Plan,
+    launch: Launch,
     q: jax.Array,
     pool: jax.Array,
     page_table: jax.Array,
@@ -123,9 +123,9 @@ def check(
     """Refuse what the kernel does not cover, by NotImplementedError."""
     if pool.dtype not in (jnp.bfloat16, jnp.float32) or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"mosaic_tpu reads bfloat16 and float32, not {pool.dtype} with {q.dtype} queries")
-    if plan.head_dim not in (64, 128):
-        raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {plan.head_dim}")
-    if plan.page_size not in (16, 32, 64, 128):
-        raise NotImplementedError(f"mosaic_tpu covers page sizes 16, 32, 64 and 128, not {plan.page_size}")
+    if launch.head_dim not in (64, 128):
+        raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {launch.head_dim}")
+    if launch.page_size not in (16, 32, 64, 128):
+        raise NotImplementedError(f"mosaic_tpu covers page sizes 16, 32, 64 and 128, not {launch.page_size}")
     if not fits_smem(*smem_words(page_table, num_tokens, selected), buffers=2):
         raise NotImplementedError(f"page tables of {page_table.shape[1]} entries do not fit the scalar memory")
