@@ -1,7 +1,7 @@
 """How the retrieval heads of a decode step find their pages."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -10,6 +10,7 @@ from pallas_kernels import KVPages, Selection, SelectionSpec
 from pallas_kernels.types import Heads
 
 
+@runtime_checkable
 class SelectionProvider(Protocol):
     """Attention of layer `index` in a decode step: `heads` select pages, all other heads read what was selected.
 

@@ -150,6 +150,17 @@ class Engine:
         assert self._allocator is not None
         return self._allocator.pages(request_id)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget every page that no request owns.
+
+        Raises:
+            UserError: requests are under way.
+        """
+        if self.has_work:
+            raise UserError("the prefix cache can be reset when no request is under way")
+        if self._runner is not None:
+            self._make_books(self._runner)
+
     def finish(self, request_id: str) -> None:
         """End a request whose text is complete, without an output."""
         self._end(request_id)
@@ -225,19 +236,24 @@ class Engine:
                 self.spec, self.weights, self.options, self.config, num_pages=pages + self.options.max_num_seqs,
                 max_model_len=self.max_model_len,
             )  # fmt: skip
-            share = self.options.prefix_cache and self.spec.config.rope.kind != "dynamic"  # keys of the whole prompt
-            self._allocator = Allocator(
-                self._runner.num_pages, page_size, scratch=self.options.max_num_seqs, prefix_cache=share
-            )
-            scheduling = SchedulerConfig(
-                self.options.max_num_seqs, self._runner.block_steps, self.config.chunks(page_size),
-                self.config.prefill_rows, self.config.prefill_tokens,
-            )  # fmt: skip
-            self._scheduler = Scheduler(scheduling, self._allocator)
+            self._make_books(self._runner)
         assert self._scheduler is not None
         for request in self._unscheduled:
             self._scheduler.add(request)
         self._unscheduled.clear()
+
+    def _make_books(self, runner: Runner) -> None:
+        """Nobody owns a page of the runner's cache, and nothing in it is known."""
+        page_size, scratch = self.options.page_size, self.options.max_num_seqs
+        share = self.options.prefix_cache and self.spec.config.rope.kind != "dynamic"  # keys of the whole prompt
+        self._allocator = Allocator(runner.num_pages, page_size, scratch=scratch, prefix_cache=share)
+        config = self.config
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                scratch, runner.block_steps, config.chunks(page_size), config.prefill_rows, config.prefill_tokens
+            ),
+            self._allocator,
+        )
 
     def _default_pages(self) -> int:
         return max(1, _CPU_CACHE // cache_bytes(self.spec.config, 1, self.options.page_size, self.dtype))

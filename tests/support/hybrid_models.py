@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -11,8 +13,9 @@ from flax import nnx
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig, RopeConfig
-from lychee_jax.engine.engine import Engine
-from lychee_jax.engine.options import AttentionMode, GenerateOptions
+from lychee_jax.engine.options import AttentionMode, EngineConfig, GenerateOptions
+from lychee_jax.engine.outputs import Result
+from lychee_jax.llm import LoadedModel as LLM
 from lychee_jax.models.decoder import Decoder
 from tests.support import oracle
 
@@ -101,8 +104,32 @@ BUDGET = Case(
 )
 
 
+def small_chunks(tokens: int, *, dense_below: int = 0, **changes: Any) -> EngineConfig:
+    """The CPU's numbers, but that chunks of prompts have `tokens` tokens, and so do the prefixes that are shared."""
+    config = EngineConfig(((1 << 40, tokens),), tokens, min_rows=2, correct_rows=1, dense_below=dense_below)
+    return dataclasses.replace(config, **changes)
+
+
+def poison(model: LLM, options: GenerateOptions) -> None:
+    """NaN in every page of the cache, scratch pages and those of earlier prompts included, which are forgotten."""
+    engine = model.engine(options.engine)
+    if engine.runner is None:
+        model.generate_tokens([[1]], dataclasses.replace(options, max_new_tokens=1))
+    assert engine.runner is not None
+    engine.reset_prefix_cache()
+    engine.runner.pools = jax.tree.map(lambda pool: jnp.full_like(pool, np.nan), engine.runner.pools)
+
+
+def run(model: LLM, prompts: list[list[int]], options: GenerateOptions, **more: Any) -> Result:
+    """Generate over a cache that holds NaN wherever nothing was written."""
+    poison(model, options)
+    return model.generate_tokens(prompts, options, **more)
+
+
 @functools.cache
-def make_model(case: Case, dtype: str = "float32") -> tuple[Engine, dict[str, np.ndarray]]:
+def make_model(
+    case: Case, dtype: str = "float32", engine_config: EngineConfig | None = None
+) -> tuple[LLM, dict[str, np.ndarray]]:
     """Random weights under which attention is peaked, so that the choice of pages decides the tokens."""
     rng = np.random.default_rng(case.seed + 1)
     abstract = nnx.eval_shape(lambda: Decoder(case.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
@@ -119,4 +146,6 @@ def make_model(case: Case, dtype: str = "float32") -> tuple[Engine, dict[str, np
             value = (1.7 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(case.config.hidden_size)
         weights[name] = value.astype(leaf.dtype)
     arrays = [(path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))]))) for path, leaf in leaves]
-    return Engine(nnx.merge(graphdef, nnx.from_flat_state(arrays))), weights
+    model = nnx.merge(graphdef, nnx.from_flat_state(arrays))
+    config = engine_config or small_chunks(case.page_size)
+    return LLM(Path("tiny"), case.config, model, None, (), engine_config=config), weights
