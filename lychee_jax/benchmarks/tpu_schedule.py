@@ -264,7 +264,8 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
 
     import pallas_kernels
     from pallas_kernels import KVPages, Selection, SelectionSpec
-    from pallas_kernels.mosaic_tpu import attend, select
+    from pallas_kernels.mosaic_tpu import select
+    from pallas_kernels.mosaic_tpu.launch import Launch
 
     config = MODELS[model]
     context = min(_CONTEXT, config.max_position_embeddings)
@@ -302,15 +303,15 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
         size = heads * pages * 4
         predicted, needed = total / per_us, size
     else:
-        plan = attend.Plan(
+        launch = Launch(
             batch=1, kv_heads=heads, heads=heads, groups=config.groups, page_size=_PAGE_SIZE, head_dim=head_dim,
-            capacity=budget if sparse else pages, sparse=sparse, cores=chip.cores,
+            max_pages=budget if sparse else pages, sparse=sparse, cores=chip.cores,
         )  # fmt: skip
-        cycles, around = attention_cycles(schedule, plan.step_pages, attend.GROUP)
+        cycles, around = attention_cycles(schedule, launch.step_pages, launch.config.dma_unroll)
         page_bytes = _PAGE_SIZE * 2 * head_dim * item
-        size = plan.step_pages * page_bytes
-        share = (budget if sparse else pages) / plan.parts
-        steps = plan.items * -(-int(share) // plan.step_pages)
+        size = launch.step_pages * page_bytes
+        share = (budget if sparse else pages) / launch.kv_splits
+        steps = launch.core_heads * -(-int(share) // launch.step_pages)
         issue, dma = cycles / per_us, size / chip.bandwidth * 1e6
         # The first step's copy and the last step's work have nothing beside them.
         predicted = around / per_us + dma + (steps - 1) * max(issue, dma) + issue

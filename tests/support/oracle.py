@@ -119,6 +119,11 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
     return out
 
 
+def log_sum_exp(q: Array, k: Array, scale: float) -> Array:
+    """The natural log-sum-exp `[G]` of the scores of `q [G, H]` over `k [length, H]`; nothing to read gives −∞."""
+    return np.array([np.logaddexp.reduce(scale * (k @ q_g), initial=-math.inf) for q_g in q], dtype=np.float64)
+
+
 def attend_pages(q: Array, k: Array, v: Array, pages: Sequence[int], page_size: int, scale: float) -> Array:
     """`attend` over exactly the positions of `k, v [length, H]` that lie in `pages`."""
     positions = [j for j in range(len(k)) if j // page_size in set(pages)]
