@@ -27,6 +27,7 @@ from lychee_jax.engine.stream import Router, TokenStream
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import place_weights
 from lychee_jax.text.chat import Message
 from lychee_jax.text.prompts import Conversations, Prompts, encode_prompts
 from lychee_jax.text.streaming import TextStream
