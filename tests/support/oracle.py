@@ -119,6 +119,13 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
     return out
 
 
+def log_sum_exps(q: Array, k: Array, scale: float) -> Array:
+    """`[G]`: log Σ_j exp(scale · q_g · k_j) for `q [G, H]`, `k [length, H]`, length ≥ 1."""
+    scores = scale * q @ k.T
+    top = scores.max(axis=-1)
+    return top + np.log(np.exp(scores - top[:, None]).sum(axis=-1))
+
+
 def attend_pages(q: Array, k: Array, v: Array, pages: Sequence[int], page_size: int, scale: float) -> Array:
     """`attend` over exactly the positions of `k, v [length, H]` that lie in `pages`."""
     positions = [j for j in range(len(k)) if j // page_size in set(pages)]
