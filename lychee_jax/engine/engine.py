@@ -31,7 +31,6 @@ from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import place_weights
 
 # Tokens that one prefill program takes: bounds its temporaries.
 _CHUNK_TOKENS = {"cpu": 512, "gpu": 4096, "tpu": 2048}
@@ -91,8 +90,7 @@ class Engine:
 
     def __init__(self, model: Decoder):
         self.config = model.config
-        self.spec, weights = ModelSpec.split(model)
-        self.weights = place_weights(model.config, weights)
+        self.spec, self.weights = ModelSpec.split(model)
 
     @property
     def dtype(self) -> np.dtype:
