@@ -74,15 +74,24 @@ def test_stops_as_they_are_meant():
         as_stops("")
 
 
-def test_none_is_the_default_and_whole_floats_are_whole_numbers():
-    nothing = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"))
-    assert SamplingParams(**nothing) == SamplingParams()
-    assert SamplingParams(temperature=1, top_k=4.0, seed=np.uint32(7)) == SamplingParams(1.0, 4, seed=7)
-    options = GenerateOptions(max_new_tokens=np.float32(4.0), page_size=None, correct_every=None)  # pyright: ignore
-    assert (options.max_new_tokens, options.page_size, options.correct_every) == (4, 64, 0)
-    assert type(options.max_new_tokens) is int
-    assert type(SamplingParams(temperature=1).temperature) is float
-    assert SelectionPolicy(budget=4096.0, sink=None) == SelectionPolicy()  # pyright: ignore
+@pytest.mark.parametrize(
+    ("options", "fields", "meant"),
+    [
+        (SamplingParams, dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "seed")), {}),
+        (SamplingParams, {"temperature": 1, "top_k": 4.0}, {"temperature": 1.0, "top_k": 4}),
+        (SamplingParams, {"seed": np.uint32(7), "top_p": np.float32(0.5)}, {"seed": 7, "top_p": 0.5}),
+        (GenerateOptions, {"max_new_tokens": 4.0, "page_size": None}, {"max_new_tokens": 4, "page_size": 64}),
+        (GenerateOptions, {"correct_every": np.float32(2)}, {"correct_every": 2}),
+        (SelectionPolicy, {"budget": 4096.0, "sink": None}, {}),
+        (HeadMap, {"num_layers": 2, "num_kv_heads": 2, "retrieval": [[0, 1], [1]]},
+         {"num_layers": 2, "num_kv_heads": 2, "retrieval": ((0, 1), (1,))}),
+    ],
+)  # fmt: skip
+def test_none_is_the_default_and_whole_floats_are_whole_numbers(options, fields, meant):
+    made, wanted = options(**fields), options(**meant)
+    assert made == wanted
+    assert hash(made) == hash(wanted)
+    assert [*map(type, vars(made).values())] == [*map(type, vars(wanted).values())]
 
 
 @pytest.mark.parametrize(
@@ -113,8 +122,3 @@ def test_none_is_the_default_and_whole_floats_are_whole_numbers():
 def test_numbers_that_mean_nothing_are_refused_by_name(options, fields, culprit):
     with pytest.raises(UserError, match=culprit):
         options(**fields)
-
-
-def test_a_head_map_of_lists_is_that_of_tuples():
-    assert HeadMap(2, 2, [[0, 1], [1]]) == HeadMap(2, 2, ((0, 1), (1,)))  # pyright: ignore[reportArgumentType]
-    assert hash(HeadMap(1, 1, [[0]])) == hash(HeadMap(1, 1, ((0,),)))  # pyright: ignore[reportArgumentType]
