@@ -30,7 +30,7 @@ from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import AttentionMode, GenerateOptions
 from lychee_jax.engine.outputs import Prefilled
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from pallas_kernels import KVPages
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
@@ -98,7 +98,7 @@ class DecodeReport:
 
 
 def run(
-    model: LoadedModel, options: GenerateOptions, *, context: int = 32768, tokens: int = 16, repeats: int = 5
+    model: LLM, options: GenerateOptions, *, context: int = 32768, tokens: int = 16, repeats: int = 5
 ) -> DecodeReport:
     """Measure one sequence of `context` cached tokens; a sample of a way is the mean over `tokens` decoded ones.
 
@@ -236,7 +236,7 @@ def _contiguous(
 
 
 def _report(
-    model: LoadedModel,
+    model: LLM,
     options: GenerateOptions,
     context: int,
     steps: dict[str, list[tuple[float, float]]],

@@ -7,7 +7,6 @@ of a kernel's main loop and sets them against the bytes that an iteration fetche
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -24,6 +23,7 @@ from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text, parse_json
 
 ASSUMPTIONS = (
     "From the schedule after register allocation; no TPU was used and nothing was timed. Assumed: clocks of "
@@ -223,7 +223,7 @@ def run(
             assert process.stderr is not None
             for line in process.stdout:
                 if line.startswith('{"chip"'):
-                    rows.append(Row(**json.loads(line)))
+                    rows.append(Row(**parse_json(line, "a row")))
                     if on_row:
                         on_row(len(rows), len(cases))
             problem = process.stderr.read().strip().splitlines()
@@ -248,7 +248,7 @@ def _work(folder: Path, chips: list[str], models: tuple[str, ...]) -> None:
         for old in folder.iterdir():
             old.unlink()
         row = _measure(chip, model, dtype, op, lambda op=op: _printed(folder, op))
-        print(json.dumps(dataclasses.asdict(row)), flush=True)
+        print(json_text(dataclasses.asdict(row)), flush=True)
 
 
 def _printed(folder: Path, op: str) -> Schedule:

@@ -14,7 +14,7 @@ from lychee_jax.benchmarks.step import peak_bytes, random_model
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import Asked
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.training.learn_heads import Learner, Plan, make_batch
 
 _QUESTION, _ANSWER = 16, 48
@@ -69,9 +69,7 @@ def measure(
     plan = dataclasses.replace(plan, min_length=plan.max_length)
     plan.check(config)  # before there are weights: they take long
     spec, weights = random_model(config, dtype)
-    loaded = LoadedModel(
-        Path(model), dataclasses.replace(config, dtype=str(jnp.dtype(dtype))), spec.merge(weights), None, ()
-    )
+    loaded = LLM(Path(model), dataclasses.replace(config, dtype=str(jnp.dtype(dtype))), spec.merge(weights), None, ())
     learner = Learner(loaded, plan, RandomTokens(config.vocab_size))
     state, samples = learner.initial(), []
     for step in range(repeats + 1):

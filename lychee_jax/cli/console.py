@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 
 if TYPE_CHECKING:
     from checkpoints_convert.progress import Progress
-    from lychee_jax.llm import LoadedModel
+    from lychee_jax.llm import LLM
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def progress_bar() -> Iterator[Progress]:
         yield show
 
 
-def load_model(model: str | None, dtype: str | None) -> LoadedModel:
+def load_model(model: str | None, dtype: str | None) -> LLM:
     """Load what --model and --dtype name, with a spinner on standard error where that is a terminal."""
     from rich.markup import escape
 

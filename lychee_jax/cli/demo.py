@@ -18,8 +18,9 @@ from lychee_jax.engine.options import AttentionMode
 from lychee_jax.engine.outputs import Result
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.plotting.attention import plot_heads
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid")
@@ -87,7 +88,7 @@ class DemoReport:
         )
 
 
-def run(model: LoadedModel, output: Path, *, seed: int = 0, length: int = 16384) -> DemoReport:
+def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> DemoReport:
     """Hide facts in a document of `length` tokens, ask for some of them, and draw the head roles into `output`.
 
     Raises:
@@ -155,9 +156,7 @@ def _exam(rng: np.random.Generator, length: int) -> tuple[str, list[tuple[str, d
     ]
 
 
-def _answer(
-    model: LoadedModel, prompts: Sequence[list[int]], mode: AttentionMode, heads: HeadMap, budget: int
-) -> Result:
+def _answer(model: LLM, prompts: Sequence[list[int]], mode: AttentionMode, heads: HeadMap, budget: int) -> Result:
     """Answer all questions, in equally many steps each, so that times compare."""
     options = model.options(
         attention=mode, heads=heads, budget=budget, page_size=_PAGE_SIZE, max_new_tokens=_NEW_TOKENS, ignore_eos=True
@@ -170,10 +169,9 @@ def _answer(
         )
 
 
-def _text(model: LoadedModel, tokenizer: Tokenizer, tokens: list[int]) -> str:
+def _text(model: LLM, tokenizer: Tokenizer, tokens: list[int]) -> str:
     """The first line of an answer, up to the end-of-text token."""
-    end = next((i for i, token in enumerate(tokens) if token in model.eos_ids), len(tokens))
-    return tokenizer.decode(tokens[:end]).strip().split("\n", 1)[0].strip()
+    return text_of(tokenizer, tokens, eos_ids=model.eos_ids).strip().split("\n", 1)[0].strip()
 
 
 def _bare(question: str) -> str:

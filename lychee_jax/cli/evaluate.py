@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lychee_jax.evaluation.cases import Cell, Task
     from lychee_jax.evaluation.report import Style
     from lychee_jax.evaluation.runner import Plan
-    from lychee_jax.llm import LoadedModel
+    from lychee_jax.llm import LLM
 
 eval_app = typer.Typer(
     help="Score what a model answers, dense and hybrid on the same prompts, in one run that can be resumed.",
@@ -364,7 +364,7 @@ def eval_perplexity(
     _evaluate(loaded, STYLE, plan, output, settings)
 
 
-def _evaluate(loaded: LoadedModel, style: Style, plan: Plan, output: Path, settings: Mapping[str, object]) -> None:
+def _evaluate(loaded: LLM, style: Style, plan: Plan, output: Path, settings: Mapping[str, object]) -> None:
     """Run with a progress bar, then print the table and where everything is."""
     from lychee_jax.evaluation.session import evaluate
 
@@ -424,7 +424,7 @@ def _options(
     )
 
 
-def _of_model(loaded: LoadedModel, options: GenerateOptions, heads: str | None) -> GenerateOptions:
+def _of_model(loaded: LLM, options: GenerateOptions, heads: str | None) -> GenerateOptions:
     """The options with the model's head map and ends of text."""
     import dataclasses
 

@@ -74,6 +74,8 @@ class Engine:
         self._runner: Runner | None = None
         self._scheduler: Scheduler | None = None
         self._allocator: Allocator | None = None
+        # An idle row of the largest decode program writes to a page of its own.
+        self._scratch = self.config.batch_bucket(options.max_num_seqs, options.max_num_seqs)
         self._most_pages = self._page_limit()
 
     @property
@@ -83,7 +85,7 @@ class Engine:
 
     @property
     def failed(self) -> bool:
-        """Whether an error has ended the engine."""
+        """Whether an error has ended the engine, or `close`."""
         return self._failure is not None
 
     @property
@@ -98,7 +100,7 @@ class Engine:
 
     @property
     def _allocated_pages(self) -> int:
-        return self._runner.num_pages - self.options.max_num_seqs if self._runner is not None else 0
+        return self._runner.num_pages - self._scratch if self._runner is not None else 0
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -124,7 +126,7 @@ class Engine:
             NotImplementedError: the implementation that the options name does not cover this model on this machine.
         """
         if self._failure is not None:
-            raise UserError(f"the engine has ended after an error of the device: {self._failure}")
+            raise UserError(f"the engine has ended: {self._failure}")
         if request.id in self._requests:
             raise UserError(f"request id {request.id!r} is taken")
         self._check(request)
@@ -160,6 +162,12 @@ class Engine:
             raise UserError("the prefix cache can be reset when no request is under way")
         if self._runner is not None:
             self._make_books(self._runner)
+
+    def close(self) -> None:
+        """End all requests, and free the cache."""
+        self._fail("it was closed")
+        if self._runner is not None:
+            self._runner.pools = ()
 
     def finish(self, request_id: str) -> None:
         """End a request whose text is complete, without an output."""
@@ -233,7 +241,7 @@ class Engine:
                 self._compile_seconds += self._runner.programs.seconds
                 self._runner.pools = ()  # freed before the larger ones are made
             self._runner = Runner(
-                self.spec, self.weights, self.options, self.config, num_pages=pages + self.options.max_num_seqs,
+                self.spec, self.weights, self.options, self.config, num_pages=pages + self._scratch,
                 max_model_len=self.max_model_len,
             )  # fmt: skip
             self._make_books(self._runner)
@@ -244,13 +252,13 @@ class Engine:
 
     def _make_books(self, runner: Runner) -> None:
         """Nobody owns a page of the runner's cache, and nothing in it is known."""
-        page_size, scratch = self.options.page_size, self.options.max_num_seqs
+        page_size, rows = self.options.page_size, self.options.max_num_seqs
         share = self.options.prefix_cache and self.spec.config.rope.kind != "dynamic"  # keys of the whole prompt
-        self._allocator = Allocator(runner.num_pages, page_size, scratch=scratch, prefix_cache=share)
+        self._allocator = Allocator(runner.num_pages, page_size, scratch=self._scratch, prefix_cache=share)
         config = self.config
         self._scheduler = Scheduler(
             SchedulerConfig(
-                scratch, runner.block_steps, config.chunks(page_size), config.prefill_rows, config.prefill_tokens
+                rows, runner.block_steps, config.chunks(page_size), config.prefill_rows, config.prefill_tokens
             ),
             self._allocator,
         )
@@ -269,7 +277,7 @@ class Engine:
             stats = jax.local_devices()[0].memory_stats() or {}
             free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
             memory = int(_ACCELERATOR_SHARE * free)
-        return min(useful, memory // page - self.options.max_num_seqs)
+        return min(useful, memory // page - self._scratch)
 
     def _receive(self, sent: _Sent) -> list[RequestOutput]:
         """Wait for what one step sent, and hand out its tokens."""

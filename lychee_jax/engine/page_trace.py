@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int32
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.cache.allocator import pages_for
@@ -35,6 +35,8 @@ class Reading:
 def trace_step(engine: Engine, prompt: tuple[int, ...], attention: AttentionOptions) -> Reading:
     """Read a prompt, feed the likeliest next token with the roles of `attention`, and see which pages every head reads.
 
+    The step is hybrid whatever the mode.
+
     Raises:
         UserError: a prompt that the engine cannot take, or other requests are under way.
     """
@@ -42,29 +44,13 @@ def trace_step(engine: Engine, prompt: tuple[int, ...], attention: AttentionOpti
         raise UserError("the engine is busy; a step can be watched when no other request is under way")
     model = engine.spec.config
     head_map = attention.heads or HeadMap.all(model)
-    request = Request("trace", prompt, 1, attention=AttentionOptions("dense"))
+    hybrid = AttentionOptions("hybrid", head_map, attention.policy)
+    request = Request("trace", prompt, 1, attention=hybrid)
     engine.add_request(request, hold=True)
-    token = None
-    while token is None:
-        for output in engine.step():
-            if output.error is not None:
-                raise UserError(output.error)
-            token = output.tokens[0]
-    runner = engine.runner
-    assert runner is not None
-    allocated = engine.pages(request.id)
-    width = runner.config.min_rows
-    positions = np.full((width,), len(prompt), np.int64)
-    table = np.zeros((width, runner.max_pages), np.int32)
-    table[0, : len(allocated)] = allocated
-    cos, sin = runner.rotary(positions[:, None], positions[:, None] + 1)
-    plan = runner.plan(AttentionOptions("hybrid", head_map, attention.policy), np.zeros((1,), bool))
-    seen = runner.programs(
-        watch_step, width, (engine.spec, dataclasses.replace(plan, steps=1)), engine.weights, runner.pools,
-        np.full((width,), token, np.int32), positions.astype(np.int32), np.arange(width) == 0, table, cos, sin,
-    )  # fmt: skip
-    selected = np.asarray(seen)[:, 0]
-    engine.finish(request.id)
+    try:
+        selected = _selected(engine, request, hybrid, _first_token(engine))
+    finally:
+        engine.finish(request.id)
 
     count = pages_for(len(prompt) + 1, engine.options.page_size)
     pages = np.zeros((model.num_layers, model.num_kv_heads, count), bool)
@@ -76,3 +62,29 @@ def trace_step(engine: Engine, prompt: tuple[int, ...], attention: AttentionOpti
                 chosen = selected[layer, head]
                 pages[layer, head, chosen[chosen >= 0]] = True
     return Reading(pages, len(prompt) + 1, engine.options.page_size, head_map)
+
+
+def _first_token(engine: Engine) -> int:
+    """What the only request of the engine begins with."""
+    while True:
+        for output in engine.step():
+            if output.error is not None:
+                raise UserError(output.error)
+            return output.tokens[0]
+
+
+def _selected(engine: Engine, request: Request, attention: AttentionOptions, token: int) -> Int32[np.ndarray, "L K M"]:
+    """Feed a token after the request's prompt: the pages that each layer hands up, padded with −1."""
+    runner, allocated, position = engine.runner, engine.pages(request.id), len(request.prompt)
+    assert runner is not None
+    width = runner.config.min_rows
+    table = np.zeros((width, runner.max_pages), np.int32)
+    table[0, : len(allocated)] = allocated
+    positions = np.full((width, 1), position, np.int64)
+    cos, sin = runner.rotary(positions, positions + 1)
+    plan = dataclasses.replace(runner.plan(attention, np.zeros((1,), bool)), steps=1)
+    runner.pools, seen = runner.programs(
+        watch_step, width, (engine.spec, plan), engine.weights, runner.pools, np.full((width,), token, np.int32),
+        positions[:, 0].astype(np.int32), np.arange(width) == 0, table, cos, sin,
+    )  # fmt: skip
+    return np.asarray(seen)[:, 0]

@@ -308,7 +308,7 @@ class _Watched:
         return out, (inner, (*seen, inner.selection.pages))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools",))
 def watch_step(
     spec: ModelSpec,
     plan: DecodePlan,
@@ -320,9 +320,9 @@ def watch_step(
     page_table: Int[Array, "B P"],
     cos: Float32[Array, "B 1 half"],
     sin: Float32[Array, "B 1 half"],
-) -> Int32[Array, "L B K M"]:
-    """The pages that every layer hands up while `tokens` are fed. The pools stay as they are."""
+) -> tuple[Pools, Int32[Array, "L B K M"]]:
+    """The pages that every layer hands up while `tokens` are fed. The pools get the tokens' keys and values."""
     model = spec.merge(weights)
     backend = Decode(page_table, positions, active, plan.head_map, plan.policy, plan.implementation)
-    _, (_, seen) = model(tokens[:, None], cos, sin, _Watched(backend), (backend.start(pools), ()))
-    return jnp.stack(seen)
+    _, (state, seen) = model(tokens[:, None], cos, sin, _Watched(backend), (backend.start(pools), ()))
+    return state.pools, jnp.stack(seen)

@@ -82,7 +82,7 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
         self._prefill_s = self._decode_s = 0.0
         self._decoding, self._decoded = False, 0  # the last step; tokens that came while every row decoded
         self._on_prefill = on_prefill
-        self._prompt_tokens = sum(map(len, prompts))
+        self._prompt_tokens, self._told = sum(map(len, prompts)), -1
         given = forced or [()] * len(prompts)
         most = limits or [options.max_new_tokens] * len(prompts)
         for name, rows in (("rows of forced tokens", given), ("limits", most)):
@@ -101,8 +101,7 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
             ]
         )  # fmt: skip
         self._open = set(range(len(prompts)))
-        if on_prefill is not None:
-            on_prefill(0, self._prompt_tokens)
+        self._tell(0)
 
     def __iter__(self) -> TokenStream:
         return self
@@ -114,6 +113,9 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
                 if output is not None:
                     self._keep(row, output)
                     return row, output
+            if self._router.engine.failed:
+                self._open.clear()
+                raise UserError("the engine has ended before this generation did")
             compiled = self._router.engine.compile_seconds
             self._router.step()
             self._count_time(self._router.engine.compile_seconds - compiled)
@@ -129,14 +131,21 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
             self._decode_s += passed
         else:
             self._prefill_s += passed
-            if self._on_prefill is not None:
-                read = self._router.engine.prompt_tokens_read - self._read_before
-                self._on_prefill(min(read, self._prompt_tokens), self._prompt_tokens)
+            self._tell(self._router.engine.prompt_tokens_read - self._read_before)
+
+    def _tell(self, read: int) -> None:
+        """Report prompt tokens that were read, if there is something new to say."""
+        read = min(read, self._prompt_tokens)
+        if self._on_prefill is not None and read > self._told:
+            self._told = read
+            self._on_prefill(read, self._prompt_tokens)
 
     def _keep(self, row: int, output: RequestOutput) -> None:
         whole = self._rows[row]
         self._decoded += len(output.tokens) if self._decoding else 0
         whole.tokens += output.tokens
+        if all(each.tokens for each in self._rows):
+            self._tell(self._prompt_tokens)  # those that the prefix cache had are never read
         whole.logprobs += output.logprobs
         whole.greedy += output.greedy
         whole.top += output.top

@@ -15,7 +15,8 @@ from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.variants import Variant
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 
@@ -56,7 +57,7 @@ class Plan:
         return len(self.variants) * sum(cell.samples for cell in self.cells)
 
 
-def tokenizer_of(model: LoadedModel) -> Tokenizer:
+def tokenizer_of(model: LLM) -> Tokenizer:
     """The model's tokenizer.
 
     Raises:
@@ -67,7 +68,7 @@ def tokenizer_of(model: LoadedModel) -> Tokenizer:
     return model.tokenizer
 
 
-def run(model: LoadedModel, plan: Plan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
+def run(model: LLM, plan: Plan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
     """Answer everything that the journal lacks; `on_progress(cell, answers)`, those at hand counted first."""
     for cell in plan.cells:
         groups: dict[tuple[Variant, ...], list[int]] = {}
@@ -82,7 +83,7 @@ def run(model: LoadedModel, plan: Plan, journal: Journal, on_progress: Callable[
 
 
 def _batch(
-    model: LoadedModel,
+    model: LLM,
     plan: Plan,
     journal: Journal,
     cell: Cell,
@@ -110,7 +111,7 @@ def _held_back(case: Case, count: int) -> Case:
     return dataclasses.replace(case, tokens=case.tokens[:cut], forced=[*case.tokens[cut:], *case.forced])
 
 
-def _answer(model: LoadedModel, cases: list[Case], options: GenerateOptions) -> list[dict[str, Any]]:
+def _answer(model: LLM, cases: list[Case], options: GenerateOptions) -> list[dict[str, Any]]:
     """One record a case: the answer and what it cost."""
     forced = [case.forced for case in cases]
     # A case without forced tokens and without an answer still gets its one token, which is not looked at.
@@ -124,7 +125,7 @@ def _answer(model: LoadedModel, cases: list[Case], options: GenerateOptions) -> 
         held = result.pages_held[row]
         records.append(
             {
-                "answer": tokenizer.decode(new),
+                "answer": text_of(tokenizer, new, eos_ids=options.eos_ids),
                 "references": case.references,
                 "prompt_tokens": len(case.tokens) + count,
                 "new_tokens": len(new),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +16,13 @@ from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.report import Report, Style
 from lychee_jax.evaluation.runner import Plan, run
-from lychee_jax.llm import LoadedModel
+from lychee_jax.files import json_text
+from lychee_jax.llm import LLM
 from lychee_jax.run_folder import Record
 
 
 def evaluate(
-    model: LoadedModel,
+    model: LLM,
     style: Style,
     plan: Plan,
     output: Path,
@@ -67,7 +67,7 @@ def evaluate(
     return report
 
 
-def _attention(model: LoadedModel, options: GenerateOptions) -> Record:
+def _attention(model: LLM, options: GenerateOptions) -> Record:
     """What decides the answers beside attention and budget; the head map by its roles."""
     heads = options.heads or HeadMap.all(model.config)
     policy = dataclasses.asdict(options.policy)
@@ -75,7 +75,7 @@ def _attention(model: LoadedModel, options: GenerateOptions) -> Record:
     return {
         "dtype": str(model.engine.dtype),
         "heads": f"{heads.num_retrieval} of {heads.num_layers * heads.num_kv_heads} retrieve",
-        "heads_sha256": hashlib.sha256(json.dumps(heads.retrieval).encode()).hexdigest()[:16],
+        "heads_sha256": hashlib.sha256(json_text(heads.retrieval).encode()).hexdigest()[:16],
         "page_size": options.page_size,
         **policy,
         "correct_every": options.correct_every,

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,8 @@ from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import Source, Writer, make_source
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LoadedModel
+from lychee_jax.files import json_text
+from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
 from lychee_jax.plotting.attention import plot_heads
@@ -182,7 +182,7 @@ class Learner:
     devices.
     """
 
-    def __init__(self, loaded: LoadedModel, plan: Plan, source: Source | None = None) -> None:
+    def __init__(self, loaded: LLM, plan: Plan, source: Source | None = None) -> None:
         config = loaded.config
         plan.check(config)
         self.plan, self.config, self.family = plan, config, gates.FAMILIES[plan.family]
@@ -279,7 +279,7 @@ class Learner:
 
 
 def learn(
-    loaded: LoadedModel, plan: Plan, output: str | Path, *, checkpoint_every: int = 100, keep: int = 3,
+    loaded: LLM, plan: Plan, output: str | Path, *, checkpoint_every: int = 100, keep: int = 3,
     on_step: Report | None = None,
 ) -> Learned:  # fmt: skip
     """Train the gates, or go on, in the folder `output`; leaves the head map, E[z] and pictures there.
@@ -372,7 +372,7 @@ class _Run:
             del self._on_the_way[0]
 
 
-def _described(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
+def _described(loaded: LLM, plan: Plan) -> dict[str, Any]:
     """What a run must agree with to go on in a folder: the model, its weights by a sample, the plan, its files."""
     model = loaded.model
     sample = [np.asarray(part, np.float32) for part in (model.norm.scale[...], model.embed.embedding[:4])]
@@ -386,7 +386,7 @@ def _described(loaded: LoadedModel, plan: Plan) -> dict[str, Any]:
     return described
 
 
-def _conclude(loaded: LoadedModel, plan: Plan, output: Path, expected: Float32[np.ndarray, "L K"]) -> Learned:
+def _conclude(loaded: LLM, plan: Plan, output: Path, expected: Float32[np.ndarray, "L K"]) -> Learned:
     roles = gates.harden(expected, plan.retrieval_heads)
     above_half = int(gates.harden(expected).sum())
     meta = {
@@ -396,14 +396,14 @@ def _conclude(loaded: LoadedModel, plan: Plan, output: Path, expected: Float32[n
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
     config, label = loaded.config, loaded.path.resolve().name
     head_map = HeadMap(
-        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json.dumps(meta, sort_keys=True)
+        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json_text(meta, sort_keys=True)
     )
     head_map.save(output / HEADS)
     described = {
         "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,
         "expected": [[round(float(z), 6) for z in layer] for layer in expected],
     }  # fmt: skip
-    (output / GATES).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    (output / GATES).write_text(json_text(described) + "\n", encoding="utf-8")
     plot_heads(head_map, output / ROLES)
     plot_training(output / METRICS, head_map, output / TRAINING)
     return Learned(head_map, expected, above_half)

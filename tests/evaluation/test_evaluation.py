@@ -18,7 +18,7 @@ from lychee_jax.evaluation.report import Report, Style
 from lychee_jax.evaluation.runner import Plan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.variants import Budget, variants_of
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.loading import BUNDLED, load
 from tests.support import tiny_checkpoints
 
@@ -37,11 +37,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> LoadedModel:
+def model(folder: Path) -> LLM:
     return load(folder)
 
 
-def plan_of(model: LoadedModel, *, samples: int = 5, batch: int = 2, decode_last: int = 0) -> Plan:
+def plan_of(model: LLM, *, samples: int = 5, batch: int = 2, decode_last: int = 0) -> Plan:
     assert model.tokenizer is not None
     task = Passkey(model.tokenizer, facts=2, max_new_tokens=6)
     cells = [Cell(task, 300, samples, depth) for depth in (0.0, 1.0)]

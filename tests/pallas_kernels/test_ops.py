@@ -79,7 +79,7 @@ def check_hybrid(shape: Shape, cache: Cache, heads: list[int], rule: oracle.Rule
         *cache.arrays,
         padded(pages, rule.budget),
         jnp.array(heads, jnp.int32),
-        spec_of(rule),
+        spec=spec_of(rule),
         scale=shape.scale,
     )
     want, handed, margin = oracle.hybrid_decode(

@@ -21,7 +21,7 @@ from lychee_jax.evaluation.passkey import STYLE, Passkey, is_right
 from lychee_jax.evaluation.runner import Plan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.variants import variants_of
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.loading import BUNDLED, load, save
 from lychee_jax.models.spec import Functional
 from lychee_jax.studies import pretrain, profile_heads
@@ -37,7 +37,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def bundled() -> LoadedModel:
+def bundled() -> LLM:
     return load(dtype="float32")
 
 
@@ -101,10 +101,10 @@ def test_training_text_is_the_tokenizers(tokenizer: Tokenizer):
 
 def test_a_chat_is_the_trained_form(tokenizer: Tokenizer):
     text = "The passkey of amber falcon is 48213.\nQuestion: What is the passkey of amber falcon?"
-    assert tokenizer.encode_chat(text) == tokenizer.encode(text + "\nAnswer:")
+    assert tokenizer.encode_messages(text) == tokenizer.encode(text + "\nAnswer:")
 
 
-def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled: LoadedModel, tmp_path: Path):
+def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled: LLM, tmp_path: Path):
     assert bundled.tokenizer is not None
     task = Passkey(bundled.tokenizer, facts=10, seed=1, max_new_tokens=12)
     options = GenerateOptions(heads=bundled.heads, eos_ids=bundled.eos_ids)
@@ -115,7 +115,7 @@ def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled
     assert report.results[1].kv_read_share < 0.8
 
 
-def test_an_answer_ends_by_itself(bundled: LoadedModel):
+def test_an_answer_ends_by_itself(bundled: LLM):
     prompt = data.prompt(np.random.default_rng(2), "variable", 1024, 6)
     found = bundled.generate(prompt.text, max_new_tokens=48)
     assert found.tokens[0][-1] == language.EOS
@@ -187,7 +187,7 @@ def test_elimination_keeps_the_heads_that_are_missed():
     head_map.check(config)
 
 
-def test_roles_are_judged_as_hybrid_decoding_would_answer(bundled: LoadedModel):
+def test_roles_are_judged_as_hybrid_decoding_would_answer(bundled: LLM):
     """All heads retrieving gives the dense losses, whatever the budget; a few pages for all heads spoil them."""
     policy = SelectionPolicy(budget=512)
     judge = profile_heads.Judge(bundled.config, bundled.model, policy, length=640, samples=2, facts=2, seed=3)

@@ -14,7 +14,7 @@ from lychee_jax.data import language
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.loading import load
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.studies.head_maps.maps import roles_of
@@ -142,12 +142,12 @@ def test_bad_shapes_are_refused(scorer: Scorer, memory: Memory):
 
 
 @pytest.fixture(scope="module")
-def bundled() -> LoadedModel:
+def bundled() -> LLM:
     return load(dtype="float32")
 
 
 @pytest.mark.slow
-def test_the_bundled_model_is_judged_as_it_answers(bundled: LoadedModel):
+def test_the_bundled_model_is_judged_as_it_answers(bundled: LLM):
     """A map like a learned one and few pages: some answers are right, some are not, and both ways agree on each."""
     heads = dataclasses.replace(HeadMap.none(bundled.config), retrieval=((0, 1, 2, 3), (), (1, 2, 3), *[()] * 4, (1,)))
     policy, rows = SelectionPolicy(256, 64, 64), 8

@@ -17,7 +17,7 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.loading import load
 from lychee_jax.studies.head_maps import __main__ as command
 from lychee_jax.studies.head_maps import maps, report, scoring, study
@@ -63,12 +63,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> LoadedModel:
+def model(folder: Path) -> LLM:
     return load(folder)
 
 
 @pytest.fixture(scope="module")
-def scorer(model: LoadedModel):
+def scorer(model: LLM):
     scorer = Scorer(model.config, model.model)
     yield scorer
     scorer.close()
@@ -205,7 +205,7 @@ def test_readers_are_counted_up_to_the_next_pick():
     assert readers(roles).tolist() == [[2, 0, 4], [0, 3, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
-def test_calibrated_rules_read_what_the_ratio_reads(model: LoadedModel, scorer: Scorer):
+def test_calibrated_rules_read_what_the_ratio_reads(model: LLM, scorer: Scorer):
     row = row_of(8192, 1 / 8, context=768, page_size=16, sink=16, recent=32)
     roles = maps.random_roles(model.config, HEADS, 0)
     numbers = calibrate(scorer, roles, row, samples=4, tasks=("passkey", "lookup"))
@@ -325,7 +325,7 @@ class _Stop(Exception):
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_where_it_was_stopped(model: LoadedModel, whole: Path, tmp_path: Path, monkeypatch):
+def test_a_study_goes_on_where_it_was_stopped(model: LLM, whole: Path, tmp_path: Path, monkeypatch):
     shutil.copytree(whole / "study", tmp_path, dirs_exist_ok=True)
     (tmp_path / "scores.jsonl").unlink()
     (tmp_path / study.CALIBRATION).unlink()
@@ -361,12 +361,12 @@ def test_a_study_goes_on_where_it_was_stopped(model: LoadedModel, whole: Path, t
 
 
 @pytest.mark.slow
-def test_a_folder_with_another_study_is_refused(model: LoadedModel, whole: Path):
+def test_a_folder_with_another_study_is_refused(model: LLM, whole: Path):
     with pytest.raises(UserError, match="holds a run with other settings"):
         study.Study(model, grid_of(), dataclasses.replace(SIZES, samples=4), whole / "study", quiet)
 
 
-def test_answers_in_dialogues_are_counted_as_the_engine_writes_them(model: LoadedModel, tmp_path: Path, monkeypatch):
+def test_answers_in_dialogues_are_counted_as_the_engine_writes_them(model: LLM, tmp_path: Path, monkeypatch):
     """The dialogues are what the engine itself writes with roles, in answers of five tokens; one token is changed."""
     row = next(each for each in grid_of((3,)).dialogues() if each.budget == 1 / 8 and not each.correction)
     head_map, policy = maps.map_of(maps.random_roles(model.config, HEADS, 1), model.config, "r"), row.policy()

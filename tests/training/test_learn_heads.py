@@ -18,7 +18,7 @@ from flax import nnx
 from lychee_jax import run_folder
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.training import gates, learn_heads, loop
 from lychee_jax.training.learn_heads import Learned, Learner, Plan, learn, make_batch
 from tests.support import tiny_models
@@ -30,12 +30,12 @@ SMALL = dataclasses.replace(CONFIG, num_layers=2)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
+def loaded() -> LLM:
     return tiny_models.make()
 
 
 @pytest.fixture(scope="module")
-def small() -> LoadedModel:
+def small() -> LLM:
     """Two layers, for programs of another kind, which must be compiled."""
     return tiny_models.make(SMALL)
 
@@ -287,7 +287,7 @@ def test_the_price_presses_the_density_down(finished):
 # NaN ------------------------------------------------------------------------------------------------------------------
 
 
-def poisoned(token: int) -> LoadedModel:
+def poisoned(token: int) -> LLM:
     loaded = tiny_models.make()
     table = loaded.model.embed.embedding
     table[...] = table[...].at[token].set(jnp.nan)

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.studies.head_maps.maps import roles_of
 from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts
 from lychee_jax.studies.head_maps.rows import CORRECT_EVERY, Row
@@ -86,7 +86,7 @@ def score_answers(
 
 
 def score_dialogues(
-    model: LoadedModel, todo: Sequence[Job], map_of: MapOf, policy_of: PolicyOf, tally: Tally, report: Report, *,
+    model: LLM, todo: Sequence[Job], map_of: MapOf, policy_of: PolicyOf, tally: Tally, report: Report, *,
     tokens: int,
 ) -> None:  # fmt: skip
     """Score long generations: their tokens are fed one by one through the decode path, the questions' too.

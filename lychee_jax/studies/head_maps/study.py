@@ -14,7 +14,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LoadedModel
+from lychee_jax.llm import LLM
 from lychee_jax.plotting.training import History
 from lychee_jax.run_folder import Record, claim, read_json, write_json
 from lychee_jax.studies.head_maps import calibration, maps
@@ -70,7 +70,7 @@ class Study:
     Raises UserError for a model or sizes that do not fit, or a folder with another study.
     """
 
-    def __init__(self, model: LoadedModel, grid: Grid, sizes: Sizes, output: Path, report: Report) -> None:
+    def __init__(self, model: LLM, grid: Grid, sizes: Sizes, output: Path, report: Report) -> None:
         self.model, self.grid, self.sizes, self.output = model, grid, sizes, output
         self._report = report
         config = model.config
