@@ -26,7 +26,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import pages_for
 from lychee_jax.cache.pages import Pools
-from lychee_jax.engine.options import AttentionMode, AttentionOptions, EngineConfig, EngineOptions, GenerateOptions
+from lychee_jax.engine.options import AttentionMode, AttentionOptions, EngineConfig, GenerateOptions
 from lychee_jax.engine.request import Request
 from lychee_jax.engine.runner import Runner
 from lychee_jax.engine.scheduler import Chunk, DecodeRow, DecodeWork, PrefillWork
@@ -126,8 +126,8 @@ def _random_cache(model: LLM, context: int, options: GenerateOptions) -> Runner:
     config = model.engine_config or EngineConfig.of(jax.default_backend(), model.config)
     most = context + options.max_new_tokens
     runner = Runner(
-        model.spec, model.weights, EngineOptions(options.page_size, implementation=options.implementation, max_num_seqs=1),
-        config, num_pages=pages_for(most, options.page_size) + config.batch_bucket(1, 1), max_model_len=most,
+        model.spec, model.weights, dataclasses.replace(options.engine, max_num_seqs=1), config,
+        num_pages=pages_for(most, options.page_size) + config.batch_bucket(1, 1), max_model_len=most,
     )  # fmt: skip
     shape, kind = runner.pools[0].data.shape, runner.pools[0].data.dtype
     runner.pools = ()  # freed before the others are made
