@@ -86,7 +86,7 @@ def as_json(lychee, folder):
 
 def test_json_has_one_row_a_prompt(as_json, folder):
     answer = as_json("--prompt", TEXT)
-    assert list(answer) == ["prompt_tokens", "tokens", "logprobs", "text", "timing", "attention"]
+    assert list(answer) == ["prompt_tokens", "tokens", "logprobs", "text", "finish_reason", "timing", "attention"]
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer is not None
     assert answer["prompt_tokens"] == [len(tokenizer.encode(TEXT))]
@@ -166,6 +166,8 @@ def test_stop_strings_end_rows(as_json, folder):
     count = len(answer["tokens"][0])
     assert answer["tokens"][0] == free["tokens"][0][:count]
     assert count < len(free["tokens"][0])
+    assert len(answer["logprobs"][0]) == count
+    assert (answer["finish_reason"], free["finish_reason"]) == (["stop"], ["length"])
     assert stop in tokenizer.decode(answer["tokens"][0])
     assert stop not in tokenizer.decode(answer["tokens"][0][:-1])
 
