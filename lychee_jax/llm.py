@@ -331,11 +331,11 @@ def _pieces(stream: TokenStream, texts: list[TextStream] | None) -> Iterator[str
     for row, output in stream:
         if texts is None:
             continue
-        for token in output.tokens:
+        for count, token in enumerate(output.tokens, 1):
             if piece := texts[row].push(token):
                 yield piece
             if texts[row].stopped:
-                stream.finish(row)
+                stream.finish(row, unused=len(output.tokens) - count)
                 break
     for text in texts or ():
         if piece := text.finish():

@@ -251,13 +251,13 @@ def _follow(stream: TokenStream, texts: list[TextStream] | None, *, live: bool) 
     """Take a generation to its end, stop strings included; with `live`, show its only row as it comes."""
     show: Callable[[str], Any] = sys.stdout.write if live else len
     for row, output in stream:
-        for token in output.tokens:
+        for count, token in enumerate(output.tokens, 1):
             if texts is None:
                 show(f"{token} ")
                 continue
             show(texts[row].push(token))
             if texts[row].stopped:
-                stream.finish(row)
+                stream.finish(row, unused=len(output.tokens) - count)
                 break
         sys.stdout.flush()
     for text in texts or ():

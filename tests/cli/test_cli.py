@@ -14,10 +14,10 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cli import main as cli
 from lychee_jax.cli.generate import generate
-from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.sampling import SamplingParams
+from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
+from lychee_jax.llm import LLM
 from lychee_jax.text.streaming import StreamDecoder
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import tiny_checkpoints, tiny_tokenizers
@@ -86,7 +86,7 @@ def as_json(lychee, folder):
 
 def test_json_has_one_row_a_prompt(as_json, folder):
     answer = as_json("--prompt", TEXT)
-    assert list(answer) == ["prompt_tokens", "tokens", "logprobs", "text", "timing", "attention"]
+    assert list(answer) == ["prompt_tokens", "tokens", "logprobs", "text", "finish_reason", "timing", "attention"]
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer is not None
     assert answer["prompt_tokens"] == [len(tokenizer.encode(TEXT))]
@@ -261,6 +261,8 @@ def test_stop_strings_end_rows(as_json, folder):
     count = len(answer["tokens"][0])
     assert answer["tokens"][0] == free["tokens"][0][:count]
     assert count < len(free["tokens"][0])
+    assert len(answer["logprobs"][0]) == count
+    assert (answer["finish_reason"], free["finish_reason"]) == (["stop"], ["length"])
     assert stop in tokenizer.decode(answer["tokens"][0])
     assert stop not in tokenizer.decode(answer["tokens"][0][:-1])
 
@@ -314,11 +316,11 @@ def test_options_reach_the_engine(lychee, folder, monkeypatch):
     """Every option arrives where it should; nothing is computed."""
     caught = []
 
-    def stream(engine, prompts, options, on_prefill=None):
-        caught.append((engine, prompts, options))
+    def stream(model, prompts, options, on_prefill=None):
+        caught.append((model, prompts, options))
         raise UserError("seen")
 
-    monkeypatch.setattr(Engine, "stream", stream)
+    monkeypatch.setattr(LLM, "stream_tokens", stream)
     argv = """
         --attention hybrid --heads none --page-size 4 --budget 24 --sink 5 --recent 6 --rule top_p --ratio 0.25
         --top-p-mass 0.5 --threshold 0.125 --page-score mass --correct-every 7 --temperature 0.5 --top-k 9 --top-p 0.75
@@ -327,12 +329,12 @@ def test_options_reach_the_engine(lychee, folder, monkeypatch):
     """
     status = lychee("generate", "--model", folder, *argv.split(), stdin="[[5, 6], [7]]")
     assert status == (2, "", "error: seen\n")
-    engine, prompts, options = caught.pop()
+    model, prompts, options = caught.pop()
     assert prompts == [[5, 6], [7]]
-    assert engine.dtype == "bfloat16"
+    assert model.dtype == "bfloat16"
     assert options == GenerateOptions(
         attention="hybrid",
-        heads=HeadMap.none(engine.config),
+        heads=HeadMap.none(model.config),
         policy=SelectionPolicy(24, 5, 6, "top_p", 0.25, 0.5, 0.125, "mass"),
         page_size=4,
         max_new_tokens=13,

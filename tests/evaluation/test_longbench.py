@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lychee_jax.cli import main as cli
+from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.longbench import EXTRA_TASKS, TASKS, LongBench
@@ -164,9 +165,8 @@ def test_perplexity_is_that_of_the_full_forward_pass(capfd, tokenizer, tmp_path)
     for index in range(2):
         case = task.case(200, None, index)
         for end in range(len(case.forced)):
-            prompt = [*case.tokens, *case.forced[:end]]
-            filled = model.engine.prefill([prompt], max_new_tokens=1)
-            logits = model.model.logits(filled.last[:1])[0]
-            losses.append(-float(np.asarray(logits - np.logaddexp.reduce(np.asarray(logits)))[case.forced[end]]))
+            prompt, token = [*case.tokens, *case.forced[:end]], case.forced[end]
+            found_alone = model.generate_tokens([prompt], GenerateOptions("dense"), forced=[[token]], limits=[1])
+            losses.append(-found_alone.logprobs[0][0])
     assert found["score"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert found["shown"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)

@@ -234,9 +234,9 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
             )
             # Op by op: within one program the interpreter's calls back can starve on a machine with few cores.
             pools, last = inspect.unwrap(programs.prefill_chunk)(
-                spec, weights, pools, jnp.asarray(table), jnp.asarray(tokens[:, start : start + chunk]),
-                jnp.asarray(cos), jnp.asarray(sin), jnp.array([start], jnp.int32),
-                jnp.array([min(chunk, prompt - start)], jnp.int32), implementation,
+                spec, implementation, weights, pools, jnp.asarray(table),
+                jnp.asarray(tokens[:, start : start + chunk]), jnp.asarray(cos), jnp.asarray(sin),
+                jnp.array([start], jnp.int32), jnp.array([min(chunk, prompt - start)], jnp.int32),
             )  # fmt: skip
             lasts.append(np.asarray(last, np.float32))
         held = [np.asarray(pool.data, np.float32)[table[0, :used]].reshape(-1, 2 * config.head_dim) for pool in pools]
