@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
-    "lychee_jax.forced": ("lychee_jax.engine.teacher_forcing",),
     "lychee_jax.gates": ("lychee_jax.training.gates",),
     "lychee_jax.generate": ("lychee_jax.engine.options", "lychee_jax.engine.outputs", "lychee_jax.engine.engine"),
     "lychee_jax.heads": ("lychee_jax.attention.head_map",),

@@ -5,19 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lychee_jax.arguments import as_prompts, as_stops
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
-from lychee_jax.engine.engine import Engine, Stream
-from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.outputs import Timing
-from lychee_jax.engine.sampling import SamplingParams
+from lychee_jax.engine.engine import Engine, check_prompt
+from lychee_jax.engine.kernel_support import refuse_uncovered
+from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions, max_pages
+from lychee_jax.engine.outputs import Result, Timing
+from lychee_jax.engine.page_trace import Reading, trace_step
+from lychee_jax.engine.request import FinishReason
+from lychee_jax.engine.sampling_params import SamplingParams
+from lychee_jax.engine.stream import Router, TokenStream
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import place_weights
+from lychee_jax.text.chat import Message
+from lychee_jax.text.prompts import Conversations, Prompts, encode_prompts
 from lychee_jax.text.streaming import TextStream
 from lychee_jax.text.tokenizer import Tokenizer
 
@@ -34,13 +46,15 @@ _POLICY = {
 class Generation:
     """What `LLM.generate` returns; every list has one entry for each prompt.
 
-    `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer.
+    `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer
+    and never shows the eos. `finish_reason`: "stop" (an eos or a stop text) or "length".
     """
 
     prompt_tokens: list[int]
     tokens: list[list[int]]
     logprobs: list[list[float]]
     text: list[str] | None
+    finish_reason: list[FinishReason]
     timing: Timing
     attention: dict[str, Any]
 
@@ -68,10 +82,122 @@ class LLM:
     heads: HeadMap | None
     eos_ids: tuple[int, ...]
 
-    @functools.cached_property
-    def engine(self) -> Engine:
-        """Token ids in, token ids out."""
-        return Engine(self.model)
+    engine_config: EngineConfig | None = None
+    engine_options: EngineOptions = dataclasses.field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        self.spec, weights = ModelSpec.split(self.model)
+        self.weights = place_weights(self.config, weights)
+        self._router: Router | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of weights, activations and cache."""
+        return np.dtype(self.weights[0].dtype)
+
+    def engine(self, options: EngineOptions) -> Engine:
+        """The engine for these options. There is one at a time: other options free its cache first.
+
+        Raises:
+            UserError: a generation with other options is not at its end yet.
+        """
+        return self._route(options).engine
+
+    def _route(self, options: EngineOptions) -> Router:
+        router = self._router
+        if router is not None and router.engine.options == options and not router.engine.failed:
+            return router
+        if router is not None and router.engine.has_work and not router.engine.failed:
+            raise UserError("a generation with other engine options is still running; finish it or close it first")
+        if router is not None:
+            router.engine.close()  # its cache is freed before another one is made
+        self._router = Router(Engine(self.spec, self.weights, options, self.engine_config))
+        return self._router
+
+    def read_pages(self, prompt: Sequence[int], options: GenerateOptions) -> Reading:
+        """Which pages every head reads in the decode step after a prompt, in hybrid attention.
+
+        Raises:
+            UserError: a prompt that this model cannot take, or a generation is still running.
+        """
+        (row,) = self.check_prompts([prompt], 1)
+        return trace_step(self.engine(self._engine_options(options)), row, options.attention_options)
+
+    def _engine_options(self, options: GenerateOptions) -> EngineOptions:
+        """Those of the model, with what a call may choose."""
+        return dataclasses.replace(
+            self.engine_options, page_size=options.page_size, correct_every=options.correct_every,
+            implementation=options.implementation,
+        )  # fmt: skip
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
+        """The prompts as the engine takes them.
+
+        Raises:
+            UserError: no prompt, or one that this model cannot take.
+        """
+        rows: list[tuple[int, ...]] = []
+        for number, prompt in enumerate(as_prompts(prompts)):
+            if isinstance(prompt, str):
+                raise UserError(f"prompt {number} is a text; the engine takes token ids")
+            check_prompt(self.config, row := tuple(prompt), max_new_tokens, self.config.max_tokens, f"prompt {number}")
+            rows.append(row)
+        return rows
+
+    def check_implementation(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
+        """Raise NotImplementedError if the named implementation does not cover these prompts on this machine."""
+        if options.implementation is not None and prompts:
+            pages = max_pages(max(map(len, prompts)) + options.max_new_tokens, options.page_size)
+            refuse_uncovered(
+                options.implementation, self.config, self.dtype, options.policy, batch=len(prompts), pages=pages,
+                page_size=options.page_size,
+            )  # fmt: skip
+
+    def stream_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerateOptions,
+        *,
+        forced: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
+        top_logprobs: int = 0,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> TokenStream:
+        """Token ids in, (row, output) out as tokens come.
+
+        Args:
+            prompts: rows of ids.
+            options: of all rows.
+            forced: a row of tokens for each prompt that are taken instead of sampled ones, from the first new one on
+                (teacher forcing).
+            limits: new tokens of each row, instead of the options' `max_new_tokens`.
+            top_logprobs: how many of the likeliest tokens are reported at each step.
+            on_prefill: called with the prompt tokens that were read, and how many there are.
+
+        Raises:
+            UserError: bad input, told in one line.
+            NotImplementedError: the implementation that `options` name does not cover this model on this machine.
+        """
+        rows = self.check_prompts(prompts, 1)
+        return TokenStream(
+            self._route(self._engine_options(options)), rows, options, forced=forced, limits=limits,
+            top_logprobs=top_logprobs, on_prefill=on_prefill,
+        )  # fmt: skip
+
+    def generate_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: GenerateOptions,
+        *,
+        forced: Sequence[Sequence[int]] | None = None,
+        limits: Sequence[int] | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """`stream_tokens` to its end."""
+        stream = self.stream_tokens(prompts, options, forced=forced, limits=limits, on_prefill=on_prefill)
+        for _ in stream:
+            pass
+        return stream.result()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -80,19 +206,25 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts | None = None,
         *,
         chat: bool = False,
-        stop: Iterable[str] = (),
+        system: str | None = None,
+        messages: Conversations | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        stop: str | Iterable[str] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Generation:
-        """Continue one prompt or several: texts, or rows of token ids, which are used as they are.
+        """Continue one prompt or several: texts, conversations, or rows of token ids, which are used as they are.
 
         Args:
-            prompts: a text, or a list of texts or of rows of ids.
+            prompts: a text, a row of ids, or a list of texts or of rows of ids.
             chat: put texts through the checkpoint's chat template.
-            stop: texts before which a row ends.
+            system: the system message of every chat.
+            messages: a conversation, `[{"role": …, "content": …}, …]`, or several, instead of prompts.
+            template_kwargs: keywords for the chat template, such as `{"enable_thinking": False}`.
+            stop: a text before which a row ends, or several; a special token's name is one too.
             on_prefill: called with the prompt tokens that were read, and how many there are.
             options: see the class.
 
@@ -100,9 +232,12 @@ class LLM:
             UserError: bad input, told in one line.
         """
         chosen = self.options(**options)
-        rows = [self._encode(prompt, chat) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        texts = self._texts(len(rows), tuple(stop))
-        stream = self.engine.stream(rows, chosen, on_prefill)
+        rows = encode_prompts(
+            self.tokenizer, prompts, chat=chat, system=system, messages=messages, template_kwargs=template_kwargs,
+            model=self.path,
+        )  # fmt: skip
+        texts = self._texts(len(rows), stop, chosen)
+        stream = self.stream_tokens(rows, chosen, on_prefill=on_prefill)
         for _ in _pieces(stream, texts):
             pass
         result = stream.result()
@@ -111,25 +246,35 @@ class LLM:
             result.tokens,
             result.logprobs,
             [text.text for text in texts] if texts is not None else None,
+            result.finish_reason,
             result.timing,
             result.attention,
         )
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         *,
         chat: bool = False,
-        stop: Iterable[str] = (),
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        stop: str | Iterable[str] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Continue one prompt: read now, its text is yielded as it becomes final. All else is as in `generate`."""
         chosen = self.options(**options)
-        texts = self._texts(1, tuple(stop))
+        texts = self._texts(1, stop, chosen)
         if texts is None:
             raise UserError(f"{self.path} has no tokenizer, so there is no text to stream; use generate")
-        return _pieces(self.engine.stream([self._encode(prompt, chat)], chosen, on_prefill), texts)
+        rows = encode_prompts(
+            self.tokenizer, prompt, chat=chat, system=system, messages=messages, template_kwargs=template_kwargs,
+            model=self.path,
+        )  # fmt: skip
+        if len(rows) > 1:
+            raise UserError(f"there are {len(rows)} prompts; only one can be streamed")
+        return _pieces(self.stream_tokens(rows, chosen, on_prefill=on_prefill), texts)
 
     def options(self, *, heads: str | Path | HeadMap | None = None, **keywords: Any) -> GenerateOptions:
         """The engine's options for the keywords that `generate` takes.
@@ -165,40 +310,35 @@ class LLM:
         if isinstance(heads, HeadMap):
             heads.check(self.config)
             return heads
+        if not isinstance(heads, str | os.PathLike):
+            raise UserError(f"heads is {heads!r}; give all, none, a HeadMap or the file of one")
         return HeadMap.load(heads, self.config)
 
-    def _encode(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
-        if not isinstance(prompt, str):
-            if chat:
-                raise UserError("a chat needs text: token ids are used as they are")
-            return list(prompt)
+    def _texts(self, rows: int, stop: str | Iterable[str] | None, options: GenerateOptions) -> list[TextStream] | None:
+        stops = as_stops(stop)
         if self.tokenizer is None:
-            raise UserError(f"{self.path} has no tokenizer; give token ids")
-        return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
-
-    def _texts(self, rows: int, stop: tuple[str, ...]) -> list[TextStream] | None:
-        if self.tokenizer is None:
-            if stop:
+            if stops:
                 raise UserError(f"stop texts need a tokenizer, and {self.path} has none")
             return None
-        return [TextStream(self.tokenizer, stop) for _ in range(rows)]
+        eos_ids = () if options.ignore_eos else options.eos_ids
+        return [TextStream(self.tokenizer, stops, eos_ids) for _ in range(rows)]
 
 
 LoadedModel = LLM
 """The former name, for one release."""
 
 
-def _pieces(stream: Stream, texts: list[TextStream] | None) -> Iterator[str]:
+def _pieces(stream: TokenStream, texts: list[TextStream] | None) -> Iterator[str]:
     """Follow a generation to its end, rows ended by their stop texts; yields the text of all rows as it comes."""
-    for step in stream:
-        for row, text in enumerate(texts or ()):
-            token = int(step.tokens[row])
-            if token < 0:
-                continue
-            if piece := text.push(token):
+    for row, output in stream:
+        if texts is None:
+            continue
+        for token in output.tokens:
+            if piece := texts[row].push(token):
                 yield piece
-            if text.stopped:
+            if texts[row].stopped:
                 stream.finish(row)
+                break
     for text in texts or ():
-        if piece := text.flush():
+        if piece := text.finish():
             yield piece

@@ -1,7 +1,6 @@
 """Array ops of hybrid-head decoding (LycheeDecode, arXiv 2602.04541); they know no model, no config, no head map."""
 
 from pallas_kernels.dispatch import (
-    block_attention,
     dense_decode,
     extend_attention,
     hybrid_decode,
@@ -10,13 +9,14 @@ from pallas_kernels.dispatch import (
     sparse_decode,
 )  # fmt: skip
 from pallas_kernels.interpret import interpreted
-from pallas_kernels.types import Selection
+from pallas_kernels.types import KVPages, Selection, SelectionSpec
 from pallas_kernels.xla.decode import MASKED
 
 __all__ = [
     "MASKED",
+    "KVPages",
     "Selection",
-    "block_attention",
+    "SelectionSpec",
     "dense_decode",
     "extend_attention",
     "hybrid_decode",

@@ -9,13 +9,13 @@ import contextlib
 import contextvars
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import jax
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels.types import Heads, PageScore, Rule, Selection
-from pallas_kernels.xla import decode as reference
+from pallas_kernels.types import Heads, KVPages, PageScore, Selection, SelectionSpec
+from pallas_kernels.xla import decode, prefill
 
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu"]
 
@@ -25,16 +25,17 @@ def _lazy(package: str, op: str) -> Callable[..., Any]:
     return lambda *args, **options: getattr(importlib.import_module(package), op)(*args, **options)
 
 
-_NAMES = ("dense_decode", "sparse_decode", "select_pages", "hybrid_decode")
+_NAMES = ("dense_decode", "sparse_decode", "select_pages", "hybrid_decode", "extend_attention")
 _OPS: dict[str, dict[str, Callable[..., Any]]] = {
     "xla": {
-        "dense_decode": reference.dense_decode,
-        "sparse_decode": reference.sparse_decode,
-        "select_pages": reference.select_pages,
-        "hybrid_decode": reference.hybrid_decode,
+        "dense_decode": decode.dense_decode,
+        "sparse_decode": decode.sparse_decode,
+        "select_pages": decode.select_pages,
+        "hybrid_decode": decode.hybrid_decode,
+        "extend_attention": prefill.extend_attention,
     },
-    "mosaic_gpu": {name: _lazy("pallas_kernels.mosaic_gpu", name) for name in (*_NAMES, "extend_attention")},
-    "mosaic_tpu": {name: _lazy("pallas_kernels.mosaic_tpu", name) for name in (*_NAMES, "block_attention")},
+    "mosaic_gpu": {name: _lazy("pallas_kernels.mosaic_gpu", name) for name in _NAMES},
+    "mosaic_tpu": {name: _lazy("pallas_kernels.mosaic_tpu", name) for name in _NAMES},
 }
 _PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("mosaic_tpu", "xla"),
@@ -86,140 +87,196 @@ def _run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any
     raise NotImplementedError(f"{op} has no implementation for {jax.default_backend()}")
 
 
-def _check_pool(q: Array, kv_pages: Array, page_table: Array, lengths: Array, heads: Heads) -> None:
+def _check_cache(kv: KVPages, kv_heads: int, head_dim: int) -> None:
+    if kv.kv_heads != kv_heads or kv.data.shape[3] != 2 * head_dim:
+        raise ValueError(
+            f"kv.data {kv.data.shape} does not fit q: expected [num_pages, {kv_heads}, page_size, {2 * head_dim}]"
+        )
+    if kv.scales is not None:
+        raise NotImplementedError("quantised caches are not read yet: kv.scales must be None")
+
+
+def _check_rows(batch: int, **rows: Array) -> None:
+    if any(array.shape[0] != batch for array in rows.values()):
+        found = ", ".join(f"{name} {array.shape[0]}" for name, array in rows.items())
+        raise ValueError(f"q has {batch} rows, {found}: they must agree")
+
+
+def _check_decode(q: Array, kv: KVPages, heads: Heads, **rows: Array) -> None:
     batch, kv_heads, _, head_dim = q.shape
-    if kv_pages.shape[1] != kv_heads or kv_pages.shape[3] != 2 * head_dim:
-        raise ValueError(
-            f"kv_pages {kv_pages.shape} does not fit q {q.shape}: "
-            f"expected [num_pages, {kv_heads}, page_size, {2 * head_dim}]"
-        )
-    if page_table.shape[0] != batch or lengths.shape[0] != batch:
-        raise ValueError(
-            f"q has {batch} rows, page_table {page_table.shape[0]} and lengths {lengths.shape[0]}: they must agree"
-        )
+    _check_cache(kv, kv_heads, head_dim)
+    _check_rows(batch, **rows)
     if heads.shape[0] > kv_heads:
         raise ValueError(f"{heads.shape[0]} heads were named, but there are only {kv_heads} KV heads")
 
 
-def _check_budget(budget_pages: int, sink_pages: int, recent_pages: int) -> None:
-    if budget_pages < 1:
-        raise ValueError(f"budget_pages is {budget_pages}; it must be at least 1")
-    if sink_pages < 0 or recent_pages < 0:
-        raise ValueError(f"sink_pages {sink_pages} and recent_pages {recent_pages} must not be negative")
-    if sink_pages + recent_pages > budget_pages:
-        raise ValueError(
-            f"{sink_pages} sink and {recent_pages} recent pages are forced, more than the budget of {budget_pages}"
-        )
-
-
+@overload
 def dense_decode(
     q: Float[Array, "B K G H"],
-    kv_pages: Float[Array, "num_pages K page_size HH"],
+    kv: KVPages,
     page_table: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     heads: Int[Heads, " R"],
     *,
     scale: float,
     page_scores: PageScore | None = None,
+    return_lse: Literal[False] = False,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]:
-    """Attention over the whole cache with page scores from the same pass; see `reference.dense_decode`."""
-    _check_pool(q, kv_pages, page_table, lengths, heads)
+) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]: ...
+
+
+@overload
+def dense_decode(
+    q: Float[Array, "B K G H"],
+    kv: KVPages,
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    heads: Int[Heads, " R"],
+    *,
+    scale: float,
+    page_scores: PageScore | None = None,
+    return_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None, Float32[Array, "B R G"]]: ...
+
+
+def dense_decode(
+    q: Float[Array, "B K G H"],
+    kv: KVPages,
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    heads: Int[Heads, " R"],
+    *,
+    scale: float,
+    page_scores: PageScore | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> (
+    tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None]
+    | tuple[Float[Array, "B R G H"], Float32[Array, "B R P"] | None, Float32[Array, "B R G"]]
+):
+    """Attention of some KV heads over the whole cache; page scores and log-sum-exps come from the same pass.
+
+    See `xla.decode.dense_decode`.
+
+    Raises:
+        NotImplementedError: the implementation that was asked for does not cover the case.
+        ValueError: shapes that do not fit each other.
+    """
+    _check_decode(q, kv, heads, page_table=page_table, lengths=lengths)
     return _run(
-        "dense_decode", implementation, q, kv_pages, page_table, lengths, heads, scale=scale, page_scores=page_scores
-    )
+        "dense_decode", implementation, q, kv, page_table, lengths, heads, scale=scale, page_scores=page_scores,
+        return_lse=return_lse,
+    )  # fmt: skip
 
 
+@overload
 def sparse_decode(
     q: Float[Array, "B K G H"],
-    kv_pages: Float[Array, "num_pages K page_size HH"],
+    kv: KVPages,
     page_table: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     selection: Selection,
     heads: Int[Heads, " R"],
     *,
     scale: float,
+    return_lse: Literal[False] = False,
     implementation: str | None = None,
-) -> Float[Array, "B R G H"]:
-    """Attention over the selected pages; see `reference.sparse_decode`."""
-    _check_pool(q, kv_pages, page_table, lengths, heads)
-    return _run("sparse_decode", implementation, q, kv_pages, page_table, lengths, selection, heads, scale=scale)
+) -> Float[Array, "B R G H"]: ...
+
+
+@overload
+def sparse_decode(
+    q: Float[Array, "B K G H"],
+    kv: KVPages,
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    selection: Selection,
+    heads: Int[Heads, " R"],
+    *,
+    scale: float,
+    return_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B R G H"], Float32[Array, "B R G"]]: ...
+
+
+def sparse_decode(
+    q: Float[Array, "B K G H"],
+    kv: KVPages,
+    page_table: Int[Array, "B P"],
+    lengths: Int[Array, " B"],
+    selection: Selection,
+    heads: Int[Heads, " R"],
+    *,
+    scale: float,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B R G H"] | tuple[Float[Array, "B R G H"], Float32[Array, "B R G"]]:
+    """Attention of some KV heads over the pages selected for them; see `xla.decode.sparse_decode`.
+
+    Raises: as `dense_decode`.
+    """
+    _check_decode(q, kv, heads, page_table=page_table, lengths=lengths)
+    return _run(
+        "sparse_decode", implementation, q, kv, page_table, lengths, selection, heads, scale=scale,
+        return_lse=return_lse,
+    )  # fmt: skip
 
 
 def select_pages(
     page_scores: Float32[Array, "B R P"],
     lengths: Int[Array, " B"],
+    spec: SelectionSpec,
     *,
     page_size: int,
-    budget_pages: int,
-    sink_pages: int,
-    recent_pages: int,
-    rule: Rule = "budget",
-    amount: float = 0.0,
     implementation: str | None = None,
 ) -> tuple[Int32[Array, "B R M"], Int32[Array, "B R"]]:
-    """Exact top pages, forced ones included, ascending; see `reference.select_pages`."""
+    """The pages that a head reads: forced ones and those of the highest scores; see `xla.decode.select_pages`.
+
+    Raises: as `dense_decode`.
+    """
     if page_size < 1:
         raise ValueError(f"page_size is {page_size}; it must be at least 1")
-    _check_budget(budget_pages, sink_pages, recent_pages)
-    return _run(
-        "select_pages", implementation, page_scores, lengths, page_size=page_size, budget_pages=budget_pages,
-        sink_pages=sink_pages, recent_pages=recent_pages, rule=rule, amount=amount,
-    )  # fmt: skip
+    return _run("select_pages", implementation, page_scores, lengths, spec, page_size=page_size)
 
 
 def hybrid_decode(
     q: Float[Array, "B K G H"],
-    kv_pages: Float[Array, "num_pages K page_size HH"],
+    kv: KVPages,
     page_table: Int[Array, "B P"],
     lengths: Int[Array, " B"],
     selection: Selection,
     heads: Int[Heads, " R"],
+    spec: SelectionSpec,
     *,
     scale: float,
-    budget_pages: int,
-    sink_pages: int,
-    recent_pages: int,
-    rule: Rule = "budget",
-    amount: float = 0.0,
-    page_scores: PageScore = "max",
+    dense: Bool[Array, " B"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B K G H"], Selection]:
-    """All roles of one layer, and the selection it hands up; see `reference.hybrid_decode`."""
-    _check_pool(q, kv_pages, page_table, lengths, heads)
-    _check_budget(budget_pages, sink_pages, recent_pages)
-    if selection.pages.shape[2] != budget_pages:
+    """One layer's attention, every KV head by its role, and the selection that it hands up.
+
+    Retrieval heads (`heads`) read the whole cache and select pages; all others read the pages selected for their index.
+    Rows with `dense[b]` read the whole cache in every head. See `xla.decode.hybrid_decode`.
+
+    Raises: as `dense_decode`.
+    """
+    rows = {} if dense is None else {"dense": dense}
+    _check_decode(q, kv, heads, page_table=page_table, lengths=lengths, **rows)
+    if selection.pages.shape[2] != spec.budget_pages:
         raise ValueError(
-            f"the selection has room for {selection.pages.shape[2]} pages a head and budget_pages is {budget_pages}; "
-            "a layer hands up as many as it gets"
+            f"the selection has room for {selection.pages.shape[2]} pages a head and budget_pages is "
+            f"{spec.budget_pages}; a layer hands up as many as it gets"
         )
     return _run(
-        "hybrid_decode", implementation, q, kv_pages, page_table, lengths, selection, heads, scale=scale,
-        budget_pages=budget_pages, sink_pages=sink_pages, recent_pages=recent_pages, rule=rule, amount=amount,
-        page_scores=page_scores,
-    )  # fmt: skip
-
-
-def block_attention(
-    q: Float[Array, "B K G T H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    valid: Int[Array, " B"] | None,
-    *,
-    scale: float,
-    implementation: str | None = None,
-) -> tuple[Float[Array, "B K G T H"], Float32[Array, "B K G T"]]:
-    """Attention of many queries over one block of keys, and its natural log-sum-exps, by which blocks are merged.
-
-    Every query sees the first `valid[b]` keys; with None, T = S and query t sees keys 0 … t. There is no XLA form of
-    it: who calls it has one (`pallas_kernels.xla.prefill`), and takes it upon NotImplementedError.
-    """
-    return _run("block_attention", implementation, q, k, v, valid, scale=scale)
+        "hybrid_decode", implementation, q, kv, page_table, lengths, selection, heads, spec, scale=scale, dense=dense
+    )
 
 
 def extend_attention(
     q: Float[Array, "B T K G H"],
-    kv_pages: Float[Array, "num_pages K page_size HH"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    kv: KVPages,
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
     counts: Int[Array, " B"],
@@ -227,25 +284,17 @@ def extend_attention(
     scale: float,
     implementation: str | None = None,
 ) -> Float[Array, "B T K G H"]:
-    """Causal attention of T new tokens over the pages that hold them and what came before them.
+    """Causal attention of a chunk of T new tokens over the cached tokens before it and over itself (chunked prefill).
 
-    The first `counts[b]` tokens of a row are real, their keys and values lie in the cache at `starts[b] …` already, and
-    token t sees the positions 0 … `starts[b] + t`. Nothing from `starts[b] + counts[b]` on is looked at: slots there
-    may hold anything, NaN included, and so may the page table's entries behind the last page that is needed. What comes
-    out for tokens that are not real is finite. The XLA form is in `xla/prefill.py`.
+    Token t of row b is at position `starts[b] + t` and sees all positions up to its own. The first `counts[b]` tokens
+    are real; their keys and values are in the cache already, and once more in `k` and `v`, as the cache holds them:
+    an implementation reads them where it is cheaper. Nothing else from `starts[b]` on is looked at: slots of the cache,
+    tokens past the count and entries of the page table behind the last page needed may hold anything, NaN included.
+    What comes out for tokens that are not real is finite and means nothing.
 
-    Raises:
-        NotImplementedError: no kernel covers the case.
+    Raises: as `dense_decode`.
     """
     batch, _, kv_heads, _, head_dim = q.shape
-    if kv_pages.shape[1] != kv_heads or kv_pages.shape[3] != 2 * head_dim:
-        raise ValueError(
-            f"kv_pages {kv_pages.shape} does not fit q {q.shape}: "
-            f"expected [num_pages, {kv_heads}, page_size, {2 * head_dim}]"
-        )
-    if not page_table.shape[0] == starts.shape[0] == counts.shape[0] == batch:
-        raise ValueError(
-            f"q has {batch} rows, page_table {page_table.shape[0]}, starts {starts.shape[0]} and counts "
-            f"{counts.shape[0]}: they must agree"
-        )
-    return _run("extend_attention", implementation, q, kv_pages, page_table, starts, counts, scale=scale)
+    _check_cache(kv, kv_heads, head_dim)
+    _check_rows(batch, page_table=page_table, starts=starts, counts=counts)
+    return _run("extend_attention", implementation, q, k, v, kv, page_table, starts, counts, scale=scale)

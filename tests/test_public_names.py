@@ -12,13 +12,12 @@ from lychee_jax import _moved
 from lychee_jax.llm import LLM
 
 FORMER = {  # what notebooks and documents imported from modules that have moved
-    "lychee_jax.forced": ("feed",),
     "lychee_jax.gates": ("HardConcrete", "HardKuma", "Plain", "harden"),
-    "lychee_jax.generate": ("Engine", "GenerateOptions", "Timing"),
+    "lychee_jax.generate": ("Engine", "GenerateOptions", "Result", "Timing"),
     "lychee_jax.heads": ("HeadMap",),
     "lychee_jax.loaded": ("Generation", "LoadedModel"),
     "lychee_jax.plots": ("plot_heads", "plot_reading"),
-    "lychee_jax.reading": ("Reading", "read_pages"),
+    "lychee_jax.reading": ("Reading",),
     "lychee_jax.sampling": ("SamplingParams",),
     "lychee_jax.selection": ("SelectionPolicy",),
     "lychee_jax.training.data": ("ask", "hide", "passkeys", "prompt"),

@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Int
 import pallas_kernels
 from lychee_jax.attention.backend import attention_scale
 from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.provider import FullScan, SelectionProvider
 from lychee_jax.attention.selection import Selection, SelectionPolicy
-from lychee_jax.cache.pages import append_token
+from lychee_jax.cache.pages import Pools, append_token
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +20,7 @@ from lychee_jax.cache.pages import append_token
 class DecodeState:
     """What a decode step carries through its layers: the pools, the selection, and how many pages were read."""
 
-    pools: tuple[jax.Array, ...]
+    pools: Pools
     selection: Selection
     pages_read: Int[Array, " B"]
 
@@ -28,7 +29,9 @@ class DecodeState:
 class Decode:
     """One new token a row, at position `positions[b]`; dense without a head map, else by roles (arXiv 2602.04541).
 
-    Inactive rows neither write to their pages nor read anything, and their output is zero.
+    With a head map, rows with `dense[b]` still read all pages in every head; what they hand up means nothing. Inactive
+    rows neither write to their pages nor read anything, and their output is zero. `provider`: how retrieval heads find
+    pages.
     """
 
     page_table: Int[Array, "B P"]
@@ -37,11 +40,13 @@ class Decode:
     head_map: HeadMap | None
     policy: SelectionPolicy
     implementation: str | None = None
+    dense: Bool[Array, " B"] | None = None
+    provider: SelectionProvider = FullScan()
 
-    def start(self, pools: tuple[jax.Array, ...]) -> DecodeState:
+    def start(self, pools: Pools) -> DecodeState:
         """The state below layer 0: nothing selected yet."""
-        batch, kv_heads, page_size = self.positions.shape[0], pools[0].shape[1], pools[0].shape[2]
-        budget = self.policy.pages(page_size)["budget_pages"]
+        batch, kv_heads = self.positions.shape[0], pools[0].kv_heads
+        budget = self.policy.spec(pools[0].page_size).budget_pages
         selection = Selection(
             jnp.full((batch, kv_heads, budget), -1, jnp.int32), jnp.zeros((batch, kv_heads), jnp.int32)
         )
@@ -55,7 +60,7 @@ class Decode:
         pool = append_token(state.pools[index], self.page_table, self.positions, self.active, kv)
         pools = (*state.pools[:index], pool, *state.pools[index + 1 :])
         lengths = jnp.where(self.active, self.positions + 1, 0)
-        kv_heads, page_size = pool.shape[1], pool.shape[2]
+        kv_heads, page_size = pool.kv_heads, pool.page_size
         scale = attention_scale(q.shape[-1])
         used = (lengths + page_size - 1) // page_size
         retrieval = tuple(range(kv_heads)) if self.head_map is None else self.head_map.retrieval[index]
@@ -66,13 +71,13 @@ class Decode:
                 q[:, 0], pool, self.page_table, lengths, heads, scale=scale, implementation=self.implementation
             )
         else:
-            out, selection = pallas_kernels.hybrid_decode(
-                q[:, 0], pool, self.page_table, lengths, selection, heads, scale=scale, rule=self.policy.rule,
-                amount=self.policy.amount, page_scores=self.policy.score, implementation=self.implementation,
-                **self.policy.pages(page_size),
+            out, selection = self.provider(
+                index, q[:, 0], pool, self.page_table, lengths, selection, heads, self.policy.spec(page_size),
+                scale=scale, dense=self.dense, implementation=self.implementation,
             )  # fmt: skip
         sparse = [head for head in range(kv_heads) if head not in retrieval]
         read = state.pages_read + len(retrieval) * used
         if sparse:
-            read = read + jnp.sum(selection.counts[:, jnp.asarray(sparse, jnp.int32)], axis=1, dtype=jnp.int32)
+            picked = jnp.sum(selection.counts[:, jnp.asarray(sparse, jnp.int32)], axis=1, dtype=jnp.int32)
+            read = read + (picked if self.dense is None else jnp.where(self.dense, len(sparse) * used, picked))
         return out[:, None], DecodeState(pools, selection, read)

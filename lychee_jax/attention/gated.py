@@ -129,12 +129,12 @@ def _picks(
     padding = [(0, 0)] * 3 + [(0, pages * page_size - length)]
     tiles = jnp.pad(scores, padding, constant_values=pallas_kernels.MASKED)
     tiles = tiles.reshape(batch, kv_heads, count, pages, page_size)
-    page_scores = jnp.max(tiles, axis=-1) if policy.score == "max" else jax.nn.logsumexp(tiles, axis=-1)
+    spec = policy.spec(page_size)
+    page_scores = jnp.max(tiles, axis=-1) if spec.page_score == "max" else jax.nn.logsumexp(tiles, axis=-1)
     rows = batch * count
     picked, _ = pallas_kernels.select_pages(
-        page_scores.transpose(0, 2, 1, 3).reshape(rows, kv_heads, pages), (positions + 1).reshape(rows),
-        page_size=page_size, rule=policy.rule, amount=policy.amount,
-        implementation="xla", **policy.pages(page_size),
+        page_scores.transpose(0, 2, 1, 3).reshape(rows, kv_heads, pages), (positions + 1).reshape(rows), spec,
+        page_size=page_size, implementation="xla",
     )  # fmt: skip
     row, head = jnp.arange(rows, dtype=jnp.int32)[:, None, None], jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
     own = jnp.zeros((rows, kv_heads, pages), bool).at[row, head, jnp.where(picked < 0, pages, picked)].set(

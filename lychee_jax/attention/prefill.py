@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+import pallas_kernels
 from lychee_jax.attention.backend import attention_scale
-from lychee_jax.cache.pages import append_pages, append_tokens
-from pallas_kernels.xla.prefill import extend_attention
+from lychee_jax.cache.pages import Pools, append_pages, append_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +24,16 @@ class Extend:
     aligned: bool
     implementation: str | None = None
 
-    def __call__(
-        self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    def __call__(self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Pools) -> tuple[jax.Array, Pools]:
         """Write the chunk's keys and values into the layer's pool, then attend to what lies before and in the chunk.
 
         Writing after the loop that reads would make XLA copy the pool.
         """
         pool = state[index]
-        k, v = k.astype(pool.dtype), v.astype(pool.dtype)
+        k, v = k.astype(pool.data.dtype), v.astype(pool.data.dtype)
         append = append_pages if self.aligned else append_tokens
         pool = append(pool, self.page_table, self.starts, self.counts, jnp.concatenate([k, v], axis=-1))
-        out = extend_attention(
+        out = pallas_kernels.extend_attention(
             q, k, v, pool, self.page_table, self.starts, self.counts, scale=attention_scale(q.shape[-1]),
             implementation=self.implementation,
         )  # fmt: skip

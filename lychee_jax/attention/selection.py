@@ -1,20 +1,13 @@
 """The selection policy: how many pages a head may read, and by which rule they are picked."""
 
 import dataclasses
-from typing import Literal, TypedDict, get_args
+from typing import Literal, get_args
 
+from lychee_jax.arguments import check_int32, settle_numbers
 from lychee_jax.errors import UserError
-from pallas_kernels.types import PageScore, Rule, Selection
+from pallas_kernels.types import Rule, Selection, SelectionSpec
 
 __all__ = ["Selection", "SelectionPolicy"]
-
-
-class PageCounts(TypedDict):
-    """The policy's numbers in pages, named as the ops name them."""
-
-    budget_pages: int
-    sink_pages: int
-    recent_pages: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +17,8 @@ class SelectionPolicy:
     `budget`: what a sparse head reads at most; `sink` first and `recent` last tokens are always read. `rule`: "budget"
     fills the budget; "ratio" takes ⌈ratio · P⌉ pages; "top_p" the fewest pages that hold `top_p` of the attention mass;
     "threshold" every page with at least `threshold` of the mass; "forced" only sink and recent pages. All stay under
-    the budget. `page_score`: a page counts by its best token ("max") or by its attention mass ("mass"); "top_p" and
-    "threshold" always go by mass.
+    the budget. `page_score`: a page counts by its best token ("max") or by the log-sum-exp of its scores, that is
+    its attention mass ("lse"; "mass" is another name for it); "top_p" and "threshold" always go by mass.
     """
 
     budget: int = 4096
@@ -35,17 +28,19 @@ class SelectionPolicy:
     ratio: float = 0.125
     top_p: float = 0.95
     threshold: float = 0.001
-    page_score: Literal["max", "mass"] = "max"
+    page_score: Literal["max", "lse", "mass"] = "max"
 
     def __post_init__(self):
+        settle_numbers(self)
+        check_int32(self, "budget", "sink", "recent")
         if self.sink < 0 or self.recent < 0:
             raise UserError(f"sink is {self.sink} and recent is {self.recent}; neither may be negative")
         if self.budget < 1:
             raise UserError(f"budget is {self.budget}; it must be a positive multiple of the page size")
         if self.rule not in get_args(Rule):
             raise UserError(f"selection rule {self.rule!r} is unknown; use one of {', '.join(get_args(Rule))}")
-        if self.page_score not in ("max", "mass"):
-            raise UserError(f"page score {self.page_score!r} is unknown; use max or mass")
+        if self.page_score not in ("max", "lse", "mass"):
+            raise UserError(f"page score {self.page_score!r} is unknown; use max or lse")
         for name in ("ratio", "top_p"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be above 0 and at most 1")
@@ -58,28 +53,26 @@ class SelectionPolicy:
             raise UserError(f"page size is {page_size}; it must be at least 1")
         if self.budget % page_size:
             raise UserError(f"budget is {self.budget}; it must be a multiple of the page size, {page_size}")
-        numbers = self.pages(page_size)
-        forced = numbers["sink_pages"] + numbers["recent_pages"]
-        if forced > numbers["budget_pages"]:
+        forced = self.forced_pages(page_size)
+        if forced > self.budget // page_size:
             raise UserError(
                 f"sink {self.sink} and recent {self.recent} force {forced} pages of {page_size} tokens, "
-                f"more than the budget of {self.budget} holds ({numbers['budget_pages']})"
+                f"more than the budget of {self.budget} holds ({self.budget // page_size})"
             )
 
-    def pages(self, page_size: int) -> PageCounts:
-        """The token counts as page counts."""
-        return {
-            "budget_pages": self.budget // page_size,
-            "sink_pages": -(-self.sink // page_size),
-            "recent_pages": -(-self.recent // page_size),
-        }
+    def forced_pages(self, page_size: int) -> int:
+        """The pages that sink and recent tokens take."""
+        return -(-self.sink // page_size) - (-self.recent // page_size)
 
-    @property
-    def score(self) -> PageScore:
-        """What the retrieval pass must write for every page."""
-        return "lse" if self.page_score == "mass" or self.rule in ("top_p", "threshold") else "max"
-
-    @property
-    def amount(self) -> float:
-        """The rule's own number."""
-        return {"ratio": self.ratio, "top_p": self.top_p, "threshold": self.threshold}.get(self.rule, 0.0)
+    def spec(self, page_size: int) -> SelectionSpec:
+        """The policy in pages, as the ops take it."""
+        by_mass = self.page_score != "max" or self.rule in ("top_p", "threshold")
+        amounts = {"ratio": self.ratio, "top_p": self.top_p, "threshold": self.threshold}
+        return SelectionSpec(
+            budget_pages=self.budget // page_size,
+            sink_pages=-(-self.sink // page_size),
+            recent_pages=-(-self.recent // page_size),
+            rule=self.rule,
+            amount=amounts.get(self.rule, 0.0),
+            page_score="lse" if by_mass else "max",
+        )

@@ -25,13 +25,13 @@ from lychee_jax.attention.decode import Decode
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import CacheLayout, pages_for
-from lychee_jax.cache.pages import make_pools
+from lychee_jax.cache.pages import Pools, make_pools
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import AttentionMode, GenerateOptions
 from lychee_jax.engine.outputs import Prefilled
-from lychee_jax.engine.programs import Pools
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
+from pallas_kernels import KVPages
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
 # The plain way to attend in JAX, over keys and values that lie in one piece: what a paged cache has to stand beside.
@@ -127,7 +127,8 @@ def _random_cache(engine: Engine, context: int, options: GenerateOptions) -> Pre
     layout = CacheLayout.plan([context + options.max_new_tokens], options.page_size)
     pools = make_pools(engine.config, layout.num_pages, options.page_size, engine.dtype)
     keys = jax.random.split(jax.random.key(0), len(pools) + 1)
-    pools = tuple(jax.random.normal(key, pool.shape, pool.dtype) for key, pool in zip(keys[1:], pools, strict=True))
+    shape, kind = pools[0].data.shape, pools[0].data.dtype
+    pools = tuple(KVPages(jax.random.normal(key, shape, kind)) for key in keys[1:])
     last = jax.random.normal(keys[0], (1, engine.config.hidden_size), engine.dtype)
     table = jnp.asarray(layout.page_table)
     return Prefilled([prompt], options.page_size, options.max_new_tokens, pools, table, last, 0.0, 0.0)
@@ -150,7 +151,7 @@ def _step(engine: Engine, filled: Prefilled, options: GenerateOptions, mode: Att
     """Decode as a user would: seconds for a token, and the share of the cache that was read."""
     assert filled.pools is not None
     # Decoding takes the pools over. The copy must be there before the clock starts.
-    own = dataclasses.replace(filled, pools=jax.block_until_ready(tuple(jnp.copy(pool) for pool in filled.pools)))
+    own = dataclasses.replace(filled, pools=jax.block_until_ready(jax.tree.map(jnp.copy, filled.pools)))
     stream = engine.decode(own, dataclasses.replace(options, attention=mode))
     for _ in stream:
         pass
@@ -227,10 +228,10 @@ def _plain(cache: tuple[tuple[jax.Array, jax.Array], ...], qkv: Float[Array, "L 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _contiguous(
-    pool: Float[Array, "num_pages K page_size HH"], page_table: Int[Array, "1 P"], length: int
+    pool: KVPages, page_table: Int[Array, "1 P"], length: int
 ) -> tuple[Float[Array, "1 S K H"], Float[Array, "1 S K H"]]:
-    tiles = pool[page_table[0, : pages_for(length, pool.shape[2])]].transpose(0, 2, 1, 3)
-    keys, values = jnp.split(tiles.reshape(1, -1, pool.shape[1], pool.shape[3])[:, :length], 2, axis=-1)
+    tiles = pool.data[page_table[0, : pages_for(length, pool.page_size)]].transpose(0, 2, 1, 3)
+    keys, values = jnp.split(tiles.reshape(1, -1, *tiles.shape[2:])[:, :length], 2, axis=-1)
     return keys, values
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pallas_kernels
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.benchmarks.torch_rivals import torch_attention
-from pallas_kernels import Selection
+from pallas_kernels import KVPages, Selection, SelectionSpec
 
 # Caches that take turns hold at least this much: several times an L2.
 _TURN_BYTES = 1 << 30
@@ -91,7 +91,7 @@ def _refuse(shape: Shape, context: int, implementation: str | None) -> None:
             pallas_kernels.dense_decode, heads=head, scale=shape.scale, page_scores="max", implementation=implementation
         ),
         jax.ShapeDtypeStruct((1, shape.kv_heads, shape.groups, shape.head_dim), kind),
-        jax.ShapeDtypeStruct((pages, shape.kv_heads, shape.page_size, 2 * shape.head_dim), kind),
+        jax.eval_shape(lambda: KVPages(jnp.zeros((pages, shape.kv_heads, shape.page_size, 2 * shape.head_dim), kind))),
         jax.ShapeDtypeStruct((1, pages), jnp.int32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
     )
@@ -110,7 +110,7 @@ def _measure_batch(
     make = jax.jit(
         lambda key: jax.random.normal(key, (num_pages, kv_heads, size, 2 * shape.head_dim), jnp.dtype(shape.dtype))
     )
-    pools = [make(key) for key in jax.random.split(jax.random.key(0), turns)]
+    pools = [KVPages(make(key)) for key in jax.random.split(jax.random.key(0), turns)]
     queries = [
         jax.random.normal(key, (batch, kv_heads, shape.groups, shape.head_dim), jnp.dtype(shape.dtype))
         for key in jax.random.split(jax.random.key(1), _CALLS)
@@ -127,7 +127,7 @@ def _measure_batch(
         jax.random.normal(key, (batch, kv_heads, used), jnp.float32)
         for key in jax.random.split(jax.random.key(2), _CALLS)
     ]
-    numbers: dict[str, Any] = {"budget_pages": shape.pages, "sink_pages": shape.sink, "recent_pages": shape.recent}
+    spec = SelectionSpec(shape.pages, shape.sink, shape.recent)
     every, one = np.arange(kv_heads, dtype=np.int32), np.array([kv_heads // 2], np.int32)
 
     def over_caches(call: Callable[..., Any]) -> list[float]:
@@ -137,7 +137,7 @@ def _measure_batch(
     sparse = functools.partial(pallas_kernels.sparse_decode, selection=selection, heads=every, scale=shape.scale)
     dense = functools.partial(pallas_kernels.dense_decode, scale=shape.scale, page_scores="max")
     hybrid = functools.partial(
-        pallas_kernels.hybrid_decode, selection=selection, heads=one, scale=shape.scale, **numbers
+        pallas_kernels.hybrid_decode, selection=selection, heads=one, spec=spec, scale=shape.scale
     )
     cases: list[tuple[str, int, int, Callable[..., Any]]] = [
         ("sparse_decode", 0, kv_heads * reads["sparse"], sparse),
@@ -178,7 +178,7 @@ def _measure_batch(
 
     def select(which: str | None) -> list[float]:
         def call(i: int, scores: Any) -> Any:
-            return pallas_kernels.select_pages(scores[i], lengths, page_size=size, implementation=which, **numbers)
+            return pallas_kernels.select_pages(scores[i], lengths, spec, page_size=size, implementation=which)
 
         return _time(call, (scores,), repeats)
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lychee_jax.attention.backend import attention_scale
@@ -25,14 +24,15 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.cache.allocator import CacheLayout, pages_for
+from lychee_jax.cache.pages import Pools, make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import idle_rows
 from lychee_jax.engine.programs import DecodePlan, Rows, decode_block
 from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.errors import UserError
-from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
+from pallas_kernels import KVPages
 
 Mode = Literal["hybrid", "dense", "cudnn"]
 _STEPS = 16
@@ -77,17 +77,9 @@ def spread_heads(config: ModelConfig, count: int) -> HeadMap:
     return HeadMap(config.num_layers, first, tuple(tuple(sorted(layer)) for layer in layers), "spread")
 
 
-def abstract_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.ShapeDtypeStruct, ...]]:
-    """The model's structure, and the shapes of its weights."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    leaves, treedef = jax.tree.flatten(state)
-    return ModelSpec(config, graphdef, treedef), tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
-
-
 def random_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
     """Weights of the model's shape, made on the device leaf by leaf."""
-    spec, shapes = abstract_model(config, dtype)
+    spec, shapes = ModelSpec.abstract(config, dtype)
     make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return spec, tuple(make(key, leaf.shape) for key, leaf in zip(keys, shapes, strict=True))
@@ -115,7 +107,7 @@ def measure(
     policy = policy or SelectionPolicy()
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context))
     head_map = spread_heads(config, retrieval_heads)
-    spec, shapes = abstract_model(config, dtype)
+    spec, shapes = ModelSpec.abstract(config, dtype)
     programs: dict[tuple[int, Mode], _Program] = {}
     for batch, mode in itertools.product(batches, modes):
         if mode == "cudnn":
@@ -212,7 +204,7 @@ class _Program:
 class _Paged(_Program):
     """As the engine decodes: the shapes of the pools, and the arguments beside them and the weights."""
 
-    pools: tuple[jax.ShapeDtypeStruct, ...]
+    pools: Pools
     rest: tuple[Any, ...]
 
     @classmethod
@@ -223,8 +215,8 @@ class _Paged(_Program):
         config = spec.config
         idle = idle_rows(batch)
         layout = CacheLayout.plan([context] * batch + [0] * idle, page_size)
-        shape = (layout.num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
-        pools = tuple(jax.ShapeDtypeStruct(shape, weights[0].dtype) for _ in range(config.num_layers))
+        make = functools.partial(make_pools, config, layout.num_pages, page_size, weights[0].dtype)
+        pools = jax.eval_shape(make)
         # The last tokens of the context, again and again.
         active = jnp.arange(batch + idle) < batch
         positions = jnp.where(active, context - _STEPS, 0).astype(jnp.int32)
@@ -238,15 +230,16 @@ class _Paged(_Program):
     @property
     def cache_bytes(self) -> int:
         """Of all pools."""
-        return sum(math.prod(pool.shape) * pool.dtype.itemsize for pool in self.pools)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.pools))
 
     @property
     def pool_copies(self) -> int:
         """How many instructions copy a whole pool."""
-        return pool_copies(self.compiled.as_text() or "", self.pools[0])
+        return pool_copies(self.compiled.as_text() or "", self.pools[0].data)
 
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
-        make = jax.jit(lambda key: jax.random.normal(key, self.pools[0].shape, self.pools[0].dtype))
+        data = self.pools[0].data
+        make = jax.jit(lambda key: KVPages(jax.random.normal(key, data.shape, data.dtype)))
         held: dict[str, Any] = {
             "pools": tuple(make(key) for key in jax.random.split(jax.random.key(1), len(self.pools)))
         }

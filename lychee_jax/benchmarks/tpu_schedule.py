@@ -7,7 +7,6 @@ of a kernel's main loop and sets them against the bytes that an iteration fetche
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -24,6 +23,7 @@ from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text, parse_json
 
 ASSUMPTIONS = (
     "From the schedule after register allocation; no TPU was used and nothing was timed. Assumed: clocks of "
@@ -223,7 +223,7 @@ def run(
             assert process.stderr is not None
             for line in process.stdout:
                 if line.startswith('{"chip"'):
-                    rows.append(ScheduleRow(**json.loads(line)))
+                    rows.append(ScheduleRow(**parse_json(line, "a row")))
                     if on_row:
                         on_row(len(rows), len(cases))
             problem = process.stderr.read().strip().splitlines()
@@ -248,7 +248,7 @@ def _work(folder: Path, chips: list[str], models: tuple[str, ...]) -> None:
         for old in folder.iterdir():
             old.unlink()
         row = _measure(chip, model, dtype, op, lambda op=op: _printed(folder, op))
-        print(json.dumps(dataclasses.asdict(row)), flush=True)
+        print(json_text(dataclasses.asdict(row)), flush=True)
 
 
 def _printed(folder: Path, op: str) -> Schedule:
@@ -263,15 +263,15 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
     import jax.numpy as jnp
 
     import pallas_kernels
-    from pallas_kernels import Selection
-    from pallas_kernels.mosaic_tpu import attend, select
+    from pallas_kernels import KVPages, Selection, SelectionSpec
+    from pallas_kernels.mosaic_tpu import select
+    from pallas_kernels.mosaic_tpu.launch import Launch
 
     config = MODELS[model]
     context = min(_CONTEXT, config.max_position_embeddings)
     heads, head_dim = config.num_kv_heads, config.head_dim
     pages, budget = context // _PAGE_SIZE, _BUDGET // _PAGE_SIZE
     sparse = op == "sparse_decode"
-    counts: dict[str, Any] = {"budget_pages": budget, "sink_pages": 2, "recent_pages": 4}
     item = jnp.dtype(dtype).itemsize
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -280,14 +280,16 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
     def call(q: Any, pool: Any, table: Any, lengths: Any, ids: Any, chosen: Any, counted: Any, scores: Any) -> Any:
         name, scale = "mosaic_tpu", head_dim**-0.5
         if op == "select_pages":
-            return pallas_kernels.select_pages(scores, lengths, page_size=_PAGE_SIZE, **counts, implementation=name)
+            return pallas_kernels.select_pages(
+                scores, lengths, SelectionSpec(budget, 2, 4), page_size=_PAGE_SIZE, implementation=name
+            )
         if sparse:
             selection = Selection(chosen, counted)
             return pallas_kernels.sparse_decode(
-                q, pool, table, lengths, selection, ids, scale=scale, implementation=name
+                q, KVPages(pool), table, lengths, selection, ids, scale=scale, implementation=name
             )
         return pallas_kernels.dense_decode(
-            q, pool, table, lengths, ids, scale=scale, page_scores="max", implementation=name
+            q, KVPages(pool), table, lengths, ids, scale=scale, page_scores="max", implementation=name
         )
 
     tpu_compiler.compile_for(
@@ -301,15 +303,15 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
         size = heads * pages * 4
         predicted, needed = total / per_us, size
     else:
-        plan = attend.Plan(
+        launch = Launch(
             batch=1, kv_heads=heads, heads=heads, groups=config.groups, page_size=_PAGE_SIZE, head_dim=head_dim,
-            capacity=budget if sparse else pages, sparse=sparse, cores=chip.cores,
+            max_pages=budget if sparse else pages, sparse=sparse, cores=chip.cores,
         )  # fmt: skip
-        cycles, around = attention_cycles(schedule, plan.step_pages, attend.GROUP)
+        cycles, around = attention_cycles(schedule, launch.step_pages, launch.config.dma_unroll)
         page_bytes = _PAGE_SIZE * 2 * head_dim * item
-        size = plan.step_pages * page_bytes
-        share = (budget if sparse else pages) / plan.parts
-        steps = plan.items * -(-int(share) // plan.step_pages)
+        size = launch.step_pages * page_bytes
+        share = (budget if sparse else pages) / launch.kv_splits
+        steps = launch.core_heads * -(-int(share) // launch.step_pages)
         issue, dma = cycles / per_us, size / chip.bandwidth * 1e6
         # The first step's copy and the last step's work have nothing beside them.
         predicted = around / per_us + dma + (steps - 1) * max(issue, dma) + issue

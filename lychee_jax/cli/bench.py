@@ -1,7 +1,6 @@
 """`lychee bench …`: what is fast, how fast, and beside what."""
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 
 app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
 
@@ -35,10 +35,10 @@ def _batches(text: str) -> list[int]:
 def _show(report: Any, target: str | None, text: str) -> None:
     """Print `text`, and put `report` into a file; or print the report alone."""
     if target == "-":
-        print(json.dumps(report))
+        print(json_text(report))
         return
     if target is not None:
-        Path(target).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        Path(target).write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 

@@ -15,11 +15,12 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
 from lychee_jax.engine.options import AttentionMode
-from lychee_jax.engine.outputs import Prefilled, Result
+from lychee_jax.engine.outputs import Result
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
 from lychee_jax.llm import LLM
 from lychee_jax.plotting.attention import plot_heads
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid")
@@ -100,10 +101,10 @@ def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> Demo
     heads = model.choose_heads()
     budget = max(_LEAST_BUDGET, length // _SHARE // _PAGE_SIZE * _PAGE_SIZE)
     prompts = [tokenizer.encode(document + question) for question, _, _ in asked]
-    model.engine.check_prompts(prompts, _NEW_TOKENS)
+    model.check_prompts(prompts, _NEW_TOKENS)
     output.mkdir(parents=True, exist_ok=True)
-    filled = _read(model, prompts)
-    results = {mode: _answer(model, filled, mode, heads, budget) for mode in _MODES}
+    # The first mode reads the document, the others find it in the prefix cache.
+    results = {mode: _answer(model, prompts, mode, heads, budget) for mode in _MODES}
 
     questions = []
     for row, (question, fact, position) in enumerate(asked):
@@ -118,15 +119,14 @@ def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> Demo
     plot_heads(
         heads, picture, sparse_share=(share["hybrid"] * total - heads.num_retrieval) / sparse if sparse else None
     )
-    steps = len(prompts) * (_NEW_TOKENS - 1)
     return DemoReport(
         model=model.path.name,
         seed=seed,
         document_tokens=len(tokenizer.encode(document)),
         facts=sum(hidden for hidden, _ in _FACTS.values()),
         questions=questions,
-        prefill_s=filled.prefill_s,
-        token_ms={mode: 1e3 * result.timing.decode_s / steps for mode, result in results.items()},
+        prefill_s=results[_MODES[0]].timing.prefill_s,
+        token_ms={mode: 1e3 / result.timing.tokens_per_s for mode, result in results.items()},
         kv_read_share=share,
         budget=budget,
         retrieval_heads=heads.num_retrieval,
@@ -156,33 +156,22 @@ def _exam(rng: np.random.Generator, length: int) -> tuple[str, list[tuple[str, d
     ]
 
 
-def _read(model: LLM, prompts: Sequence[list[int]]) -> Prefilled:
-    """Prefill all questions; the document that they begin with is read once."""
-    columns = (TextColumn("Reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("", total=None)
-        return model.engine.prefill(
-            prompts, max_new_tokens=_NEW_TOKENS, page_size=_PAGE_SIZE,
-            on_prefill=lambda done, total: progress.update(bar, completed=done, total=total),
-        )  # fmt: skip
-
-
-def _answer(model: LLM, filled: Prefilled, mode: AttentionMode, heads: HeadMap, budget: int) -> Result:
-    """Answer all questions from a copy of the filled cache, in equally many steps each, so that times compare."""
+def _answer(model: LLM, prompts: Sequence[list[int]], mode: AttentionMode, heads: HeadMap, budget: int) -> Result:
+    """Answer all questions, in equally many steps each, so that times compare."""
     options = model.options(
         attention=mode, heads=heads, budget=budget, page_size=_PAGE_SIZE, max_new_tokens=_NEW_TOKENS, ignore_eos=True
     )
-    with Console(stderr=True).status(f"Answering, {mode}"):
-        stream = model.engine.decode(filled, options, keep=True)
-        for _ in stream:
-            pass
-    return stream.result()
+    columns = (TextColumn("Reading"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("", total=None)
+        return model.generate_tokens(
+            prompts, options, on_prefill=lambda done, total: progress.update(bar, completed=done, total=total)
+        )
 
 
 def _text(model: LLM, tokenizer: Tokenizer, tokens: list[int]) -> str:
     """The first line of an answer, up to the end-of-text token."""
-    end = next((i for i, token in enumerate(tokens) if token in model.eos_ids), len(tokens))
-    return tokenizer.decode(tokens[:end]).strip().split("\n", 1)[0].strip()
+    return text_of(tokenizer, tokens, eos_ids=model.eos_ids).strip().split("\n", 1)[0].strip()
 
 
 def _bare(question: str) -> str:

@@ -1,28 +1,101 @@
-"""How long calls of programs spend compiling."""
+"""Compiled programs, each compiled once, several side by side if they are known before they are needed; and how long
+callers had to wait for compilers.
+"""
 
+from __future__ import annotations
+
+import concurrent.futures
 import contextlib
+import os
+import threading
 import time
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 import numpy as np
 
+# Programs outlive the engine that asked for them: models of one configuration share them.
+_compiled: dict[Hashable, concurrent.futures.Future[Any]] = {}
+_lock = threading.Lock()
+_workers = concurrent.futures.ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="compile")
 
-class Caller:
-    """Calls programs, and adds up the seconds of calls that had to compile: dispatch alone takes under a millisecond.
 
-    Float32 models multiply in full float32: accelerators would round the factors to bfloat16 or TF32.
+def forget_programs() -> None:
+    """Drop every compiled program; the next call of one compiles anew."""
+    with _lock:
+        _compiled.clear()
+
+
+class Programs:
+    """Calls jitted functions through executables that are kept, and adds up the time that calls waited for compilers.
+
+    `base`: what all programs of this caller have in common (configuration, dtype, sizes of the cache), so that a key
+    names shapes only. Float32 models multiply in full float32: accelerators would round factors to bfloat16 or TF32.
     """
 
-    def __init__(self, dtype: np.dtype):
-        self.precision = "highest" if dtype == np.float32 else None
+    def __init__(self, dtype: np.dtype, base: Hashable):
+        self._precision = "highest" if dtype == np.float32 else None
+        self._base = base
         self.seconds = 0.0
+        self.count = 0
 
-    def __call__(self, program: Any, *args: Any) -> Any:
-        """What the program returns; its arrays may still be on their way."""
-        known, started = program._cache_size(), time.perf_counter()
-        with jax.default_matmul_precision(self.precision) if self.precision else contextlib.nullcontext():
-            out = program(*args)
-        if program._cache_size() != known:
+    def prepare(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> None:
+        """Start compiling `function(*static, *args)` in the background; `args` may be shapes."""
+        self._future(function, key, static, args, background=True)
+
+    def __call__(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> Any:
+        """What the function returns; its arrays may still be on their way.
+
+        Args:
+            function: jitted; its first arguments are the `static` ones.
+            key: the shapes of `args`, as far as `base` does not say them already.
+            static: the static arguments.
+            args: all others.
+        """
+        started = time.perf_counter()
+        future = self._future(function, key, static, args, background=False)
+        if not future.done():
+            future.result()
             self.seconds += time.perf_counter() - started
-        return out
+        elif future.exception() is not None:
+            with _lock:
+                _compiled.pop((function, self._base, key, static), None)
+        return future.result()(*args)
+
+    def _future(
+        self, function: Any, key: Hashable, static: tuple[Any, ...], args: tuple[Any, ...], *, background: bool
+    ) -> concurrent.futures.Future[Any]:
+        full = (function, self._base, key, static)
+        with _lock:
+            known = _compiled.get(full)
+            if known is not None:
+                return known
+            future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+            _compiled[full] = future
+        self.count += 1
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
+        if background:
+            _workers.submit(self._compile, future, full, function, static, shapes)
+        else:
+            started = time.perf_counter()
+            self._compile(future, full, function, static, shapes)
+            self.seconds += time.perf_counter() - started
+        return future
+
+    def _compile(
+        self,
+        future: concurrent.futures.Future[Any],
+        full: Hashable,
+        function: Any,
+        static: tuple[Any, ...],
+        shapes: Any,
+    ) -> None:
+        precision = jax.default_matmul_precision(self._precision) if self._precision else contextlib.nullcontext()
+        try:
+            with precision:
+                future.set_result(function.lower(*static, *shapes).compile())
+        except BaseException as error:
+            with _lock:
+                _compiled.pop(full, None)
+            future.set_exception(error)

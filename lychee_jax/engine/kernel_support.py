@@ -7,7 +7,7 @@ import numpy as np
 
 from lychee_jax.attention.selection import Selection, SelectionPolicy
 from lychee_jax.config import ModelConfig
-from pallas_kernels.dispatch import hybrid_decode
+from pallas_kernels import KVPages, hybrid_decode
 
 
 def refuse_uncovered(
@@ -27,21 +27,21 @@ def refuse_uncovered(
     """
     if implementation == "xla":  # covers everything
         return
-    kv_heads, numbers = config.num_kv_heads, policy.pages(page_size)
+    kv_heads, selecting = config.num_kv_heads, policy.spec(page_size)
     shapes = [
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in (
             ((batch, kv_heads, config.groups, config.head_dim), dtype),
             ((batch + 1, kv_heads, page_size, 2 * config.head_dim), dtype),
             ((batch, pages), np.int32), ((batch,), np.int32),
-            ((batch, kv_heads, numbers["budget_pages"]), np.int32), ((batch, kv_heads), np.int32),
+            ((batch, kv_heads, selecting.budget_pages), np.int32), ((batch, kv_heads), np.int32),
         )
     ]  # fmt: skip
 
-    def call(q: jax.Array, kv_pages: jax.Array, table: jax.Array, lengths: jax.Array, *chosen: jax.Array) -> Any:
+    def call(q: jax.Array, data: jax.Array, table: jax.Array, lengths: jax.Array, *chosen: jax.Array) -> Any:
         return hybrid_decode(
-            q, kv_pages, table, lengths, Selection(*chosen), np.arange(1, dtype=np.int32), scale=1.0,
-            implementation=implementation, **numbers,
+            q, KVPages(data), table, lengths, Selection(*chosen), np.arange(1, dtype=np.int32), selecting, scale=1.0,
+            implementation=implementation,
         )  # fmt: skip
 
     jax.eval_shape(call, *shapes)

@@ -3,28 +3,37 @@
 import dataclasses
 from typing import Any
 
-import jax
-import numpy as np
-
-from lychee_jax.engine.programs import (
-    Pools,
-)
+from lychee_jax.engine.request import FinishReason
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One token position of all rows: `tokens [B]` (−1: the row had ended) and `logprobs [B]`."""
+@dataclasses.dataclass
+class RequestOutput:
+    """What one request got since its last output.
 
-    index: int
-    tokens: np.ndarray
-    logprobs: np.ndarray
+    `tokens` are new ones, a stopping eos included. `greedy` says of each whether it was the likeliest; `top`: the
+    likeliest tokens and their log-probabilities at each step, as many as were asked for. `pages_read` and `pages_held`
+    are summed over decode steps, layers and KV heads: what was read, and what dense attention reads. `error` goes with
+    the finish reason "error".
+    """
+
+    request_id: str
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    greedy: list[bool] = dataclasses.field(default_factory=list)
+    top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    pages_read: int = 0
+    pages_held: int = 0
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds. The first token of a row belongs to the prefill; `tokens_per_s` counts all others, of all rows.
+    """Seconds. As long as a row waits for its first token the time is the prefill's, also where others decode already.
 
-    `compile_s` is the time of calls that had to compile; it is in neither of the other two.
+    `tokens_per_s`: of all rows, while every one decodes. `compile_s`: how long compilers were waited for; it is in
+    neither of the other two.
     """
 
     prefill_s: float
@@ -35,23 +44,14 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was generated: one entry a row, a stopping eos included."""
+    """What was generated: one entry a row, a stopping eos included in `tokens`."""
 
     tokens: list[list[int]]
     logprobs: list[list[float]]
+    greedy: list[list[bool]]
+    finish_reason: list[FinishReason]
+    cached_tokens: list[int]
+    pages_read: list[int]
+    pages_held: list[int]
     timing: Timing
     attention: dict[str, Any]
-
-
-@dataclasses.dataclass
-class Prefilled:
-    """Prompts in the cache, ready to be decoded. Decoding consumes it unless told to keep it."""
-
-    prompts: list[list[int]]
-    page_size: int
-    capacity: int
-    pools: Pools | None
-    page_table: jax.Array
-    last: jax.Array
-    prefill_s: float
-    compile_s: float

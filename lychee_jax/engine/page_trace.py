@@ -2,18 +2,15 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int32
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.cache.allocator import pages_for
-from lychee_jax.engine.compile_timer import Caller
 from lychee_jax.engine.engine import Engine
-from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.outputs import Prefilled
-from lychee_jax.engine.programs import DecodePlan, watch_step
-from lychee_jax.engine.sampling import SamplingParams
+from lychee_jax.engine.options import AttentionOptions
+from lychee_jax.engine.programs import watch_step
+from lychee_jax.engine.request import Request
 from lychee_jax.errors import UserError
 
 
@@ -35,39 +32,59 @@ class Reading:
         return float(self.pages.mean())
 
 
-def read_pages(engine: Engine, filled: Prefilled, options: GenerateOptions, *, row: int = 0) -> Reading:
-    """Feed the likeliest next token of one row, in hybrid attention, and see which pages every head reads.
+def trace_step(engine: Engine, prompt: tuple[int, ...], attention: AttentionOptions) -> Reading:
+    """Read a prompt, feed the likeliest next token with the roles of `attention`, and see which pages every head reads.
 
-    The cache is left as it was.
+    The step is hybrid whatever the mode.
 
     Raises:
-        UserError: there is no such row, or the cache was decoded already.
+        UserError: a prompt that the engine cannot take, or other requests are under way.
     """
-    if not 0 <= row < len(filled.prompts):
-        raise UserError(f"row is {row}; there are {len(filled.prompts)} prompts")
-    if filled.pools is None:
-        raise UserError("this cache was decoded already; prefill again, or decode it with keep=True")
-    config = engine.config
-    head_map = options.heads or HeadMap.all(config)
-    position = len(filled.prompts[row])
-    active = jnp.arange(filled.page_table.shape[0]) == row
-    positions = jnp.where(active, position, 0).astype(jnp.int32)
-    at = np.asarray(positions)[:, None]
-    cos, sin = engine.rotary(at, at + 1)
-    plan = DecodePlan(head_map, options.policy, SamplingParams().kind, 1, options.implementation)
-    seen = Caller(engine.dtype)(
-        watch_step, engine.spec, plan, engine.weights, filled.pools, filled.last, positions, active,
-        filled.page_table, cos, sin,
-    )  # fmt: skip
-    selected = np.asarray(seen)[:, row]
+    if engine.has_work:
+        raise UserError("the engine is busy; a step can be watched when no other request is under way")
+    model = engine.spec.config
+    head_map = attention.heads or HeadMap.all(model)
+    hybrid = AttentionOptions("hybrid", head_map, attention.policy)
+    request = Request("trace", prompt, 1, attention=hybrid)
+    engine.add_request(request, hold=True)
+    try:
+        selected = _selected(engine, request, hybrid, _first_token(engine))
+    finally:
+        engine.finish(request.id)
 
-    count = pages_for(position + 1, filled.page_size)
-    pages = np.zeros((config.num_layers, config.num_kv_heads, count), bool)
-    for layer in range(config.num_layers):
-        for head in range(config.num_kv_heads):
+    count = pages_for(len(prompt) + 1, engine.options.page_size)
+    pages = np.zeros((model.num_layers, model.num_kv_heads, count), bool)
+    for layer in range(model.num_layers):
+        for head in range(model.num_kv_heads):
             if head in head_map.retrieval[layer]:
                 pages[layer, head] = True
             else:
                 chosen = selected[layer, head]
                 pages[layer, head, chosen[chosen >= 0]] = True
-    return Reading(pages, position + 1, filled.page_size, head_map)
+    return Reading(pages, len(prompt) + 1, engine.options.page_size, head_map)
+
+
+def _first_token(engine: Engine) -> int:
+    """What the only request of the engine begins with."""
+    while True:
+        for output in engine.step():
+            if output.error is not None:
+                raise UserError(output.error)
+            return output.tokens[0]
+
+
+def _selected(engine: Engine, request: Request, attention: AttentionOptions, token: int) -> Int32[np.ndarray, "L K M"]:
+    """Feed a token after the request's prompt: the pages that each layer hands up, padded with −1."""
+    runner, allocated, position = engine.runner, engine.pages(request.id), len(request.prompt)
+    assert runner is not None
+    width = runner.config.min_rows
+    table = np.zeros((width, runner.max_pages), np.int32)
+    table[0, : len(allocated)] = allocated
+    positions = np.full((width, 1), position, np.int64)
+    cos, sin = runner.rotary(positions, positions + 1)
+    plan = dataclasses.replace(runner.plan(attention, np.zeros((1,), bool)), steps=1)
+    runner.pools, seen = runner.programs(
+        watch_step, width, (engine.spec, plan), engine.weights, runner.pools, np.full((width,), token, np.int32),
+        positions[:, 0].astype(np.int32), np.arange(width) == 0, table, cos, sin,
+    )  # fmt: skip
+    return np.asarray(seen)[:, 0]

@@ -1,6 +1,5 @@
-"""The compiled programs of inference, and the only jit boundaries: prefill a chunk, take the first token, decode a
-block of tokens, feed a block of given tokens, correct the cache, watch a step. Everything static about them is
-hashable; arrays never decide a shape.
+"""The compiled programs of inference, and the only jit boundaries: read chunks of prompts, start a row, decode a block
+of steps, correct the cache, watch a step. Everything static about them is hashable; arrays never decide a shape.
 """
 
 import dataclasses
@@ -15,48 +14,101 @@ from lychee_jax.attention.decode import Decode
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.prefill import Extend
 from lychee_jax.attention.selection import SelectionPolicy
-from lychee_jax.engine.sampling import SamplingArrays, SamplingKind, sample
+from lychee_jax.cache.pages import Pools
+from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS, Sampled, SamplingArrays, sample
 from lychee_jax.models.spec import ModelSpec
 
-Pools = tuple[jax.Array, ...]
+NO_TOKEN, NOT_FINITE = -1, -2
+"""Instead of a token: the row took no part in the step; its logits were not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
-    """What decides which decode program is compiled: the roles (None: dense), the policy, the kind of sampling."""
+    """What decides which decode program is compiled: the roles (None: dense), the policy, steps, attention kernels.
+
+    `mixed`: some rows may be dense all the same.
+    """
 
     head_map: HeadMap | None
     policy: SelectionPolicy
-    kind: SamplingKind
     steps: int
     implementation: str | None
+    mixed: bool = False
 
 
 class Rows(NamedTuple):
-    """The rows of a batch between two steps.
+    """The state of all sequences between two blocks, an entry a slot.
 
-    `token [B]`: the newest token, not yet fed; `positions [B]`: where it goes; `active [B]`: no eos yet; `step [B]`:
-    the index of the token that comes next; `seen [B, V]`: what a repetition penalty falls on (None without one).
+    `token`: the newest token, not yet fed; `position`: where it goes; `active`: not ended; `step`: index of the token
+    that comes next; `remaining`: tokens that may still come; `eos`: ids that end the row (−1: none); `num_top`: top
+    log-probabilities that it wants; `seen`: tokens in its prompt and text, for a repetition penalty.
     """
 
-    token: Int32[Array, " B"]
-    positions: Int32[Array, " B"]
-    active: Bool[Array, " B"]
-    step: Int32[Array, " B"]
-    seen: Bool[Array, "B V"] | None
+    token: Int32[Array, " S"]
+    position: Int32[Array, " S"]
+    active: Bool[Array, " S"]
+    step: Int32[Array, " S"]
+    remaining: Int32[Array, " S"]
+    eos: Int32[Array, "S ends"]
+    num_top: Int32[Array, " S"]
+    sampling: SamplingArrays
+    seen: Bool[Array, "S V"]
 
 
 class Block(NamedTuple):
-    """What a block of steps tells the host: rows that took no part in a step have token −1."""
+    """What some steps tell the host; `NO_TOKEN` where a row took no part."""
 
     tokens: Int32[Array, "steps B"]
     logprobs: Float32[Array, "steps B"]
+    greedy: Bool[Array, "steps B"]
     pages_read: Int32[Array, "steps B"]
+    top_ids: Int32[Array, "steps B top"]
+    top_logprobs: Float32[Array, "steps B top"]
+
+    @classmethod
+    def empty(cls, steps: int, batch: int, vocab_size: int) -> "Block":
+        """Nothing happened yet."""
+        shape, top = (steps, batch), min(MAX_TOP_LOGPROBS, vocab_size)
+        return cls(
+            jnp.full(shape, NO_TOKEN, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool),
+            jnp.zeros(shape, jnp.int32), jnp.zeros((*shape, top), jnp.int32), jnp.zeros((*shape, top), jnp.float32),
+        )  # fmt: skip
+
+    def put(
+        self, step: Int[Array, ""], on: Bool[Array, " B"], sampled: Sampled, pages_read: Int[Array, " B"]
+    ) -> "Block":
+        """With one step's results for the rows that are `on`."""
+        token = jnp.where(sampled.finite, sampled.token, NOT_FINITE)
+        return Block(
+            self.tokens.at[step].set(jnp.where(on, token, NO_TOKEN)),
+            self.logprobs.at[step].set(jnp.where(on, sampled.logprob, 0.0)),
+            self.greedy.at[step].set(on & sampled.greedy),
+            self.pages_read.at[step].set(jnp.where(on, pages_read, 0)),
+            self.top_ids.at[step].set(sampled.top_ids),
+            self.top_logprobs.at[step].set(sampled.top_logprobs),
+        )
+
+
+def make_rows(slots: int, vocab_size: int, ends: int) -> Rows:
+    """All slots empty; each has room for `ends` ids that end a text."""
+
+    def of(value: Any, dtype: Any) -> jax.Array:
+        return jnp.full((slots,), value, dtype)
+
+    sampling = SamplingArrays(
+        of(0, jnp.float32), of(0, jnp.int32), of(1, jnp.float32), of(-jnp.inf, jnp.float32), of(1, jnp.float32),
+        of(0, jnp.uint32), of(0, jnp.int32),
+    )  # fmt: skip
+    return Rows(
+        of(0, jnp.int32), of(0, jnp.int32), of(False, bool), of(0, jnp.int32), of(0, jnp.int32),
+        jnp.full((slots, ends), -1, jnp.int32), of(0, jnp.int32), sampling, jnp.zeros((slots, vocab_size), bool),
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"), donate_argnames=("pools",))
 def prefill_chunk(
     spec: ModelSpec,
+    implementation: str | None,
     weights: tuple[jax.Array, ...],
     pools: Pools,
     page_table: Int[Array, "B P"],
@@ -65,176 +117,182 @@ def prefill_chunk(
     sin: Float32[Array, "#B T half"],
     starts: Int[Array, " B"],
     counts: Int[Array, " B"],
-    implementation: str | None = None,
 ) -> tuple[Pools, Float[Array, "B E"]]:
-    """Feed `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states."""
+    """Read `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states."""
     backend = Extend(page_table, starts, counts, aligned=True, implementation=implementation)
     hidden, pools = spec.merge(weights)(tokens, cos, sin, backend, pools)
-    return pools, jnp.take_along_axis(hidden, (counts - 1)[:, None, None], axis=1)[:, 0]
+    return pools, jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "implementation"), donate_argnames=("pools",))
-def correct_cache(
-    spec: ModelSpec,
-    weights: tuple[jax.Array, ...],
-    pools: Pools,
-    page_table: Int[Array, "B P"],
-    tokens: Int[Array, "B T"],
-    cos: Float32[Array, "#B T half"],
-    sin: Float32[Array, "#B T half"],
-    starts: Int[Array, " B"],
-    active: Bool[Array, " B"],
-    implementation: str | None = None,
-) -> Pools:
-    """Rewrite the cache of the last T tokens of active rows by a dense pass (LycheeDecode's cache correction)."""
-    counts = jnp.where(active, tokens.shape[1], 0).astype(jnp.int32)
-    backend = Extend(page_table, starts, counts, aligned=False, implementation=implementation)
-    return spec.merge(weights)(tokens, cos, sin, backend, pools)[1]
+def _advance(
+    rows: Rows, slots: Int[Array, " B"], on: Bool[Array, " B"], forced: Int[Array, " B"], sampled: Sampled
+) -> Rows:
+    """The rows after a token each: ended by an eos that was not forced, by the last token allowed, or by logits that
+    are not finite.
+    """
+    ended = (forced < 0) & jnp.any(sampled.token[:, None] == rows.eos.at[slots].get(mode="fill", fill_value=-1), axis=1)
+    remaining = rows.remaining.at[slots].get(mode="fill", fill_value=0) - 1
+    alive = on & ~ended & (remaining > 0) & sampled.finite
+    target = jnp.where(on, slots, rows.token.shape[0])  # out of range: dropped
 
+    def put(field: jax.Array, values: jax.Array) -> jax.Array:
+        return field.at[target].set(values, mode="drop")
 
-def _take(
-    logits: Float32[Array, "B V"],
-    rows: Rows,
-    kind: SamplingKind,
-    sampling: SamplingArrays,
-    eos_ids: Int[Array, " n"],
-    on: Bool[Array, " B"],
-) -> tuple[Rows, jax.Array, jax.Array]:
-    """Sample for the rows that are `on`: their new state, and (token, logprob) with −1 and 0 elsewhere."""
-    batch = logits.shape[0]
-    token, logprob = sample(logits, sampling, kind, rows.seen, jnp.arange(batch, dtype=jnp.int32), rows.step)
-    ended = jnp.any(token[:, None] == eos_ids[None, :], axis=1)
-    seen = rows.seen
-    if seen is not None:
-        index = jnp.arange(batch, dtype=jnp.int32)
-        seen = seen.at[index, token].set(seen[index, token] | on)
-    after = Rows(
-        token=jnp.where(on, token, rows.token),
-        positions=rows.positions,
-        active=rows.active & ~(on & ended),
-        step=rows.step + on.astype(jnp.int32),
-        seen=seen,
+    return rows._replace(
+        token=put(rows.token, sampled.token),
+        active=put(rows.active, alive),
+        step=rows.step.at[target].add(1, mode="drop"),
+        remaining=put(rows.remaining, remaining),
+        seen=rows.seen.at[target, sampled.token].set(True, mode="drop"),
     )
-    return after, jnp.where(on, token, -1), jnp.where(on, logprob, 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "kind"))
-def first_token(
+def _choose(logits: Float32[Array, "B V"], rows: Rows, slots: Int[Array, " B"], forced: Int[Array, " B"]) -> Sampled:
+    """Sample for the rows in `slots`; slots out of range are nobody's and ask for nothing."""
+    nobody = (0.0, 0, 1.0, -jnp.inf, 1.0, 0, 0)
+    arrays = SamplingArrays(
+        *(
+            field.at[slots].get(mode="fill", fill_value=value)
+            for field, value in zip(rows.sampling, nobody, strict=True)
+        )
+    )
+    return sample(
+        logits, arrays, rows.seen.at[slots].get(mode="fill", fill_value=False),
+        rows.step.at[slots].get(mode="fill", fill_value=0), forced,
+        rows.num_top.at[slots].get(mode="fill", fill_value=0),
+    )  # fmt: skip
+
+
+class Start(NamedTuple):
+    """What a row begins with, scalars but for `eos [ends]` and `seen [V]`; `forced`: its first token, or −1."""
+
+    slot: Int32[Array, ""]
+    position: Int32[Array, ""]
+    remaining: Int32[Array, ""]
+    eos: Int32[Array, " ends"]
+    num_top: Int32[Array, ""]
+    sampling: SamplingArrays
+    seen: Bool[Array, " V"]
+    forced: Int32[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "width"), donate_argnames=("rows",))
+def start_row(
     spec: ModelSpec,
-    kind: SamplingKind,
+    width: int,
     weights: tuple[jax.Array, ...],
-    last: Float[Array, "B E"],
     rows: Rows,
-    sampling: SamplingArrays,
-    eos_ids: Int[Array, " n"],
+    last: Float[Array, "B E"],
+    index: Int[Array, ""],
+    start: Start,
 ) -> tuple[Rows, Block]:
-    """The first new token, from the dense prefill's last logits."""
-    logits = spec.merge(weights).logits(last)
-    rows, token, logprob = _take(logits, rows, kind, sampling, eos_ids, rows.active)
-    return rows, Block(token[None], logprob[None], jnp.zeros((1, token.shape[0]), jnp.int32))
+    """Put a sequence into a slot, and choose its first new token from the prefill's hidden states `last[index]`.
+
+    `width`: rows that the product with the output head has, of which one counts.
+    """
+    slot = start.slot
+    rows = Rows(
+        token=rows.token.at[slot].set(0),
+        position=rows.position.at[slot].set(start.position),
+        active=rows.active.at[slot].set(True),
+        step=rows.step.at[slot].set(0),
+        remaining=rows.remaining.at[slot].set(start.remaining),
+        eos=rows.eos.at[slot].set(start.eos),
+        num_top=rows.num_top.at[slot].set(start.num_top),
+        sampling=SamplingArrays(
+            *(field.at[slot].set(value) for field, value in zip(rows.sampling, start.sampling, strict=True))
+        ),
+        seen=rows.seen.at[slot].set(start.seen),
+    )
+    hidden = jnp.zeros((width, last.shape[1]), last.dtype).at[0].set(last[index])
+    logits = spec.merge(weights).logits(hidden)
+    slots = jnp.full((width,), rows.token.shape[0], jnp.int32).at[0].set(slot)
+    on = jnp.arange(width) == 0
+    forced = jnp.full((width,), -1, jnp.int32).at[0].set(start.forced)
+    sampled = _choose(logits, rows, slots, forced)
+    rows = _advance(rows, slots, on, forced, sampled)
+    block = Block.empty(1, width, logits.shape[1]).put(jnp.int32(0), on, sampled, jnp.zeros((width,), jnp.int32))
+    return rows, block
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools",))
+@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools", "rows"))
 def decode_block(
     spec: ModelSpec,
     plan: DecodePlan,
     weights: tuple[jax.Array, ...],
     pools: Pools,
     rows: Rows,
+    slots: Int[Array, " B"],
     page_table: Int[Array, "B P"],
     cos: Float32[Array, "B steps half"],
     sin: Float32[Array, "B steps half"],
-    chosen: Bool[Array, " B"],
-    sampling: SamplingArrays,
-    eos_ids: Int[Array, " n"],
-    num_steps: Int[Array, ""],
-) -> tuple[Pools, Rows, Block]:
-    """Up to `num_steps` ≤ `plan.steps` decode steps of the `chosen` rows, on the device; ends early with the last row.
+    forced: Int[Array, "B steps"],
+    dense: Bool[Array, " B"],
+) -> tuple[Pools, Rows, Block, Int32[Array, " B"]]:
+    """Up to `plan.steps` decode steps of the rows in `slots`, on the device; ends early with the last row.
 
-    The pools are donated and updated in place: the caller's are gone after the call.
+    Slots out of range are nobody's. `dense`: rows that read all pages in every head (looked at if `plan.mixed`).
+    Returns also the tokens that the first step fed. Pools and rows are donated: the caller's are gone after the call.
     """
     model = spec.merge(weights)
-    batch = chosen.shape[0]
+    batch = slots.shape[0]
+
+    def on(rows: Rows) -> Bool[Array, " B"]:
+        return rows.active.at[slots].get(mode="fill", fill_value=False)
 
     def more(carry: Any) -> jax.Array:
         i, _, rows, _ = carry
-        return (i < num_steps) & jnp.any(rows.active & chosen)
+        return (i < plan.steps) & jnp.any(on(rows))
 
     def step(carry: Any) -> Any:
         i, pools, rows, block = carry
-        on = rows.active & chosen
-        backend = Decode(page_table, rows.positions, on, plan.head_map, plan.policy, plan.implementation)
-        cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
-        hidden, state = model(rows.token[:, None], cos_i, sin_i, backend, backend.start(pools))
-        logits = model.logits(hidden[:, 0])
-        rows, token, logprob = _take(logits, rows, plan.kind, sampling, eos_ids, on)
-        rows = rows._replace(positions=rows.positions + on.astype(jnp.int32))
-        block = Block(
-            block.tokens.at[i].set(token),
-            block.logprobs.at[i].set(logprob),
-            block.pages_read.at[i].set(state.pages_read),
+        active = on(rows)
+        token = rows.token.at[slots].get(mode="fill", fill_value=0)
+        position = rows.position.at[slots].get(mode="fill", fill_value=0)
+        backend = Decode(
+            page_table, position, active, plan.head_map, plan.policy, plan.implementation, dense if plan.mixed else None
         )
-        return i + 1, state.pools, rows, block
+        cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
+        hidden, state = model(token[:, None], cos_i, sin_i, backend, backend.start(pools))
+        logits = model.logits(hidden[:, 0])
+        forced_i = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
+        sampled = _choose(logits, rows, slots, forced_i)
+        target = jnp.where(active, slots, rows.token.shape[0])
+        rows = _advance(rows, slots, active, forced_i, sampled)
+        rows = rows._replace(position=rows.position.at[target].add(1, mode="drop"))
+        return i + 1, state.pools, rows, block.put(i, active, sampled, state.pages_read)
 
-    shape = (plan.steps, batch)
-    empty = Block(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32))
+    fed = rows.token.at[slots].get(mode="fill", fill_value=0)
+    empty = Block.empty(plan.steps, batch, spec.config.vocab_size)
     _, pools, rows, block = jax.lax.while_loop(more, step, (jnp.int32(0), pools, rows, empty))
-    return pools, rows, block
+    return pools, rows, block, fed
 
 
-class Fed(NamedTuple):
-    """What a block of given tokens tells the host; where a row took no part, zeros.
-
-    `greedy`: the token is the likeliest one, the lowest id of equals, as greedy decoding would have it.
-    """
-
-    logprobs: Float32[Array, "steps B"]
-    greedy: Bool[Array, "steps B"]
-    pages_read: Int32[Array, "steps B"]
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools",))
-def feed_block(
+@functools.partial(jax.jit, static_argnames=("spec", "implementation"), donate_argnames=("pools",))
+def correct_cache(
     spec: ModelSpec,
-    plan: DecodePlan,
+    implementation: str | None,
     weights: tuple[jax.Array, ...],
     pools: Pools,
-    last: Float[Array, "B E"],
-    tokens: Int[Array, "B steps"],
-    positions: Int[Array, " B"],
-    counts: Int[Array, " B"],
-    page_table: Int[Array, "B P"],
-    cos: Float32[Array, "B steps half"],
-    sin: Float32[Array, "B steps half"],
-) -> tuple[Pools, Float[Array, "B E"], Fed]:
-    """Decode steps whose tokens are given instead of sampled: `counts[b]` of them, the first at `positions[b]`.
+    page_table: Int[Array, "C P"],
+    fed: Int[Array, " B"],
+    new: Int[Array, "T B"],
+    which: Int[Array, " C"],
+    cos: Float32[Array, "C T half"],
+    sin: Float32[Array, "C T half"],
+    starts: Int[Array, " C"],
+) -> Pools:
+    """Rewrite the cache of the last T tokens by a dense pass (LycheeDecode's cache correction), for C rows of a block.
 
-    `last [B, E]` holds the hidden states before the first token, and comes back as those after the last one. A token's
-    log-probability is what the model gave it before it was fed. The pools are donated, as in `decode_block`.
+    They are `fed` and all but the last of the block's `new` tokens. Rows that ended within the block are left alone,
+    and so is an index past the block.
     """
-    model = spec.merge(weights)
-
-    def step(i: jax.Array, carry: Any) -> Any:
-        pools, last, fed = carry
-        on = i < counts
-        token = jax.lax.dynamic_index_in_dim(tokens, i, axis=1)
-        logits = model.logits(last)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token, axis=-1)[:, 0]
-        greedy = jnp.argmax(logits, axis=-1) == token[:, 0]
-        backend = Decode(page_table, positions + i, on, plan.head_map, plan.policy, plan.implementation)
-        cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
-        hidden, state = model(token, cos_i, sin_i, backend, backend.start(pools))
-        fed = Fed(
-            fed.logprobs.at[i].set(jnp.where(on, logprob, 0.0)),
-            fed.greedy.at[i].set(on & greedy),
-            fed.pages_read.at[i].set(jnp.where(on, state.pages_read, 0)),
-        )
-        return state.pools, jnp.where(on[:, None], hidden[:, 0], last), fed
-
-    shape = (plan.steps, counts.shape[0])
-    empty = Fed(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
-    pools, last, fed = jax.lax.fori_loop(jnp.int32(0), jnp.max(counts).astype(jnp.int32), step, (pools, last, empty))
-    return pools, last, fed
+    fed = fed.at[which].get(mode="fill", fill_value=NO_TOKEN)
+    new = new.at[:, which].get(mode="fill", fill_value=NO_TOKEN)
+    counts = jnp.where(jnp.all(new >= 0, axis=0), new.shape[0], 0).astype(jnp.int32)
+    tokens = jnp.maximum(jnp.concatenate([fed[None], new[:-1]]).T, 0)
+    backend = Extend(page_table, starts, counts, aligned=False, implementation=implementation)
+    return spec.merge(weights)(tokens, cos, sin, backend, pools)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,22 +308,21 @@ class _Watched:
         return out, (inner, (*seen, inner.selection.pages))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plan"))
+@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools",))
 def watch_step(
     spec: ModelSpec,
     plan: DecodePlan,
     weights: tuple[jax.Array, ...],
     pools: Pools,
-    last: Float[Array, "B E"],
+    tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
     active: Bool[Array, " B"],
     page_table: Int[Array, "B P"],
     cos: Float32[Array, "B 1 half"],
     sin: Float32[Array, "B 1 half"],
-) -> Int32[Array, "L B K M"]:
-    """The pages that every layer hands up while the likeliest token after `last` is fed. The pools stay as they are."""
+) -> tuple[Pools, Int32[Array, "L B K M"]]:
+    """The pages that every layer hands up while `tokens` are fed. The pools get the tokens' keys and values."""
     model = spec.merge(weights)
-    token = jnp.argmax(model.logits(last), axis=-1).astype(jnp.int32)
     backend = Decode(page_table, positions, active, plan.head_map, plan.policy, plan.implementation)
-    _, (_, seen) = model(token[:, None], cos, sin, _Watched(backend), (backend.start(pools), ()))
-    return jnp.stack(seen)
+    _, (state, seen) = model(tokens[:, None], cos, sin, _Watched(backend), (backend.start(pools), ()))
+    return state.pools, jnp.stack(seen)

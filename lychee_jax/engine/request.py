@@ -7,8 +7,9 @@ from collections.abc import Hashable
 from typing import Literal
 
 from lychee_jax.engine.sampling_params import SamplingParams
+from lychee_jax.errors import UserError
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Request:
         forced: tokens that are taken instead of sampled ones, from the first new token on (teacher forcing).
         sample_index: with seed and step, what randomness depends on.
         top_logprobs: how many of the likeliest tokens are reported at each step, with their log-probabilities.
+        cache_salt: prompts share cached pages only if this is equal too. The engine puts into it whatever else decides
+            what a page holds: model fingerprint, dtypes, page size, implementation, adapter.
+
+    Raises:
+        UserError: an empty prompt, or no token to be generated.
     """
 
     id: str
@@ -36,3 +42,10 @@ class Request:
     forced: tuple[int, ...] = ()
     sample_index: int = 0
     top_logprobs: int = 0
+    cache_salt: bytes = b""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UserError("the prompt is empty; at least one token is needed")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lychee_jax.files import json_text
 from lychee_jax.plotting.scores import plot_heatmaps, plot_panels
 from lychee_jax.run_folder import Record
 
@@ -120,7 +120,7 @@ class EvaluationReport:
 
     def save(self, folder: Path) -> None:
         """Write `results.json`, `results.md` and `results.png`."""
-        content = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        content = json_text(self.to_json(), indent=1)
         (folder / RESULTS).write_text(content + "\n", encoding="utf-8")
         (folder / TABLE).write_text(self.markdown() + "\n", encoding="utf-8")
         values = {(r.task, r.length, r.depth, r.variant): self.style.shown(r.score) for r in self.results}

@@ -1,4 +1,4 @@
-"""Runs the cells of an evaluation: prompts are read once, and the same cache answers in every variant.
+"""Runs the cells of an evaluation: every variant answers the same prompts, whose pages the prefix cache keeps.
 
 What differs between the variants is decoding alone. A row comes out the same whatever stands beside it in a batch, so
 neither the batch size nor an interrupt changes a result.
@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.outputs import Prefilled
-from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.variants import Variant
 from lychee_jax.llm import LLM
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 
@@ -37,7 +36,7 @@ class EvaluationPlan:
     cells: Sequence[Cell]
     variants: Sequence[Variant]
     options: GenerateOptions
-    batch: int = 8
+    batch: int = 16
     decode_last: int = 0
 
     def __post_init__(self) -> None:
@@ -99,14 +98,9 @@ def _batch(
     cases = [_held_back(cell.task.case(cell.length, cell.depth, index), plan.decode_last) for index in indices]
     for index, case in zip(indices, cases, strict=True):
         journal.keep_prompt(cell, index, case)
-    room = max(len(case.forced) for case in cases) + max(case.max_new_tokens for case in cases)
-    filled = model.engine.prefill(
-        [case.tokens for case in cases], max_new_tokens=room, page_size=plan.options.page_size,
-        implementation=plan.options.extend_implementation,
-    )  # fmt: skip
-    for i, variant in enumerate(variants):
+    for variant in variants:
         options = variant.options(plan.options, cell.length, max(case.max_new_tokens for case in cases))
-        found = _answer(model, filled, cases, options, keep=i + 1 < len(variants))
+        found = _answer(model, cases, options)
         answers = [
             {**record, "score": cell.task.score(case, record["answer"], record["forced_logprobs"])}
             for case, record in zip(cases, found, strict=True)
@@ -121,29 +115,26 @@ def _held_back(case: Case, count: int) -> Case:
     return dataclasses.replace(case, tokens=case.tokens[:cut], forced=[*case.tokens[cut:], *case.forced])
 
 
-def _answer(
-    model: LLM, filled: Prefilled, cases: list[Case], options: GenerateOptions, *, keep: bool
-) -> list[dict[str, Any]]:
+def _answer(model: LLM, cases: list[Case], options: GenerateOptions) -> list[dict[str, Any]]:
     """One record a case: the answer and what it cost."""
-    forced = feed(model.engine, filled, [case.forced for case in cases], options, keep=keep)
-    tokens: list[list[int]] = [[] for _ in cases]
-    share = forced.pages_read / forced.pages_held if forced.pages_held else 1.0
-    if any(case.max_new_tokens for case in cases):
-        # Where nothing was fed, the cache is still the first one.
-        stream = model.engine.decode(forced.filled, options, keep=keep and forced.filled is filled)
-        for _ in stream:
-            pass
-        result = stream.result()
-        tokens, share = result.tokens, float(result.attention["kv_read_share"])
+    forced = [case.forced for case in cases]
+    # A case without forced tokens and without an answer still gets its one token, which is not looked at.
+    limits = [max(1, len(case.forced) + case.max_new_tokens) for case in cases]
+    result = model.generate_tokens([case.tokens for case in cases], options, forced=forced, limits=limits)
     tokenizer = tokenizer_of(model)
-    return [
-        {
-            "answer": tokenizer.decode(row),
-            "references": case.references,
-            "prompt_tokens": len(case.tokens) + len(case.forced),
-            "new_tokens": len(row),
-            "forced_logprobs": [round(value, 6) for value in logprobs],
-            "kv_read_share": share,
-        }
-        for case, row, logprobs in zip(cases, tokens, forced.logprobs, strict=True)
-    ]
+    records = []
+    for row, case in enumerate(cases):
+        count = len(case.forced)
+        new = result.tokens[row][count:] if case.max_new_tokens else []
+        held = result.pages_held[row]
+        records.append(
+            {
+                "answer": text_of(tokenizer, new, eos_ids=options.eos_ids),
+                "references": case.references,
+                "prompt_tokens": len(case.tokens) + count,
+                "new_tokens": len(new),
+                "forced_logprobs": [round(value, 6) for value in result.logprobs[row][:count]],
+                "kv_read_share": result.pages_read[row] / held if held else 1.0,
+            }
+        )
+    return records

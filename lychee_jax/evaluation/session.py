@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.report import EvaluationReport, Style
 from lychee_jax.evaluation.runner import EvaluationPlan, run
+from lychee_jax.files import json_text
 from lychee_jax.llm import LLM
 from lychee_jax.run_folder import Record
 
@@ -75,7 +75,7 @@ def _attention(model: LLM, options: GenerateOptions) -> Record:
     return {
         "dtype": str(model.engine.dtype),
         "heads": f"{heads.num_retrieval} of {heads.num_layers * heads.num_kv_heads} retrieve",
-        "heads_sha256": hashlib.sha256(json.dumps(heads.retrieval).encode()).hexdigest()[:16],
+        "heads_sha256": hashlib.sha256(json_text(heads.retrieval).encode()).hexdigest()[:16],
         "page_size": options.page_size,
         **policy,
         "correct_every": options.correct_every,

@@ -37,8 +37,8 @@ class Budget:
         """In tokens, for prompts of this length; a share is cut to whole pages, but holds what is always read."""
         if not self.divisor:
             return self.tokens
-        numbers, size = options.policy.pages(options.page_size), options.page_size
-        least = (numbers["sink_pages"] + numbers["recent_pages"] + _PAGES_TO_PICK) * size
+        size = options.page_size
+        least = (options.policy.forced_pages(size) + _PAGES_TO_PICK) * size
         return max(least, length // self.divisor // size * size)
 
     def __str__(self) -> str:

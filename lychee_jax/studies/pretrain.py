@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from lychee_jax.config import ModelConfig, RopeConfig
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import Functional, Params
 from lychee_jax.run_folder import MetricsFile, claim
@@ -301,7 +301,7 @@ def main(
     save_tokenizer(output / "model", plan.config.max_position_embeddings)
     for length in (2048, 16384, 32768):
         scores = exact_match(plan, params, length=length, samples=200, facts=16)
-        typer.echo(f"exact match at {length} tokens: {json.dumps(scores)}")
+        typer.echo(f"exact match at {length} tokens: {json_text(scores)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import QuestionSource, Writer, make_source
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
@@ -245,9 +245,9 @@ class Learner:
         uniform = jax.random.uniform(key, (plan.batch, above, kv_heads), jnp.float32)
 
         # The cap of a rule is static and costs memory: never more than the row has pages.
-        numbers, size = plan.policy.pages(plan.page_size), plan.page_size
-        pages = max(pages_for(tokens.shape[1], size), numbers["sink_pages"] + numbers["recent_pages"])
-        policy = dataclasses.replace(plan.policy, budget=size * min(numbers["budget_pages"], pages))
+        size = plan.page_size
+        pages = max(pages_for(tokens.shape[1], size), plan.policy.forced_pages(size))
+        policy = dataclasses.replace(plan.policy, budget=size * min(plan.policy.budget // size, pages))
 
         def rows(weights, z, tokens, starts, answers, cos, sin):
             model = nnx.merge(self._graph, weights)
@@ -400,14 +400,14 @@ def _conclude(loaded: LLM, plan: TrainingPlan, output: Path, expected: Float32[n
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
     config, label = loaded.config, loaded.path.resolve().name
     head_map = HeadMap(
-        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json.dumps(meta, sort_keys=True)
+        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json_text(meta, sort_keys=True)
     )
     head_map.save(output / HEADS)
     described = {
         "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,
         "expected": [[round(float(z), 6) for z in layer] for layer in expected],
     }  # fmt: skip
-    (output / GATES).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    (output / GATES).write_text(json_text(described) + "\n", encoding="utf-8")
     plot_heads(head_map, output / ROLES)
     plot_training(output / METRICS, head_map, output / TRAINING)
     return Learned(head_map, expected, above_half)

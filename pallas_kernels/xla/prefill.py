@@ -9,14 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-import pallas_kernels
-from pallas_kernels.dispatch import available
+from pallas_kernels.types import KVPages
+from pallas_kernels.xla.config import XlaConfig
 from pallas_kernels.xla.decode import MASKED
-
-_QUERY_BLOCK = 512
-_KEY_BLOCK = 1024
-# Cached positions that a kernel takes at once: more than XLA's blocks, as every one of them reads the queries again.
-_KERNEL_BLOCK = 4096
 
 
 class _Partial:
@@ -56,103 +51,56 @@ def _scores(q: jax.Array, k: jax.Array, scale: float) -> jax.Array:
     return scale * jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
 
 
-def _block_tokens(kv_pages: jax.Array, tokens: int) -> int:
+def block_tokens(page_size: int, tokens: int) -> int:
     """Whole pages of about `tokens` tokens."""
-    page_size = kv_pages.shape[2]
     return max(1, tokens // page_size) * page_size
 
 
-def _cached_block(
-    index: jax.Array, block: int, kv_pages: jax.Array, page_table: jax.Array, starts: jax.Array
+def cached_block(
+    index: jax.Array, block: int, kv: KVPages, page_table: jax.Array, starts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values `[B, K, block, 2H]` of one block of positions, zero from `starts[b]` on, and which are below."""
-    batch, (_, kv_heads, page_size, width) = starts.shape[0], kv_pages.shape
+    batch, (_, kv_heads, page_size, width) = starts.shape[0], kv.data.shape
     pages = block // page_size
     heads = jnp.arange(kv_heads, dtype=jnp.int32)
     # Whole blocks of logical pages; entries that lie past the row's length may hold anything and are not followed.
     logical = index * pages + jnp.arange(pages, dtype=jnp.int32)
     inside = logical[None, :] * page_size < starts[:, None]
     ids = jnp.take(page_table, jnp.minimum(logical, page_table.shape[1] - 1), axis=1)
-    tiles = kv_pages[jnp.where(inside, ids, 0)[:, None, :], heads[None, :, None]]
+    tiles = kv.data[jnp.where(inside, ids, 0)[:, None, :], heads[None, :, None]]
     tiles = tiles.reshape(batch, kv_heads, block, width)
     position = index * block + jnp.arange(block, dtype=jnp.int32)
     seen = position[None, :] < starts[:, None]
     return jnp.where(seen[:, None, :, None], tiles, jnp.zeros((), tiles.dtype)), seen
 
 
-def _extend_by_kernel(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    kv_pages: jax.Array,
-    page_table: jax.Array,
-    starts: jax.Array,
-    scale: float,
-    implementation: str | None,
-) -> jax.Array:
-    """`extend_attention`, block after block by the platform's kernel; NotImplementedError where it does not fit."""
-    head_dim = q.shape[-1]
-    block = _block_tokens(kv_pages, _KERNEL_BLOCK)
-    queries = q.transpose(0, 2, 3, 1, 4)
-
-    def attend(keys: jax.Array, values: jax.Array, valid: jax.Array | None):
-        out, lse = pallas_kernels.block_attention(
-            queries, keys, values, valid, scale=scale, implementation=implementation
-        )
-        return out.astype(jnp.float32), lse
-
-    def past(i, carry):
-        out, lse = carry
-        tiles, _ = _cached_block(i, block, kv_pages, page_table, starts)
-        new_out, new_lse = attend(tiles[..., :head_dim], tiles[..., head_dim:], jnp.clip(starts - i * block, 0, block))
-        # A block of which a row sees nothing has a log-sum-exp of almost −∞.
-        both = jnp.logaddexp(lse, new_lse)
-        return out * jnp.exp(lse - both)[..., None] + new_out * jnp.exp(new_lse - both)[..., None], both
-
-    carry = attend(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), None)
-    out, _ = jax.lax.fori_loop(0, (jnp.max(starts) + block - 1) // block, past, carry)
-    return out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
+def zero_padding(x: Float[Array, "B T *rest"], counts: Int[Array, " B"]) -> Float[Array, "B T *rest"]:
+    """Zeros for what lies past the first `counts[b]` tokens: a weight of 0 does not stop a NaN."""
+    real = jnp.arange(x.shape[1], dtype=jnp.int32) < counts[:, None]
+    return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
 def extend_attention(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    kv_pages: Float[Array, "num_pages K page_size HH"],
+    kv: KVPages,
     page_table: Int[Array, "B P"],
     starts: Int[Array, " B"],
-    counts: Int[Array, " B"] | None = None,
+    counts: Int[Array, " B"],
     *,
     scale: float,
-    implementation: str | None = None,
+    config: XlaConfig = XlaConfig(),
 ) -> Float[Array, "B T K G H"]:
     """Causal attention of a chunk of new tokens at positions `starts[b] + t` over the cached positions < `starts[b]`
-    and over the chunk itself. The work on the past follows the longest row's `starts`, not the cache's capacity.
+    and over the chunk itself; see `pallas_kernels.extend_attention`.
 
-    The first `counts[b]` tokens (None: all) are real, and the cache must hold their keys and values already: one kernel
-    reads them there, the other ways of computing this take them from `k` and `v`. What comes out for the rest is finite
-    and nothing else.
-
-    `implementation`: see `pallas_kernels.dispatch`; None takes the platform's kernel where it fits.
+    The work on the past follows the longest row's `starts`, not the cache's capacity.
     """
-    if implementation != "xla":
-        if counts is None:
-            counts = jnp.full(starts.shape, q.shape[1], jnp.int32)
-        try:
-            return pallas_kernels.extend_attention(
-                q, kv_pages, page_table, starts, counts, scale=scale, implementation=implementation
-            )
-        except NotImplementedError:
-            if implementation in available("extend_attention"):
-                raise
-        try:
-            return _extend_by_kernel(q, k, v, kv_pages, page_table, starts, scale, implementation)
-        except NotImplementedError:
-            if implementation is not None:
-                raise
     batch, length, kv_heads, groups, head_dim = q.shape
+    q, k, v = (zero_padding(x, counts) for x in (q, k, v))
     # Whatever the capacity, the same blocks: a row's sums must not depend on the longest row of its batch.
-    block = _block_tokens(kv_pages, _KEY_BLOCK)
+    block = block_tokens(kv.page_size, config.key_block)
     # All queries of a KV head as rows of one matrix, once: no block of keys or scores is transposed in the loop.
     queries = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
 
@@ -172,7 +120,7 @@ def extend_attention(
         return new_top, total, out * shrink[..., None] + product
 
     def past(i, carry):
-        tiles, seen = _cached_block(i, block, kv_pages, page_table, starts)
+        tiles, seen = cached_block(i, block, kv, page_table, starts)
         return add(carry, tiles[..., :head_dim], tiles[..., head_dim:], seen[:, None, None, :])
 
     lead = (batch, kv_heads, groups * length)
@@ -189,7 +137,12 @@ def extend_attention(
 
 
 def causal_attention(
-    q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], *, scale: float
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    *,
+    scale: float,
+    config: XlaConfig = XlaConfig(),
 ) -> Float[Array, "B T K G H"]:
     """Causal attention within whole sequences; differentiable, with memory linear in T."""
     batch, length, kv_heads, groups, head_dim = q.shape
@@ -200,7 +153,7 @@ def causal_attention(
         )  # fmt: skip
         return out.reshape(q.shape)
 
-    block = min(_QUERY_BLOCK, length)
+    block = min(config.query_block, length)
     padding = -length % block
     blocks = (length + padding) // block
     padded = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0)))

@@ -7,17 +7,18 @@ import pytest
 
 from lychee_jax.cache.allocator import CacheLayout, pages_for
 from lychee_jax.cache.pages import append_pages, append_token, append_tokens
+from pallas_kernels import KVPages
 
 KV_HEADS, PAGE, WIDTH = 2, 4, 6
 
 
 def _pool(num_pages):
-    return jnp.full((num_pages, KV_HEADS, PAGE, WIDTH), jnp.nan, jnp.float32)
+    return KVPages(jnp.full((num_pages, KV_HEADS, PAGE, WIDTH), jnp.nan, jnp.float32))
 
 
 def _rows(pool, table, row, count):
     """Positions 0 … count−1 of a row, read back `[count, K, 2H]`."""
-    pages = np.asarray(pool)[np.asarray(table)[row, : pages_for(count, PAGE)]]
+    pages = np.asarray(pool.data)[np.asarray(table)[row, : pages_for(count, PAGE)]]
     return pages.transpose(0, 2, 1, 3).reshape(-1, KV_HEADS, WIDTH)[:count]
 
 
@@ -77,7 +78,7 @@ def test_tokens_land_where_the_table_says(append):
     for row in (0, 2):
         np.testing.assert_array_equal(_rows(pool, table, row, int(counts[row])), kv[row, : counts[row]])
     owned = np.asarray(layout.page_table)[1, :2]
-    assert np.isnan(np.asarray(pool)[owned]).all(), "an inactive row's own pages stay untouched"
+    assert np.isnan(np.asarray(pool.data)[owned]).all(), "an inactive row's own pages stay untouched"
 
 
 def test_whole_pages_are_written_up_to_the_count_only():
@@ -93,4 +94,4 @@ def test_whole_pages_are_written_up_to_the_count_only():
     written = {0: [1, 2], 1: [2], 2: []}
     for row, pages in written.items():
         others = [page for index, page in enumerate(layout.page_table[row]) if index not in pages]
-        assert np.isnan(np.asarray(pool)[others]).all()
+        assert np.isnan(np.asarray(pool.data)[others]).all()

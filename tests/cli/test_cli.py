@@ -124,7 +124,7 @@ def test_a_ragged_batch_without_tokenizer(as_json, bare, tmp_path):
 def test_chat_goes_through_the_template(as_json, folder):
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer is not None
-    wanted = tokenizer.encode_chat("the dog")
+    wanted = tokenizer.encode_messages("the dog")
     answer = as_json("--chat", "--prompt", "the dog")
     assert answer["prompt_tokens"] == [len(wanted)]
     assert answer["tokens"] == as_json("--prompt-ids", "-", stdin=json.dumps(wanted))["tokens"]

@@ -1,7 +1,7 @@
 """Hybrid decoding of whole models against the float64 oracle, and the invariants that hold exactly.
 
-Every cache is poisoned between prefill and decoding: NaN in all slots that no prompt token fills, in the pages that no
-row owns and in the scratch pages, garbage in the unused entries of the page table.
+Every cache holds NaN before a prompt is read: in the pages that no row owns, in those that only new tokens fill, and in
+the scratch pages. Prompts go in page by page, so that those of any length share one program.
 """
 
 import dataclasses
@@ -17,12 +17,10 @@ import pytest
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import RopeConfig
-from lychee_jax.engine import engine as generate
-from lychee_jax.engine.engine import Engine
-from lychee_jax.engine.options import AttentionMode, GenerateOptions
+from lychee_jax.engine.options import AttentionMode
 from lychee_jax.engine.outputs import Result
 from tests.support import oracle
-from tests.support.hybrid_models import BUDGET, NEW, VOCAB, Case, make_model
+from tests.support.hybrid_models import BUDGET, NEW, VOCAB, Case, make_model, run, small_chunks
 
 CASES = [
     BUDGET,
@@ -76,38 +74,10 @@ by_name = functools.partial(pytest.mark.parametrize, "case", ids=lambda case: ca
 
 @pytest.fixture(autouse=True, scope="module")
 def _compile_fast() -> Iterator[None]:
-    """These programs are large and run for milliseconds; the ops alone are tested as they are compiled for users.
-
-    Prompts go in page by page, so that those of any length share one program.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(generate._CHUNK_TOKENS, jax.default_backend(), 1)
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
-def poison(prefilled: generate.Prefilled) -> generate.Prefilled:
-    """NaN wherever no prompt token was written; garbage in the page table where no row owns a page."""
-    assert prefilled.pools is not None
-    table, size = np.array(prefilled.page_table), prefilled.page_size
-    filled = np.zeros((prefilled.pools[0].shape[0], size), bool)
-    for row, prompt in enumerate(prefilled.prompts):
-        for j in range(len(prompt)):
-            filled[table[row, j // size], j % size] = True
-        table[row, oracle.page_count(len(prompt) + prefilled.capacity, size) :] = 2**30 + row
-    keep = jnp.asarray(filled)[:, None, :, None]
-    prefilled.pools = tuple(jnp.where(keep, pool, jnp.asarray(np.nan, pool.dtype)) for pool in prefilled.pools)
-    prefilled.page_table = jnp.asarray(table)
-    return prefilled
-
-
-def run(engine: Engine, prompts: list[list[int]], options: GenerateOptions) -> Result:
-    prefilled = engine.prefill(prompts, max_new_tokens=options.max_new_tokens, page_size=options.page_size)
-    stream = engine.decode(poison(prefilled), options)
-    for _ in stream:
-        pass
-    return stream.result()
+    """These programs are large and run for milliseconds; the ops alone are tested as they are compiled for users."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def assert_same(got: Result, want: Result, atol: float = 1e-5) -> None:
@@ -162,9 +132,9 @@ def test_cache_correction_is_the_oracles() -> None:
 
 
 def test_all_heads_retrieving_is_dense() -> None:
-    engine, _ = make_model(BUDGET)
-    dense = run(engine, BUDGET.prompts, BUDGET.options("dense"))
-    every = run(engine, BUDGET.prompts, BUDGET.options(heads=HeadMap.all(BUDGET.config)))
+    model, _ = make_model(BUDGET)
+    dense = run(model, BUDGET.prompts, BUDGET.options("dense"))
+    every = run(model, BUDGET.prompts, BUDGET.options(heads=HeadMap.all(BUDGET.config)))
     assert_same(every, dense)
     assert dense.attention["kv_read_share"] == every.attention["kv_read_share"] == 1.0
     assert_is(dense, expected(BUDGET, hybrid=False))
@@ -172,19 +142,19 @@ def test_all_heads_retrieving_is_dense() -> None:
 
 def test_a_budget_that_holds_everything_is_dense() -> None:
     """16 pages, and no row grows beyond 11."""
-    engine, _ = make_model(BUDGET)
-    wide = run(engine, BUDGET.prompts, BUDGET.options(policy=SelectionPolicy(64, 4, 4)))
-    assert_same(wide, run(engine, BUDGET.prompts, BUDGET.options("dense")))
+    model, _ = make_model(BUDGET)
+    wide = run(model, BUDGET.prompts, BUDGET.options(policy=SelectionPolicy(64, 4, 4)))
+    assert_same(wide, run(model, BUDGET.prompts, BUDGET.options("dense")))
     assert wide.attention["kv_read_share"] == 1.0
 
 
 def test_bfloat16_follows_the_oracle() -> None:
     """Weights, activations and cache of one dtype; the oracle goes along the engine's own tokens."""
-    engine, weights = make_model(BUDGET, "bfloat16")
-    prefilled = engine.prefill(BUDGET.prompts, max_new_tokens=NEW, page_size=BUDGET.page_size)
-    assert prefilled.pools is not None
-    assert {pool.dtype for pool in prefilled.pools} == {engine.dtype} == {jnp.dtype("bfloat16")}
-    result = run(engine, BUDGET.prompts, BUDGET.options())
+    model, weights = make_model(BUDGET, "bfloat16")
+    result = run(model, BUDGET.prompts, BUDGET.options())
+    runner = model.engine(BUDGET.options().engine).runner
+    assert runner is not None
+    assert {pool.data.dtype for pool in runner.pools} == {model.dtype} == {jnp.dtype("bfloat16")}
     judge = oracle.Oracle(weights, BUDGET.config, BUDGET.page_size)
 
     def typical_error(**roles: Any) -> float:
@@ -206,55 +176,46 @@ def together() -> list[list[int]]:
     return [common + rng.integers(0, VOCAB, length - 6).tolist() for length in (27, 28, 29, 32)]
 
 
-@pytest.mark.parametrize(
-    ("attention", "chunk"),
-    [("hybrid", 512), ("dense", 512), ("auto", 512), ("hybrid", 4)],
-    ids=["hybrid", "dense", "auto", "hybrid after many chunks, the first one shared"],
-)
-def test_a_row_of_a_ragged_batch_equals_the_same_prompt_alone(
-    attention: AttentionMode, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the last token, also where `auto` has some rows dense and others not, and where rows end early by eos."""
-    monkeypatch.setitem(generate._DENSE_BELOW, jax.default_backend(), 30)
-    monkeypatch.setitem(generate._CHUNK_TOKENS, jax.default_backend(), chunk)
-    engine, _ = make_model(BUDGET)
+@pytest.mark.parametrize("attention", ["hybrid", "dense", "auto"])
+def test_rows_end_by_eos_and_leave_the_others_alone(attention: AttentionMode) -> None:
+    """Also where `auto` has some rows dense and others not."""
+    model, _ = make_model(BUDGET, engine_config=small_chunks(4, dense_below=30))
     options = BUDGET.options(attention)
-    alone = [run(engine, [prompt], options) for prompt in together()]
-    batch = run(engine, together(), options)
-    for row, result in enumerate(alone):
-        assert batch.tokens[row] == result.tokens[0]
-        # Chunks of another shape add up in another order.
-        np.testing.assert_allclose(batch.logprobs[row], result.logprobs[0], atol=1e-4)
+    batch = run(model, together(), options)
     eos = (batch.tokens[0][3], batch.tokens[2][9])
-    ended = run(engine, together(), dataclasses.replace(options, eos_ids=eos))
+    ended = run(model, together(), dataclasses.replace(options, eos_ids=eos))
     for row, tokens in enumerate(batch.tokens):
-        stop = next((i for i, token in enumerate(tokens) if token in eos), NEW - 1)
+        stop = next((i for i, token in enumerate(tokens) if token in eos), None)
+        assert ended.finish_reason[row] == ("length" if stop is None else "stop")
+        stop = NEW - 1 if stop is None else stop
         assert ended.tokens[row] == tokens[: stop + 1]
         np.testing.assert_allclose(ended.logprobs[row], batch.logprobs[row][: stop + 1], atol=1e-6)
     assert {len(tokens) for tokens in ended.tokens} != {NEW}
-    ignored = run(engine, together(), dataclasses.replace(options, eos_ids=eos, ignore_eos=True))
+    ignored = run(model, together(), dataclasses.replace(options, eos_ids=eos, ignore_eos=True))
     assert ignored.tokens == batch.tokens
+    assert set(ignored.finish_reason) == {"length"}
 
 
-def test_a_prompt_that_is_the_beginning_of_another_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_is_the_beginning_of_another_is_read_to_its_end() -> None:
     """Whole chunks are shared, but never all of a row: each needs the hidden state of its own last token."""
-    monkeypatch.setitem(generate._CHUNK_TOKENS, jax.default_backend(), 4)
-    engine, _ = make_model(BUDGET)
+    model, _ = make_model(BUDGET)
     prompt = together()[-1]
-    batch = engine.prefill([prompt[:28], prompt], max_new_tokens=NEW, page_size=4).last
-    for row, length in enumerate((28, 32)):
-        alone = engine.prefill([prompt[:length]], max_new_tokens=NEW, page_size=4).last
-        np.testing.assert_allclose(batch[row], alone[0], atol=1e-4)
+    options = BUDGET.options()
+    alone = [run(model, [prompt[:length]], options) for length in (28, 32)]
+    batch = run(model, [prompt[:28], prompt], options)
+    assert batch.tokens == [alone[0].tokens[0], alone[1].tokens[0]]
+    assert batch.logprobs == [alone[0].logprobs[0], alone[1].logprobs[0]]
+    assert batch.cached_tokens == [0, 28]
 
 
-def test_auto_goes_from_dense_to_hybrid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_goes_from_dense_to_hybrid() -> None:
     """Below the measured length it is dense, from there on hybrid: its ends are the two other modes."""
-    engine, _ = make_model(BUDGET)
     results = {}
     for below in (0, 30, 10**6):
-        monkeypatch.setitem(generate._DENSE_BELOW, jax.default_backend(), below)
-        results[below] = run(engine, together(), BUDGET.options("auto"))
-    assert_same(results[0], run(engine, together(), BUDGET.options("hybrid")))
-    assert_same(results[10**6], run(engine, together(), BUDGET.options("dense")))
+        model, _ = make_model(BUDGET, engine_config=small_chunks(4, dense_below=below))
+        results[below] = run(model, together(), BUDGET.options("auto"))
+    model, _ = make_model(BUDGET)
+    assert_same(results[10**6], run(model, together(), BUDGET.options("dense")))
+    assert_same(results[0], run(model, together(), BUDGET.options("auto")))
     shares = [result.attention["kv_read_share"] for result in results.values()]
     assert shares[0] < shares[1] < shares[2] == 1.0

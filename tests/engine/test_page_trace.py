@@ -17,6 +17,7 @@ from lychee_jax.engine.page_trace import read_pages
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.plotting.attention import plot_reading
+from pallas_kernels import KVPages
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)
 OPTIONS = GenerateOptions(
@@ -53,10 +54,10 @@ def test_pages_that_are_not_read_may_hold_anything(engine):
     # Poison, in the last layer, whatever its two sparse heads are said not to read.
     assert filled.pools is not None
     table = np.asarray(filled.page_table)[0, :27]
-    pool = np.array(filled.pools[2])
+    pool = np.array(filled.pools[2].data)
     for head in (0, 1):
         pool[table[~reading.pages[2, head]], head] = np.nan
-    poisoned = dataclasses.replace(filled, pools=(*filled.pools[:2], jnp.asarray(pool)))
+    poisoned = dataclasses.replace(filled, pools=(*filled.pools[:2], KVPages(jnp.asarray(pool))))
     found = two_tokens(engine, poisoned)
     assert found.tokens[0] == expected.tokens[0]
     assert found.logprobs[0] == expected.logprobs[0]

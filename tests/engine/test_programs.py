@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lychee_jax.attention import prefill
+import pallas_kernels
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.pages import make_pools
@@ -49,12 +49,12 @@ def _lower_decode(engine, head_map, program="decode"):
             engine.spec, plan, engine.weights, pools, jnp.zeros((BATCH, CONFIG.hidden_size)), steps, rows.positions,
             jnp.full(BATCH, 8), table, angles, angles,
         ).compile()  # fmt: skip
-        return compiled, pools[0]
+        return compiled, pools[0].data
     compiled = programs.decode_block.lower(
         engine.spec, plan, engine.weights, pools, rows, table, angles, angles, jnp.ones(BATCH, bool),
         SamplingParams().arrays(), jnp.full(4, -1, jnp.int32), jnp.int32(8),
     ).compile()  # fmt: skip
-    return compiled, pools[0]
+    return compiled, pools[0].data
 
 
 def _memory(compiled: Any) -> Any:
@@ -109,7 +109,7 @@ def test_chunks_are_written_in_place_and_their_memory_does_not_follow_the_past(e
             lowered = programs.correct_cache.lower(
                 engine.spec, engine.weights, pools, table, tokens, angles, angles, starts, jnp.ones(BATCH, bool)
             )
-        return lowered.compile(), pools[0]
+        return lowered.compile(), pools[0].data
 
     (small, _), (large, pool) = compile_at(128), compile_at(1024)
     shape = f"f32[{','.join(map(str, pool.shape))}]"
@@ -209,14 +209,14 @@ def test_prompts_that_the_model_cannot_take_are_refused(engine, prompts):
 def test_xla_by_name_keeps_kernels_out_of_prefill_and_correction(engine, monkeypatch, named, wanted):
     """Both read many tokens over the cache, each with a program of its own."""
     asked = []
-    real = prefill.extend_attention
+    real = pallas_kernels.extend_attention
 
     def watched(*args: Any, **options: Any) -> jax.Array:
         asked.append((args[0].shape[1], options["implementation"]))
         return real(*args, **options)
 
     jax.clear_caches()  # a program that is known is not traced again
-    monkeypatch.setattr(prefill, "extend_attention", watched)
+    monkeypatch.setattr(pallas_kernels, "extend_attention", watched)
     options = GenerateOptions("dense", page_size=PAGE, max_new_tokens=8, correct_every=3, implementation=named)
     engine.generate([[5] * 40], options)
     assert {length for length, _ in asked} == {64, 3}, "a chunk of the prompt, and a correction"

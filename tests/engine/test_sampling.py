@@ -1,7 +1,5 @@
 """Sampling against an independent NumPy float64 implementation; the promises about ties, seeds and logprobs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +7,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lychee_jax.engine.sampling import SamplingKind, SamplingParams, sample
+from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS, Sampled, SamplingArrays, sample, sampling_row
+from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 
-draw = jax.jit(sample, static_argnums=2)
+compiled = jax.jit(sample)
+
+
+def choose(logits, params, *, index=None, steps=None, seen=None, forced=None, num_top=None) -> Sampled:
+    """One token a row; `params`: one for all rows, or one each."""
+    logits = jnp.asarray(logits, jnp.float32)
+    batch = len(logits)
+    index = np.arange(batch) if index is None else index
+    if isinstance(params, SamplingParams):
+        fields = [np.full((batch,), number) for number in sampling_row(params)]
+    else:
+        fields = [np.stack(numbers) for numbers in zip(*map(sampling_row, params), strict=True)]
+    fields[-1] = np.asarray(index, np.int32)
+    arrays = SamplingArrays(*map(jnp.asarray, fields))
+
+    def of(values, default, dtype):
+        return jnp.full((batch,), default, dtype) if values is None else jnp.asarray(values, dtype)
+
+    seen = jnp.zeros(logits.shape, bool) if seen is None else jnp.asarray(seen)
+    return compiled(logits, arrays, seen, of(steps, 0, jnp.int32), of(forced, -1, jnp.int32), of(num_top, 0, jnp.int32))
 
 
 def survivors(logits, params, seen=None):
@@ -47,9 +65,8 @@ def draws(logits, params, count, seen=None):
     """`count` draws from one row of logits: rows of one batch with different (row, step)."""
     logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     seen = None if seen is None else jnp.broadcast_to(jnp.asarray(seen), logits.shape)
-    index = np.arange(count, dtype=np.int32)
-    tokens, _ = draw(logits, params.arrays(), params.kind, seen, jnp.asarray(index % 64), jnp.asarray(index // 64))
-    return np.asarray(tokens)
+    numbers = np.arange(count, dtype=np.int32)
+    return np.asarray(choose(logits, params, index=numbers % 64, steps=numbers // 64, seen=seen).token)
 
 
 CASES = [
@@ -73,9 +90,11 @@ def test_draws_follow_the_distribution(params):
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 1.5, 16).astype(np.float32)
     seen = rng.random(16) < 0.5
-    wanted = survivors(logits, params, seen if params.kind.penalised else None)
+    wanted = survivors(logits, params, seen if params.repetition_penalty != 1 else None)
     count = 20_000
-    seen_by_count = np.bincount(draws(logits, params, count, seen if params.kind.penalised else None), minlength=16)
+    seen_by_count = np.bincount(
+        draws(logits, params, count, seen if params.repetition_penalty != 1 else None), minlength=16
+    )
     assert (seen_by_count[wanted == 0] == 0).all(), "a filtered token was drawn"
     expected = wanted * count
     chi_square = ((seen_by_count - expected)[wanted > 0] ** 2 / expected[wanted > 0]).sum()
@@ -101,18 +120,15 @@ def test_exactly_the_right_tokens_survive(seed, temperature, top_k, top_p, min_p
         logits = np.round(logits)
     params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed)
     seen = rng.random(12) < 0.4
-    wanted = survivors(logits, params, seen if params.kind.penalised else None)
-    drawn = set(draws(logits, params, 4096, seen if params.kind.penalised else None).tolist())
+    wanted = survivors(logits, params, seen if params.repetition_penalty != 1 else None)
+    drawn = set(draws(logits, params, 4096, seen if params.repetition_penalty != 1 else None).tolist())
     assert drawn <= set(np.flatnonzero(wanted).tolist())
     assert set(np.flatnonzero(wanted > 0.01).tolist()) <= drawn
 
 
 def test_ties_go_to_the_lowest_id():
     logits = jnp.asarray([[1.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]], jnp.float32)
-    rows = jnp.arange(2)
-    greedy = SamplingParams()
-    tokens, _ = draw(logits, greedy.arrays(), greedy.kind, None, rows, rows)
-    assert tokens.tolist() == [1, 0]
+    assert choose(logits, SamplingParams()).token.tolist() == [1, 0]
     two = SamplingParams(temperature=1.0, top_k=2)
     assert set(draws(np.asarray(logits[0]), two, 500).tolist()) == {1, 2}
     # 3 of 5 equal tokens hold 0.6 of the mass, two hold only 0.4
@@ -124,11 +140,12 @@ def test_the_penalty_moves_greedy_choices_and_leaves_logprobs_raw():
     logits = jnp.asarray([[2.0, 1.9, -1.0, -1.1], [-2.0, -1.0, -1.1, -9.0]], jnp.float32)
     seen = jnp.asarray([[True, False, False, False], [False, True, False, False]])
     params = SamplingParams(repetition_penalty=1.5)
-    tokens, logprobs = draw(logits, params.arrays(), params.kind, seen, jnp.arange(2), jnp.zeros(2, jnp.int32))
-    assert tokens.tolist() == [1, 2]
+    sampled = choose(logits, params, seen=seen)
+    assert sampled.token.tolist() == [1, 2]
+    assert sampled.greedy.tolist() == [False, False]
     raw = np.asarray(logits, np.float64)
     wanted = raw - np.log(np.exp(raw).sum(axis=1))[:, None]
-    np.testing.assert_allclose(np.asarray(logprobs), [wanted.item(0, 1), wanted.item(1, 2)], atol=1e-6)
+    np.testing.assert_allclose(sampled.logprob, [wanted.item(0, 1), wanted.item(1, 2)], atol=1e-6)
 
 
 def test_a_draw_depends_on_seed_row_and_step_alone():
@@ -137,8 +154,7 @@ def test_a_draw_depends_on_seed_row_and_step_alone():
 
     def run(batch, rows, steps, **numbers):
         params = SamplingParams(**{"temperature": 1.0, "seed": 7, **numbers})
-        steps = jnp.full((len(rows),), steps, jnp.int32)
-        return draw(batch, params.arrays(), params.kind, None, jnp.asarray(rows), steps)[0].tolist()
+        return choose(batch, params, index=rows, steps=[steps] * len(rows)).token.tolist()
 
     whole = run(logits, [0, 1, 2, 3], 5)
     assert whole == run(logits, [0, 1, 2, 3], 5)
@@ -160,20 +176,38 @@ def test_a_filter_changes_only_what_it_removes():
     assert all(before == after for before, after in pairs)
 
 
-def test_new_numbers_compile_nothing():
-    traces = []
+def test_rows_of_all_kinds_in_one_batch_are_what_they_are_alone():
+    """Greedy, penalised, filtered and free rows side by side: none changes another, and nothing new is compiled."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 1, (len(CASES) + 2, 40)).astype(np.float32)
+    seen = rng.random(logits.shape) < 0.3
+    params = [SamplingParams(), SamplingParams(repetition_penalty=1.4), *CASES]
+    steps, index = list(range(len(params))), [row % 3 for row in range(len(params))]
+    together = choose(logits, params, index=index, steps=steps, seen=seen)
+    before = compiled._cache_size()
+    for row, one in enumerate(params):
+        own = np.broadcast_to(logits[row], logits.shape)
+        others = [SamplingParams()] * len(params)
+        others[row] = one
+        alone = choose(own, others, index=index, steps=steps, seen=np.broadcast_to(seen[row], seen.shape))
+        assert alone.token[row] == together.token[row], one
+        assert alone.logprob[row] == together.logprob[row]
+    assert compiled._cache_size() == before
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def counted(*arguments):
-        traces.append(arguments[2])
-        return sample(*arguments)
 
-    logits = jnp.zeros((1, 8), jnp.float32)
-    index = jnp.zeros((1,), jnp.int32)
-    for temperature, top_p, seed in [(0.5, 0.5, 0), (0.9, 0.3, 1), (1.4, 1e-3, 99)]:
-        params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-        counted(logits, params.arrays(), params.kind, None, index, index)
-    assert traces == [SamplingKind(greedy=False, filtered=True, penalised=False)]
+def test_forced_tokens_and_top_logprobs_and_logits_that_are_not_finite():
+    rng = np.random.default_rng(6)
+    logits = rng.normal(0, 2, (4, 30)).astype(np.float32)
+    logits[2, 7], logits[3, 9] = np.nan, np.inf
+    sampled = choose(logits, SamplingParams(temperature=1.0), forced=[5, -1, -1, -1], num_top=[0, 3, 0, 0])
+    assert sampled.token[0] == 5
+    assert sampled.finite.tolist() == [True, True, False, False]
+    raw = logits[:2].astype(np.float64)
+    wanted = raw - np.log(np.exp(raw).sum(axis=1))[:, None]
+    np.testing.assert_allclose(sampled.logprob[0], wanted[0, 5], atol=1e-6)
+    best = np.argsort(-logits[1])[:MAX_TOP_LOGPROBS]
+    assert sampled.top_ids[1].tolist() == best.tolist()
+    np.testing.assert_allclose(sampled.top_logprobs[1], wanted[1, best], atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-30, 1e-6, 1e30])
@@ -191,9 +225,9 @@ def test_a_large_vocabulary_keeps_its_tail_at_top_p_one():
     """float32 sums of 10⁵ probabilities are not exactly 1; that must not remove tokens."""
     params = SamplingParams(temperature=1.0, top_k=99_999)
     logits = jnp.zeros((8, 100_000), jnp.float32)
-    tokens, logprobs = draw(logits, params.arrays(), params.kind, None, jnp.arange(8), jnp.zeros(8, jnp.int32))
-    assert len(set(tokens.tolist())) == 8
-    np.testing.assert_allclose(logprobs, -np.log(100_000), rtol=1e-6)
+    sampled = choose(logits, params)
+    assert len(set(sampled.token.tolist())) == 8
+    np.testing.assert_allclose(sampled.logprob, -np.log(100_000), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.engine.teacher_forcing import feed
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
@@ -12,7 +13,6 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.engine.outputs import Prefilled, Result
-from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 

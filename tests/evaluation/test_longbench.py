@@ -104,7 +104,7 @@ def test_few_shot_tasks_stay_without_a_chat_template(folder, tmp_path_factory):
     plain, chat = (LongBench(tokenizer, "hotpotqa", folder, chat=chat).case(3000, None, 0) for chat in (False, True))
     assert len(plain.tokens) <= 3000
     assert len(chat.tokens) <= 3000
-    assert chat.tokens == tokenizer.encode_chat(chat.prompt)
+    assert chat.tokens == tokenizer.encode_messages(chat.prompt)
     few = [LongBench(tokenizer, "triviaqa", folder, chat=chat).case(3000, None, 0) for chat in (False, True)]
     assert few[0] == few[1]
 

@@ -189,7 +189,7 @@ def test_a_chat_ends_with_the_beginning_of_the_answer(chat_tokenizer, files):
     case = Ruler(chat_tokenizer, "niah_single_1", files, chat=True).case(3000, None, 0)
     text = chat_tokenizer.decode(case.tokens)
     assert text.endswith("mentioned in the provided text is")
-    assert case.tokens == chat_tokenizer.encode_chat(
+    assert case.tokens == chat_tokenizer.encode_messages(
         case.prompt[: case.prompt.index(" The special magic")],
         answer=case.prompt[case.prompt.index(" The special magic") :],
     )

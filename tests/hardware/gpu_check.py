@@ -60,7 +60,10 @@ def check_chunk(page: int, head_dim: int, groups: int, dtype: str, length: int, 
     q, pool = (np.asarray(jnp.asarray(x, dtype)) for x in (q, pool))
     scale = head_dim**-0.5
     call = jax.jit(functools.partial(ops.extend_attention, scale=scale, implementation="mosaic_gpu"))
-    args = [jnp.asarray(x) for x in (q, pool, table, starts, counts)]
+    unread = jnp.full((*q.shape[:3], head_dim), jnp.nan, q.dtype)  # keys and values are read where the cache has them
+    args = (
+        jnp.asarray(q), unread, unread, ops.KVPages(jnp.asarray(pool)), *map(jnp.asarray, (table, starts, counts))
+    )  # fmt: skip
     results = [np.asarray(call(*args)) for _ in range(2)]
     want = oracle.extend_attention(q, pool, table, starts, counts, scale=scale)
     pairs = [(out[: len(row)].astype(np.float64), row) for out, row in zip(results[0], want, strict=True)]
@@ -97,15 +100,15 @@ def check(
     decode = functools.partial(
         ops.hybrid_decode,
         heads=np.array(heads, np.int32),
+        spec=ops.SelectionSpec(BUDGET, 1, 2),
         scale=scale,
-        budget_pages=BUDGET,
-        sink_pages=1,
-        recent_pages=2,
         implementation="mosaic_gpu",
     )
     call = jax.jit(decode)
     args = (
-        *map(jnp.asarray, (q, pool, table, np.array(lengths, np.int32))),
+        jnp.asarray(q),
+        ops.KVPages(jnp.asarray(pool)),
+        *map(jnp.asarray, (table, np.array(lengths, np.int32))),
         ops.Selection(*map(jnp.asarray, (padded, counts))),
     )
     results = []
@@ -138,10 +141,8 @@ def check_select(capacity: int, ties: bool, seed: int) -> bool:
     pages, got = ops.select_pages(
         jnp.asarray(scores),
         jnp.array(counts, jnp.int32) * 64,
+        ops.SelectionSpec(BUDGET, 1, 2),
         page_size=64,
-        budget_pages=BUDGET,
-        sink_pages=1,
-        recent_pages=2,
         implementation="mosaic_gpu",
     )
     exact = True

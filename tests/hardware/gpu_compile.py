@@ -55,8 +55,8 @@ def report(device: Any, case: tuple[int, int, int, int, int, int, str]) -> str:
 
     def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any) -> Any:
         return ops.hybrid_decode(
-            q, pool, table, lengths, ops.Selection(chosen, counts), np.arange(dense, dtype=np.int32),
-            scale=head_dim**-0.5, budget_pages=64, sink_pages=2, recent_pages=4, implementation="mosaic_gpu",
+            q, ops.KVPages(pool), table, lengths, ops.Selection(chosen, counts), np.arange(dense, dtype=np.int32),
+            ops.SelectionSpec(64, 2, 4), scale=head_dim**-0.5, implementation="mosaic_gpu",
         )  # fmt: skip
 
     kind = jnp.dtype(dtype)

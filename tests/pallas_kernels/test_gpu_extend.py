@@ -20,9 +20,9 @@ from lychee_jax.engine import programs
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
+from pallas_kernels import KVPages
 from pallas_kernels.mosaic_gpu import extend
 from pallas_kernels.mosaic_gpu.common import targeting
-from pallas_kernels.xla.prefill import extend_attention
 from tests.support import oracle
 from tests.support.gpu import interpreted, kernels, run, unsigned
 from tests.support.paged_caches import Shape
@@ -41,8 +41,11 @@ class Chunk:
     counts: Any
 
     @property
-    def arrays(self) -> list[jax.Array]:
-        return [jnp.asarray(getattr(self, field.name)) for field in dataclasses.fields(self)]
+    def arrays(self) -> tuple[Any, ...]:
+        """Queries, no real keys and values (they are read where the cache holds them), cache, table, starts, counts."""
+        pool, table, starts, counts = map(jnp.asarray, (self.kv_pages, self.page_table, self.starts, self.counts))
+        unread = jnp.full((*self.q.shape[:3], self.q.shape[-1]), jnp.nan, self.q.dtype)
+        return jnp.asarray(self.q), unread, unread, KVPages(pool), table, starts, counts
 
 
 def make_chunk(shape: Shape, kv_heads: int, length: int, starts: list[int], counts: list[int]) -> Chunk:
@@ -163,13 +166,8 @@ def test_blocks_cover_every_query_once_the_longest_first() -> None:
 )
 def test_what_the_kernel_does_not_cover_is_refused(shape: Shape, message: str) -> None:
     chunk = make_chunk(shape, 1, 16, [0], [16])
-    k = v = jnp.zeros((1, 16, 1, shape.head_dim), chunk.q.dtype)
-    with targeting("cuda"):
-        with pytest.raises(NotImplementedError, match=message):
-            ops.extend_attention(*chunk.arrays, scale=1.0, implementation="mosaic_gpu")
-        q, *rest = chunk.arrays
-        with pytest.raises(NotImplementedError, match=message):
-            extend_attention(q, k, v, *rest, scale=1.0, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=message), targeting("cuda"):
+        ops.extend_attention(*chunk.arrays, scale=1.0, implementation="mosaic_gpu")
 
 
 def test_other_machines_are_refused_by_name_and_served_by_xla_otherwise() -> None:
@@ -177,11 +175,11 @@ def test_other_machines_are_refused_by_name_and_served_by_xla_otherwise() -> Non
     chunk = make_chunk(shape, 1, 16, [0], [16])
     with pytest.raises(NotImplementedError, match="Hopper"):
         ops.extend_attention(*chunk.arrays, scale=1.0, implementation="mosaic_gpu")
-    q, pool, table, starts, counts = chunk.arrays
-    own = pool[table[0, 0]].transpose(1, 0, 2)[None]
+    q, _, _, kv, table, *rest = chunk.arrays
+    own = kv.data[table[0, 0]].transpose(1, 0, 2)[None]
     with ops.recorded() as calls:
-        got = extend_attention(q, own[..., :64], own[..., 64:], pool, table, starts, counts, scale=shape.scale)
-    assert calls == []
+        got = ops.extend_attention(q, own[..., :64], own[..., 64:], kv, table, *rest, scale=shape.scale)
+    assert calls == [("extend_attention", "xla")]
     check(chunk, got, shape)
 
 
@@ -195,11 +193,16 @@ def test_real_shapes_lower_for_cuda(model: str, page: int) -> None:
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in [
             ((1, tokens, kv_heads, config.groups, config.head_dim), dtype),
+            ((1, tokens, kv_heads, config.head_dim), dtype), ((1, tokens, kv_heads, config.head_dim), dtype),
             ((pages + 1, kv_heads, page, 2 * config.head_dim), dtype),
             ((1, pages), jnp.int32), ((1,), jnp.int32), ((1,), jnp.int32),
         ]
     ]  # fmt: skip
-    code = kernels(lambda *args: ops.extend_attention(*args, scale=0.1, implementation="mosaic_gpu"), *shapes)
+
+    def call(q: Any, k: Any, v: Any, pool: Any, *rest: Any) -> Any:
+        return ops.extend_attention(q, k, v, KVPages(pool), *rest, scale=0.1, implementation="mosaic_gpu")
+
+    code = kernels(call, *shapes)
     assert len(code) == 1
     assert unsigned(code) == []
 
@@ -222,7 +225,7 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
     def prefill(implementation: str) -> list[np.ndarray]:
         """The last hidden state of each chunk, and what each layer's cache holds of the prompt."""
         shape = (num_pages, 1, page, 2 * config.head_dim)
-        pools = tuple(jnp.full(shape, jnp.nan, jnp.bfloat16) for _ in range(config.num_layers))
+        pools = tuple(KVPages(jnp.full(shape, jnp.nan, jnp.bfloat16)) for _ in range(config.num_layers))
         lasts = []
         for start in (0, chunk):
             cos, sin = rotary_tables(
@@ -235,7 +238,7 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
                 jnp.array([min(chunk, prompt - start)], jnp.int32), implementation,
             )  # fmt: skip
             lasts.append(np.asarray(last, np.float32))
-        held = [np.asarray(pool, np.float32)[table[0, :used]].reshape(-1, 2 * config.head_dim) for pool in pools]
+        held = [np.asarray(pool.data, np.float32)[table[0, :used]].reshape(-1, 2 * config.head_dim) for pool in pools]
         return [*lasts, *[each[:prompt] for each in held]]
 
     want = prefill("xla")

@@ -14,12 +14,13 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels as ops
+from pallas_kernels import KVPages, SelectionSpec
 from pallas_kernels.mosaic_gpu import attend
 from pallas_kernels.mosaic_gpu.common import Refs, compiler_params, targeting
 from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
 from tests.support import oracle
 from tests.support.gpu import interpreted, kernels, lower, run, unsigned
-from tests.support.paged_caches import Cache, Shape, make_cache, padded, some_pages
+from tests.support.paged_caches import Cache, Shape, make_cache, padded, some_pages, spec_of
 
 BF16, F16 = "bfloat16", "float16"
 
@@ -132,8 +133,7 @@ def check_select(scores: np.ndarray, counts: list[int], rule: oracle.Rule, page_
     for b, count in enumerate(counts):
         scores[b, :, count:] = np.nan
     pages, got = run(
-        ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), page_size=page_size,
-        budget_pages=rule.budget, sink_pages=rule.sink, recent_pages=rule.recent, rule=rule.name, amount=rule.amount,
+        ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), spec=spec_of(rule), page_size=page_size,
     )  # fmt: skip
     picked = [
         [oracle.pick(head[:count].astype(np.float64), rule) for head in row]
@@ -172,9 +172,7 @@ def test_scores_of_whole_chunks_are_selected_from_in_one_launch() -> None:
     """Nothing is padded before the kernel nor cut off after it."""
 
     def select(scores: Any, lengths: Any) -> Any:
-        return ops.select_pages(
-            scores, lengths, page_size=64, budget_pages=64, sink_pages=2, recent_pages=4, implementation="mosaic_gpu"
-        )
+        return ops.select_pages(scores, lengths, SelectionSpec(64, 2, 4), page_size=64, implementation="mosaic_gpu")
 
     for capacity, launches in ((2048, 1), (2000, 2)):
         module = lower(
@@ -214,10 +212,7 @@ def test_hybrid_decode_mixes_the_roles_of_a_layer(
     page = shape.page_size
     cache = make_cache(shape, seed=1, lengths=[0, 1, page, 4 * page + page // 2 + 1, 6 * page])
     pages = some_pages(cache, shape.page_size, rule.budget)
-    numbers: dict[str, Any] = {
-        "scale": shape.scale, "budget_pages": rule.budget, "sink_pages": rule.sink, "recent_pages": rule.recent,
-        "rule": rule.name, "amount": rule.amount, "page_scores": rule.page_score,
-    }  # fmt: skip
+    numbers: dict[str, Any] = {"spec": spec_of(rule), "scale": shape.scale}
     inherited = padded(pages, rule.budget)
     with ops.recorded() as calls:
         if known:
@@ -320,15 +315,15 @@ def test_wrong_page_ids_are_never_followed() -> None:
 @pytest.mark.parametrize(("batch", "heads"), [(2, []), (0, [1])], ids=["no heads", "no rows"])
 def test_nothing_is_asked_for(batch: int, heads: list[int]) -> None:
     q = jnp.ones((batch, 3, 4, 64), jnp.bfloat16)
-    pool, table = jnp.ones((9, 3, 16, 128), jnp.bfloat16), jnp.zeros((batch, 4), jnp.int32)
+    pool, table = KVPages(jnp.ones((9, 3, 16, 128), jnp.bfloat16)), jnp.zeros((batch, 4), jnp.int32)
     lengths, named = jnp.full((batch,), 40, jnp.int32), jnp.array(heads, jnp.int32)
     selection = ops.Selection(jnp.zeros((batch, 3, 2), jnp.int32), jnp.ones((batch, 3), jnp.int32))
     out, scores = run(ops.dense_decode, q, pool, table, lengths, named, scale=1.0, page_scores="max")
     assert (out.shape, scores.shape) == ((batch, len(heads), 4, 64), (batch, len(heads), 4))
     out = run(ops.sparse_decode, q, pool, table, lengths, selection, named, scale=1.0)
     assert out.shape == (batch, len(heads), 4, 64)
-    policy = {"budget_pages": 2, "sink_pages": 0, "recent_pages": 0}
-    out, handed = run(ops.hybrid_decode, q, pool, table, lengths, selection, named, scale=1.0, **policy)
+    spec = SelectionSpec(2, 0, 0)
+    out, handed = run(ops.hybrid_decode, q, pool, table, lengths, selection, named, spec=spec, scale=1.0)
     assert (out.shape, handed.pages.shape) == (q.shape, selection.pages.shape)
 
 
@@ -379,8 +374,8 @@ def test_kernels_lower_for_cuda(
 
     def call(q: Any, pool: Any, table: Any, lengths: Any, selected: Any, counts: Any) -> Any:
         return ops.hybrid_decode(
-            q, pool, table, lengths, ops.Selection(selected, counts), heads, scale=0.1, budget_pages=64, sink_pages=2,
-            recent_pages=4, implementation="mosaic_gpu",
+            q, KVPages(pool), table, lengths, ops.Selection(selected, counts), heads, SelectionSpec(64, 2, 4),
+            scale=0.1, implementation="mosaic_gpu",
         )  # fmt: skip
 
     code = kernels(call, *shapes)
@@ -400,7 +395,7 @@ def test_the_warpgroups_that_compute_reduce_in_memory_of_their_own() -> None:
     def call(q: Any, pool: Any, table: Any, lengths: Any) -> Any:
         heads = np.array([3], np.int32)
         return ops.dense_decode(
-            q, pool, table, lengths, heads, scale=0.1, page_scores="max", implementation="mosaic_gpu"
+            q, KVPages(pool), table, lengths, heads, scale=0.1, page_scores="max", implementation="mosaic_gpu"
         )
 
     lines = kernels(call, *shapes)[0].splitlines()
@@ -422,9 +417,7 @@ def test_scores_below_zero_are_lower_than_others(pages: int) -> None:
     arguments = jax.ShapeDtypeStruct((2, 3, pages), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32)
 
     def call(scores: Any, lengths: Any) -> Any:
-        return ops.select_pages(
-            scores, lengths, page_size=64, budget_pages=12, sink_pages=1, recent_pages=2, implementation="mosaic_gpu"
-        )
+        return ops.select_pages(scores, lengths, SelectionSpec(12, 1, 2), page_size=64, implementation="mosaic_gpu")
 
     code = kernels(call, *arguments)
     assert len(code) == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels import Selection, dispatch
+from pallas_kernels import KVPages, Selection, SelectionSpec, dispatch
 from tests.support import oracle
 from tests.support.paged_caches import (
     BUDGET,
@@ -23,6 +23,7 @@ from tests.support.paged_caches import (
     padded,
     run,
     some_pages,
+    spec_of,
 )
 
 
@@ -78,13 +79,8 @@ def check_hybrid(shape: Shape, cache: Cache, heads: list[int], rule: oracle.Rule
         *cache.arrays,
         padded(pages, rule.budget),
         jnp.array(heads, jnp.int32),
+        spec=spec_of(rule),
         scale=shape.scale,
-        budget_pages=rule.budget,
-        sink_pages=rule.sink,
-        recent_pages=rule.recent,
-        rule=rule.name,
-        amount=rule.amount,
-        page_scores=rule.page_score,
     )
     want, handed, margin = oracle.hybrid_decode(
         cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, rule, scale=shape.scale
@@ -165,11 +161,12 @@ def test_without_a_name_a_refusal_falls_back_and_an_error_does_not(monkeypatch: 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"kv_pages": (9, 2, 4, 16)}, "kv_pages"),
-        ({"kv_pages": (9, 3, 4, 15)}, "kv_pages"),
+        ({"kv": (9, 2, 4, 16)}, "kv.data"),
+        ({"kv": (9, 3, 4, 15)}, "kv.data"),
         ({"page_table": (3, 5)}, "rows"),
         ({"lengths": (1,)}, "rows"),
         ({"heads": (4,)}, "heads"),
+        ({"dense": (3,)}, "rows"),
         ({"budget_pages": 0}, "budget"),
         ({"budget_pages": 5}, "room for 4 pages"),
         ({"sink_pages": -1}, "sink"),
@@ -181,12 +178,30 @@ def test_without_a_name_a_refusal_falls_back_and_an_error_does_not(monkeypatch: 
 def test_bad_input_is_a_value_error(wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As a user has it: without the tests' import hook, only the ops' own checks stand.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    shapes = {"q": (2, 3, 1, 8), "kv_pages": (9, 3, 4, 16), "page_table": (2, 5), "lengths": (2,), "heads": (1,)}
+    shapes = {"q": (2, 3, 1, 8), "kv": (9, 3, 4, 16), "page_table": (2, 5), "lengths": (2,), "heads": (1,)}
+    shapes["dense"] = (2,)
     shapes |= {name: shape for name, shape in wrong.items() if name in shapes}
-    floats: dict[str, Any] = {name: jnp.zeros(shapes[name]) for name in ("q", "kv_pages")}
+    q, kv = jnp.zeros(shapes["q"]), KVPages(jnp.zeros(shapes["kv"]))
     ints: dict[str, Any] = {name: jnp.zeros(shapes[name], jnp.int32) for name in ("page_table", "lengths", "heads")}
     selection = Selection(jnp.zeros((2, 3, 4), jnp.int32), jnp.zeros((2, 3), jnp.int32))
     policy: dict[str, Any] = {"budget_pages": 4, "sink_pages": 1, "recent_pages": 1}
     policy |= {name: value for name, value in wrong.items() if name in policy}
     with pytest.raises(ValueError, match=message):
-        ops.hybrid_decode(**floats, **ints, selection=selection, scale=1.0, **policy)
+        ops.hybrid_decode(
+            q,
+            kv,
+            **ints,
+            selection=selection,
+            spec=SelectionSpec(**policy),
+            scale=1.0,
+            dense=jnp.zeros(shapes["dense"], bool),
+        )
+
+
+def test_quantised_caches_are_refused_by_every_implementation() -> None:
+    shape = SHAPES[1]
+    q, kv, table, lengths = make_cache(shape).arrays
+    kv = kv._replace(scales=jnp.ones((kv.num_pages, KV_HEADS, 2 * shape.page_size)))
+    for name in (None, *dispatch.available("dense_decode")):
+        with pytest.raises(NotImplementedError, match="quantised"):
+            ops.dense_decode(q, kv, table, lengths, np.array([0], np.int32), scale=1.0, implementation=name)

@@ -13,16 +13,16 @@ import pytest
 import pallas_kernels as ops
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.errors import UserError
+from pallas_kernels import SelectionSpec
 from tests.support import oracle
+from tests.support.paged_caches import spec_of
 
 PAGE_SIZE = 4
 CAPACITY = 12
 
 
 def select(scores: Any, lengths: Any, rule: oracle.Rule, page_size: int = PAGE_SIZE) -> tuple[np.ndarray, np.ndarray]:
-    static: dict[str, Any] = {"budget_pages": rule.budget, "sink_pages": rule.sink, "recent_pages": rule.recent}
-    static |= {"rule": rule.name, "amount": rule.amount}
-    call = functools.partial(ops.select_pages, page_size=page_size, implementation="xla", **static)
+    call = functools.partial(ops.select_pages, spec=spec_of(rule), page_size=page_size, implementation="xla")
     with ops.recorded() as used:
         pages, counts = jax.jit(call)(jnp.asarray(scores, jnp.float32), jnp.asarray(lengths, jnp.int32))
     assert used == [("select_pages", "xla")]
@@ -128,12 +128,14 @@ def test_forced_rule() -> None:
 def test_tokens_become_pages_by_rounding_up() -> None:
     policy = SelectionPolicy(budget=64, sink=17, recent=1)
     policy.validate(16)
-    assert policy.pages(16) == {"budget_pages": 4, "sink_pages": 2, "recent_pages": 1}
-    assert SelectionPolicy(budget=64, sink=0, recent=0).pages(64) == {
-        "budget_pages": 1,
-        "sink_pages": 0,
-        "recent_pages": 0,
-    }
+    assert policy.spec(16) == SelectionSpec(4, 2, 1)
+    assert SelectionPolicy(budget=64, sink=0, recent=0).spec(64) == SelectionSpec(1, 0, 0)
+    assert SelectionPolicy(64, 0, 0, "top_p", top_p=0.5).spec(16) == SelectionSpec(4, 0, 0, "top_p", 0.5, "lse")
+
+
+@pytest.mark.parametrize(("name", "score"), [("max", "max"), ("lse", "lse"), ("mass", "lse")])
+def test_page_scores_and_their_other_name(name: Any, score: str) -> None:
+    assert SelectionPolicy(page_score=name).spec(64).page_score == score
 
 
 @pytest.mark.parametrize(

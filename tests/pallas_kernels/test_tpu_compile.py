@@ -25,7 +25,7 @@ from lychee_jax.engine.sampling import SamplingParams
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.parallel.layouts import weight_format
-from pallas_kernels import Selection
+from pallas_kernels import KVPages, Selection, SelectionSpec
 
 pytestmark = [
     pytest.mark.libtpu,
@@ -59,8 +59,8 @@ def test_every_op_compiles(
 
     def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any) -> Any:
         return ops.hybrid_decode(
-            q, pool, table, lengths, Selection(chosen, counts), jnp.array([kv_heads - 1], jnp.int32),
-            scale=head_dim**-0.5, budget_pages=budget, sink_pages=2, recent_pages=4, implementation="mosaic_tpu",
+            q, KVPages(pool), table, lengths, Selection(chosen, counts), jnp.array([kv_heads - 1], jnp.int32),
+            SelectionSpec(budget, 2, 4), scale=head_dim**-0.5, implementation="mosaic_tpu",
         )  # fmt: skip
 
     pool = array(min(batch * pages, 1 << 16) + batch, kv_heads, page_size, 2 * head_dim, dtype=dtype)
@@ -143,7 +143,7 @@ def abstract(chip: Chip, model: str, batch: int, context: int) -> tuple[ModelSpe
     )
     layout = CacheLayout.plan([context] * batch, PAGE)
     pool = array(layout.num_pages, config.num_kv_heads, PAGE, 2 * config.head_dim, dtype=jnp.dtype("bfloat16"))
-    return spec, weights, (pool,) * config.num_layers, array(*layout.page_table.shape)
+    return spec, weights, (KVPages(pool),) * config.num_layers, array(*layout.page_table.shape)
 
 
 def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: bool) -> tuple[Any, Any, int]:
@@ -163,7 +163,7 @@ def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: 
             array(batch, dtype=bool), SamplingParams().arrays(), array(4), array(),
         )  # fmt: skip
     assert {name for _, name in calls} == {"mosaic_tpu"}
-    return compiled, pools[0], config.num_layers
+    return compiled, pools[0].data, config.num_layers
 
 
 @pytest.mark.slow
@@ -184,5 +184,5 @@ def test_prefill_compiles_and_fits(chip: str, model: str, context: int) -> None:
             CHIPS[chip], programs.prefill_chunk, spec, weights, pools, table, array(1, tokens), angles, angles,
             array(1), array(1), "mosaic_tpu",
         )  # fmt: skip
-    assert set(calls) == {("block_attention", "mosaic_tpu")}
-    check_memory(CHIPS[chip], compiled, pools[0], spec.config.num_layers, temporaries=1 << 30)
+    assert set(calls) == {("extend_attention", "mosaic_tpu")}
+    check_memory(CHIPS[chip], compiled, pools[0].data, spec.config.num_layers, temporaries=1 << 30)

@@ -5,6 +5,7 @@ Lengths sit at the borders of pages and of the kernel's steps; NaN is in every s
 
 import collections
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.models.decoder import Decoder
-from pallas_kernels.xla.prefill import extend_attention
+from pallas_kernels import KVPages, SelectionSpec
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from tests.support import oracle
-from tests.support.paged_caches import KV_HEADS, Cache, Shape, make_cache, padded, some_pages
+from tests.support.paged_caches import KV_HEADS, Cache, Shape, make_cache, padded, some_pages, spec_of
 from tests.support.tpu import interpreted, run
 
 F32, BF16 = "float32", "bfloat16"
@@ -37,29 +39,63 @@ def steps(shape: Shape, *tokens: int) -> list[int]:
     return [4096 * 2, *tokens, shape.page_size * 3]
 
 
-def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None, cores: int = 1) -> None:
-    out, scores = run(
-        ops.dense_decode, *cache.arrays, jnp.array(heads, jnp.int32), scale=shape.scale, page_scores=kind, cores=cores
-    )
-    want, want_scores = oracle.dense_decode(
-        cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads, scale=shape.scale, score=kind or "max"
-    )
+# Several steps where there would be one.
+SMALL = TpuConfig(
+    block_tokens=128, block_pages=4, step_blocks=2, dma_unroll=2, select_chunk=128, select_places=8, select_bits=4
+)
+
+
+def check_dense(
+    shape: Shape,
+    cache: Cache,
+    heads: list[int],
+    kind: str | None,
+    cores: int = 1,
+    config: TpuConfig | None = None,
+) -> None:
+    """Everything that `dense_decode` gives, against the oracle; without page scores, without log-sum-exps, too."""
+    out, scores, *lse = run(
+        ops.dense_decode, *cache.arrays, jnp.array(heads, jnp.int32), scale=shape.scale, page_scores=kind,
+        return_lse=kind is not None, cores=cores, config=config,
+    )  # fmt: skip
     assert out.dtype == cache.q.dtype
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    assert not np.asarray(out)[:, [r for r, head in enumerate(heads) if head < 0]].any()
+    named = [r for r, head in enumerate(heads) if head >= 0]
+    want, want_scores = oracle.dense_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, [heads[r] for r in named], scale=shape.scale,
+        score=kind or "max",
+    )  # fmt: skip
+    np.testing.assert_allclose(np.asarray(out, np.float64)[:, named], want, atol=shape.tolerance)
     if kind is None:
         assert scores is None
+        assert not lse
         return
     assert scores.dtype == jnp.float32
     assert scores.shape == (len(cache.lengths), len(heads), cache.page_table.shape[1])
     for b, row in enumerate(want_scores):
-        for r, head in enumerate(row):
+        for r, head in zip(named, row, strict=True):
             np.testing.assert_allclose(scores[b, r, : len(head)], head, atol=5e-5, rtol=1e-5)
+    check_lse(shape, cache, heads, lse[0])
+
+
+def check_lse(
+    shape: Shape, cache: Cache, heads: list[int], lse: jax.Array, pages: list[list[list[int]]] | None = None
+) -> None:
+    """`lse [B, R, G]` over all that a head may read, or over `pages` of it; masked where nothing was read."""
+    assert lse.dtype == jnp.float32
+    for b, length in enumerate(cache.lengths.tolist()):
+        for r, head in enumerate(heads):
+            keys, _ = oracle.read_cache(cache.kv_pages, cache.page_table, b, length if head >= 0 else 0, head)
+            if pages is not None:
+                keys = keys[[j for j in range(len(keys)) if j // shape.page_size in pages[b][head]]]
+            want = oracle.log_sum_exp(cache.q[b, head].astype(np.float64), keys, shape.scale)
+            np.testing.assert_allclose(lse[b, r], np.maximum(want, ops.MASKED), atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("shape", "heads", "kind"),
     [
-        (Shape(16, 64, 4), [2, 0], "max"),
+        (Shape(16, 64, 4), [2, -1, 0], "max"),
         (Shape(32, 128, 7, BF16), [1], "lse"),
         (Shape(64, 128, 8, BF16), [0, 2, 1], "max"),
         (Shape(128, 64, 1), [2], "lse"),
@@ -81,7 +117,17 @@ def test_dense_decode_over_several_steps(shape: Shape, heads: list[int], kind: s
     check_dense(shape, make_cache(shape, lengths=steps(shape, 4096 + shape.page_size, 4096 + 1)), heads, kind)
 
 
-@pytest.mark.parametrize("heads", [[1], [2, 0], [0, 1, 2]], ids=["split context", "a head each", "split contexts"])
+def test_tiles_of_other_sizes_give_the_same() -> None:
+    shape = Shape(32, 64, 2)
+    cache = make_cache(shape, lengths=[600, 0, 256, 257, 33])
+    check_dense(shape, cache, [-1, 1], "lse", config=SMALL)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [[1], [2, 0], [0, 1, 2], [-1, 1], [0, -1, 2]],
+    ids=["split KV", "a head each", "split KVs", "one head", "split KVs of two heads"],
+)
 def test_two_cores_share_the_work(heads: list[int]) -> None:
     """v4 and v5p: cores take turns with the heads, or share each head's context where heads do not come out even."""
     shape = Shape(64, 64, 4)
@@ -106,7 +152,7 @@ def test_a_row_of_another_cache_does_not_leak_in() -> None:
     ("shape", "heads", "budget"),
     [
         (Shape(16, 64, 4), [1, 2], 4),
-        (Shape(64, 128, 8, BF16), [0], 4),
+        (Shape(64, 128, 8, BF16), [-1, 0], 4),
         (Shape(128, 128, 7, BF16), [0, 1, 2], 40),
         (Shape(64, 64, 1), [2, 0], 70),
     ],
@@ -121,26 +167,34 @@ def test_sparse_decode_reads_the_selected_pages_only(shape: Shape, heads: list[i
         for p in set(range(oracle.page_count(int(cache.lengths[b]), shape.page_size))).difference(*row):
             if b + 2 < len(pages):  # the last two rows share a page
                 cache.kv_pages[cache.page_table[b, p]] = np.nan
-    got = run(
+    got, lse = run(
         ops.sparse_decode, *cache.arrays, padded(pages, budget), jnp.array(heads, jnp.int32), scale=shape.scale,
-        cores=cores,
+        return_lse=True, cores=cores,
     )  # fmt: skip
     want = oracle.sparse_decode(
         cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, scale=shape.scale
     )
+    want[:, [r for r, head in enumerate(heads) if head < 0]] = 0.0
     assert got.dtype == cache.q.dtype
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=shape.tolerance)
+    check_lse(shape, cache, heads, lse, pages)
 
 
-def check_select(scores: np.ndarray, counts: list[int], rule: oracle.Rule, page_size: int = 16) -> None:
+def check_select(
+    scores: np.ndarray,
+    counts: list[int],
+    rule: oracle.Rule,
+    page_size: int = 16,
+    config: TpuConfig | None = None,
+) -> None:
     """Against the oracle; `counts` are the pages of every row, and what lies past them is NaN."""
     scores = scores.astype(np.float32)
     lengths = [max(0, count * page_size - b % page_size) for b, count in enumerate(counts)]
     for b, count in enumerate(counts):
         scores[b, :, count:] = np.nan
     pages, got = run(
-        ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), page_size=page_size,
-        budget_pages=rule.budget, sink_pages=rule.sink, recent_pages=rule.recent, rule=rule.name, amount=rule.amount,
+        ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), spec=spec_of(rule), page_size=page_size,
+        config=config,
     )  # fmt: skip
     picked = [
         [oracle.pick(head[:count].astype(np.float64), rule) for head in row]
@@ -161,6 +215,11 @@ def test_select_pages_is_exact(make: str) -> None:
     if make == "zeros":  # minus zero ties with zero
         scores = np.where(scores > 0, 0.0, -0.0)
     check_select(scores, [300, 0, 1, 40, 41], oracle.Rule(40, 2, 3))
+
+
+def test_select_pages_in_smaller_pieces() -> None:
+    rng = np.random.default_rng(3)
+    check_select(np.round(8 * rng.standard_normal((2, 2, 300))), [300, 129], oracle.Rule(40, 2, 3), config=SMALL)
 
 
 def test_select_pages_of_the_longest_contexts() -> None:
@@ -184,6 +243,7 @@ def test_select_pages_by_every_rule(name: str, amount: float) -> None:
         (Shape(64, 128, 8, BF16), [2, 0], oracle.Rule(4, 1, 1), 2),
         (Shape(32, 64, 2), [], oracle.Rule(4, 1, 1), 1),
         (Shape(16, 128, 7), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), 1),
+        (Shape(16, 64, 4), [-1, 2], oracle.Rule(4, 1, 1), 2),
     ],
     ids=str,
 )
@@ -195,18 +255,57 @@ def test_hybrid_decode_mixes_the_roles_of_a_layer(
     with ops.recorded() as calls:
         out, selection = run(
             ops.hybrid_decode, *cache.arrays, padded(pages, rule.budget), jnp.array(heads, jnp.int32),
-            scale=shape.scale, budget_pages=rule.budget, sink_pages=rule.sink, recent_pages=rule.recent,
-            rule=rule.name, amount=rule.amount, page_scores=rule.page_score, cores=cores,
+            spec=spec_of(rule), scale=shape.scale, cores=cores,
         )  # fmt: skip
     assert calls == [("hybrid_decode", "mosaic_tpu")]
     want, handed, margin = oracle.hybrid_decode(
-        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, rule, scale=shape.scale
-    )
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, [head for head in heads if head >= 0], rule,
+        scale=shape.scale,
+    )  # fmt: skip
     assert margin > 1e-4, "another seed: this one decides by rounding"
     np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
     expected = padded(handed, rule.budget)
     np.testing.assert_array_equal(selection.pages, expected.pages)
     np.testing.assert_array_equal(selection.counts, expected.counts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "budget", "known", "cores"),
+    [(Shape(16, 64, 2), 4, True, 1), (Shape(64, 128, 4, BF16), 8, False, 2)],
+    ids=str,
+)
+def test_dense_rows_read_everything_beside_hybrid_ones(shape: Shape, budget: int, known: bool, cores: int) -> None:
+    """Dense rows of several steps and of all borders; sparse heads of hybrid rows still read their pages only."""
+    page, retrieval = shape.page_size, [1]
+    step = 4 * max(128, budget * page // 4)
+    lengths = [step + 1, 3 * page, 2 * step, 2 * page - 1, 0, step - page, step, 1, page]
+    dense = np.array([True, False, True, False, True, True, False, True, False])
+    cache = make_cache(shape, lengths=lengths)
+    pages = some_pages(cache, page, budget)
+    full, _ = oracle.dense_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, list(range(KV_HEADS)), scale=shape.scale
+    )
+    for b in np.flatnonzero(~dense[:-2]):  # the last two rows share a page
+        for head in set(range(KV_HEADS)).difference(retrieval):
+            for p in set(range(oracle.page_count(lengths[b], page))).difference(pages[b][head]):
+                cache.kv_pages[cache.page_table[b, p], head] = np.nan
+
+    def decode(flags: np.ndarray | None) -> Any:
+        def call(q: Any, kv: Any, table: Any, lengths: Any, heads: Any, dense: Any, **implementation: Any) -> Any:
+            return ops.hybrid_decode(
+                q, kv, table, lengths, padded(pages, budget), np.array(retrieval, np.int32) if known else heads,
+                SelectionSpec(budget, 1, 1), scale=shape.scale, dense=dense, **implementation,
+            )  # fmt: skip
+
+        return run(call, *cache.arrays, jnp.array(retrieval, jnp.int32), flags, cores=cores)
+
+    out, selection = decode(dense)
+    alone, alone_selection = decode(None)
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    np.testing.assert_allclose(np.asarray(out, np.float64)[dense], full[dense], atol=shape.tolerance)
+    np.testing.assert_array_equal(out[~dense], alone[~dense])
+    for got, want in zip(selection, alone_selection, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +357,10 @@ def test_page_tables_beyond_the_scalar_memory_are_refused() -> None:
         ]
     ]  # fmt: skip
     with pytest.raises(NotImplementedError, match="scalar memory"), interpreted():
-        jax.eval_shape(lambda *args: ops.dense_decode(*args, scale=1.0, implementation="mosaic_tpu"), *shapes)
+        jax.eval_shape(
+            lambda q, data, *rest: ops.dense_decode(q, KVPages(data), *rest, scale=1.0, implementation="mosaic_tpu"),
+            *shapes,
+        )
 
 
 def test_the_interpreter_sees_a_copy_that_is_not_waited_for() -> None:
@@ -290,14 +392,17 @@ def test_prefill_of_a_chunk_over_its_past(head_dim: int, groups: int, length: in
     B = len(starts)
     q = (2 * rng.standard_normal((B, length, kv_heads, groups, head_dim))).astype(jnp.bfloat16)
     k, v = rng.standard_normal((2, B, length, kv_heads, head_dim)).astype(jnp.bfloat16)
+    counts = [length, length, 6]
+    k[2, 6:] = v[2, 6:] = np.nan  # padding
     scale = head_dim**-0.5
     with interpreted(), ops.recorded() as calls:
         out = jax.block_until_ready(
-            jax.jit(lambda *args: extend_attention(*args, scale=scale, implementation="mosaic_tpu"))(
-                *map(jnp.asarray, (q, k, v, pool, table)), jnp.array(starts, jnp.int32)
+            jax.jit(functools.partial(ops.extend_attention, scale=scale, implementation="mosaic_tpu"))(
+                *map(jnp.asarray, (q, k, v)), KVPages(jnp.asarray(pool)), jnp.asarray(table),
+                jnp.array(starts, jnp.int32), jnp.array(counts, jnp.int32),
             )
-        )
-    assert set(calls) == {("block_attention", "mosaic_tpu")}
+        )  # fmt: skip
+    assert calls == [("extend_attention", "mosaic_tpu")]
     for b, head, t in [(0, 0, 0), (0, 1, length - 1), (1, 0, 0), (1, 1, 77), (1, 0, length - 1), (2, 1, 5)]:
         past_k, past_v = oracle.read_cache(pool, table, b, starts[b], head)
         keys = np.concatenate([past_k, k[b, : t + 1, head].astype(np.float64)])

@@ -101,7 +101,7 @@ def test_training_text_is_the_tokenizers(tokenizer: Tokenizer):
 
 def test_a_chat_is_the_trained_form(tokenizer: Tokenizer):
     text = "The passkey of amber falcon is 48213.\nQuestion: What is the passkey of amber falcon?"
-    assert tokenizer.encode_chat(text) == tokenizer.encode(text + "\nAnswer:")
+    assert tokenizer.encode_messages(text) == tokenizer.encode(text + "\nAnswer:")
 
 
 def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled: LLM, tmp_path: Path):

@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig, RopeConfig
-from lychee_jax.engine.engine import Engine
-from lychee_jax.engine.options import AttentionMode, GenerateOptions
-from lychee_jax.models.decoder import Decoder
-from tests.support import oracle
+from lychee_jax.engine.options import AttentionMode, EngineConfig, GenerateOptions
+from lychee_jax.engine.outputs import Result
+from lychee_jax.llm import LLM
+from lychee_jax.models.spec import ModelSpec
+from tests.support import first_format, oracle
 
 VOCAB = 61
 NEW = 14
@@ -65,13 +67,12 @@ class Case:
 
     @property
     def rule(self) -> oracle.Rule:
-        pages = self.policy.pages(self.page_size)
         by_mass = self.policy.page_score == "mass" or self.policy.rule in ("top_p", "threshold")
         amounts = {"ratio": self.policy.ratio, "top_p": self.policy.top_p, "threshold": self.policy.threshold}
         return oracle.Rule(
-            budget=pages["budget_pages"],
-            sink=pages["sink_pages"],
-            recent=pages["recent_pages"],
+            budget=self.policy.budget // self.page_size,
+            sink=oracle.page_count(self.policy.sink, self.page_size),
+            recent=oracle.page_count(self.policy.recent, self.page_size),
             name=self.policy.rule,
             amount=amounts.get(self.policy.rule, 0.0),
             page_score="lse" if by_mass else "max",
@@ -102,22 +103,46 @@ BUDGET = Case(
 )
 
 
+def small_chunks(tokens: int, *, dense_below: int = 0, **changes: Any) -> EngineConfig:
+    """The CPU's numbers, but that chunks of prompts have `tokens` tokens, and so do the prefixes that are shared."""
+    config = EngineConfig(((1 << 40, tokens),), tokens, min_rows=2, correct_rows=1, dense_below=dense_below)
+    return dataclasses.replace(config, **changes)
+
+
+def poison(model: LLM, options: GenerateOptions) -> None:
+    """NaN in every page of the cache, scratch pages and those of earlier prompts included, which are forgotten."""
+    engine = model.engine(options.engine)
+    if engine.runner is None:
+        model.generate_tokens([[1]], dataclasses.replace(options, max_new_tokens=1))
+    assert engine.runner is not None
+    engine.reset_prefix_cache()
+    engine.runner.pools = jax.tree.map(lambda pool: jnp.full_like(pool, np.nan), engine.runner.pools)
+
+
+def run(model: LLM, prompts: list[list[int]], options: GenerateOptions, **more: Any) -> Result:
+    """Generate over a cache that holds NaN wherever nothing was written."""
+    poison(model, options)
+    return model.generate_tokens(prompts, options, **more)
+
+
 @functools.cache
-def make_model(case: Case, dtype: str = "float32") -> tuple[Engine, dict[str, np.ndarray]]:
+def make_model(
+    case: Case, dtype: str = "float32", engine_config: EngineConfig | None = None
+) -> tuple[LLM, dict[str, np.ndarray]]:
     """Random weights under which attention is peaked, so that the choice of pages decides the tokens."""
     rng = np.random.default_rng(case.seed + 1)
-    abstract = nnx.eval_shape(lambda: Decoder(case.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    weights: dict[str, np.ndarray] = {}
-    leaves = nnx.to_flat_state(state)
-    for path, leaf in leaves:
-        name, value = ".".join(map(str, path)), rng.standard_normal(leaf.shape)
+    drawn: dict[str, np.ndarray] = {}
+    for name, shape in first_format.shapes(case.config).items():
+        value = rng.standard_normal(shape)
         if name.endswith("scale"):
             value = (2.0 if "attention" in name else 1.0) * (1 + 0.3 * value)
         elif name.endswith("bias"):
             value = 0.3 * value
         elif name.endswith("kernel"):
             value = (1.7 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(case.config.hidden_size)
-        weights[name] = value.astype(leaf.dtype)
-    arrays = [(path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))]))) for path, leaf in leaves]
-    return Engine(nnx.merge(graphdef, nnx.from_flat_state(arrays))), weights
+        drawn[name] = value.astype(jnp.dtype(dtype))
+    weights = first_format.fused(drawn)
+    spec, _ = ModelSpec.abstract(case.config, dtype)
+    model = spec.merge(tuple(jnp.asarray(weights[name]) for name in spec.names))
+    config = engine_config or small_chunks(case.page_size)
+    return LLM(Path("tiny"), case.config, model, None, (), engine_config=config), weights

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as ops
-from pallas_kernels import Selection
+from pallas_kernels import KVPages, Selection, SelectionSpec
 from tests.support import oracle
 
 PAGES = 6
@@ -62,8 +62,9 @@ class Cache:
     lengths: Any
 
     @property
-    def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        return jnp.asarray(self.q), jnp.asarray(self.kv_pages), jnp.asarray(self.page_table), jnp.asarray(self.lengths)
+    def arrays(self) -> tuple[jax.Array, KVPages, jax.Array, jax.Array]:
+        kv = KVPages(jnp.asarray(self.kv_pages))
+        return jnp.asarray(self.q), kv, jnp.asarray(self.page_table), jnp.asarray(self.lengths)
 
 
 def make_cache(shape: Shape, seed: int = 0, lengths: Sequence[int] | None = None) -> Cache:
@@ -89,6 +90,11 @@ def make_cache(shape: Shape, seed: int = 0, lengths: Sequence[int] | None = None
             kv_pages[page_table[b, p], :, :used] = rng.standard_normal((KV_HEADS, used, 2 * shape.head_dim))
     q = 3 * rng.standard_normal((B, KV_HEADS, shape.group, shape.head_dim), np.float32)
     return Cache(q.astype(dtype), kv_pages.astype(dtype), page_table, np.array(lengths, np.int32))
+
+
+def spec_of(rule: oracle.Rule) -> SelectionSpec:
+    """The oracle's rule as the ops take it."""
+    return SelectionSpec(rule.budget, rule.sink, rule.recent, rule.name, rule.amount, rule.page_score)  # type: ignore[arg-type]
 
 
 def run(op: Any, *args: Any, **static: Any) -> Any:

@@ -120,7 +120,7 @@ def test_encode_is_the_tokenizers_default_and_long_texts_are_not_cut(tokenizers)
 
 def test_chat_writes_one_bos_and_opens_the_answer(tokenizers):
     tokenizer = tokenizers["byte_level"]
-    ids = tokenizer.encode_chat("the dog")
+    ids = tokenizer.encode_messages("the dog")
     assert ids.count(0) == 1
     assert ids[0] == 0
     assert tokenizer.decode(ids) == "user the dog assistant "
@@ -129,14 +129,14 @@ def test_chat_writes_one_bos_and_opens_the_answer(tokenizers):
         {"role": "assistant", "content": "no"},
         {"role": "user", "content": "stop"},
     ]
-    assert tokenizer.decode(tokenizer.encode_chat(turns)) == "user is assistant no user stop assistant "
+    assert tokenizer.decode(tokenizer.encode_messages(turns)) == "user is assistant no user stop assistant "
 
 
 def test_chat_without_template_or_against_it_is_refused(tokenizers):
     with pytest.raises(UserError, match="no chat template"):
-        tokenizers["words"].encode_chat("a")
+        tokenizers["words"].encode_messages("a")
     with pytest.raises(UserError, match="only user and assistant speak here"):
-        tokenizers["llama2"].encode_chat([{"role": "system", "content": "a"}])
+        tokenizers["llama2"].encode_messages([{"role": "system", "content": "a"}])
 
 
 def test_text_that_is_no_unicode_is_refused(tokenizers):

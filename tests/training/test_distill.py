@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lychee_jax.engine.teacher_forcing import feed
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.training.distill import departures
@@ -93,7 +93,7 @@ class Judge(oracle.Oracle):
         return np.stack(states)
 
     def logits(self, states: np.ndarray) -> np.ndarray:
-        return states @ self.w["lm_head.kernel"]
+        return states @ self.w["lm_head.kernel"].T
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +16,7 @@ from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, CALIBRATION, TAS
 from lychee_jax.studies.head_maps.rows import Row
 from lychee_jax.studies.scorer import ProgramKey, Scorer
 from pallas_kernels.types import Rule
-from pallas_kernels.xla.decode import page_limits
+from pallas_kernels.xla.decode import forced_pages, page_limits
 
 _STEPS = 40
 
@@ -110,15 +109,9 @@ def _limits(
     amount: float,
 ) -> np.ndarray:  # fmt: skip
     """How many pages every head would pick at every step `[steps, R]`."""
-    numbers: Any = policy.pages(page_size)
-    page = np.arange(masses.shape[-1])
-    forced = (page < numbers["sink_pages"]) | (page >= used[:, None] - numbers["recent_pages"])
-    return np.asarray(
-        page_limits(
-            jnp.asarray(masses), jnp.asarray(used, jnp.int32), jnp.asarray(forced & (page < used[:, None])),
-            budget_pages=numbers["budget_pages"], rule=rule, amount=amount,
-        )
-    )  # fmt: skip
+    spec = dataclasses.replace(policy.spec(page_size), rule=rule, amount=amount)
+    pages = jnp.asarray(used, jnp.int32)
+    return np.asarray(page_limits(jnp.asarray(masses), pages, forced_pages(pages, masses.shape[-1], spec), spec))
 
 
 def _logistic(x: float) -> float:

@@ -10,7 +10,6 @@ from jaxtyping import Bool
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.teacher_forcing import feed
 from lychee_jax.llm import LLM
 from lychee_jax.studies.head_maps.maps import roles_of
 from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts
@@ -97,21 +96,23 @@ def score_dialogues(
     for job in todo:
         made = [dialogue(job.context, tokens, index) for index in job.indices]
         page_size = job.rows[0].page_size
-        filled = model.engine.prefill([each.document for each in made], max_new_tokens=tokens, page_size=page_size)
-        for i, row in enumerate(job.rows):
+        for row in job.rows:
             options = GenerateOptions(
                 "dense" if row.method == "dense" else "hybrid", map_of(row), policy_of(row), page_size,
                 correct_every=CORRECT_EVERY if row.correction else 0,
             )  # fmt: skip
-            fed = feed(
-                model.engine, filled, [each.tokens for each in made], options, keep=i + 1 < len(job.rows),
-                on_step=report,
-            )  # fmt: skip
+            forced = [each.tokens for each in made]
+            stream = model.stream_tokens(
+                [each.document for each in made], options, forced=forced, limits=[len(row) for row in forced]
+            )
+            for _, output in stream:
+                report(len(output.tokens) / len(made))
+            fed = stream.result()
             right = total = 0
             for each, greedy in zip(made, fed.greedy, strict=True):
                 answers = exact(np.asarray(each.answers), np.asarray(greedy))
                 right, total = right + int(answers.sum()), total + len(answers)
-            tally.add(row, job.indices.start, Count(right, total, fed.pages_read, fed.pages_held))
+            tally.add(row, job.indices.start, Count(right, total, sum(fed.pages_read), sum(fed.pages_held)))
 
 
 def exact(answers: np.ndarray, greedy: Bool[np.ndarray, " T"]) -> Bool[np.ndarray, " n"]:

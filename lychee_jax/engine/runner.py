@@ -1,0 +1,189 @@
+"""The device's side of the engine: sends programs in the order that the scheduler says, and returns before they ran."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.cache.pages import Pools, copy_pages, make_pools
+from lychee_jax.engine.compile_timer import Programs
+from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions, max_pages
+from lychee_jax.engine.programs import (
+    Block,
+    DecodePlan,
+    Rows,
+    Start,
+    correct_cache,
+    decode_block,
+    make_rows,
+    prefill_chunk,
+    start_row,
+)
+from lychee_jax.engine.request import Request
+from lychee_jax.engine.sampling import SamplingArrays, sampling_row
+from lychee_jax.engine.scheduler import DecodeWork, PrefillWork
+from lychee_jax.models.rope import rotary_tables
+from lychee_jax.models.spec import ModelSpec
+
+_COPIES = 8  # pages that one program copies
+
+
+@dataclasses.dataclass(frozen=True)
+class SentBlock:
+    """A block on its way, and whose rows are in its columns."""
+
+    block: Block
+    requests: tuple[Request, ...]
+    first_steps: tuple[int, ...]
+
+
+class Runner:
+    """Owns the pools and the rows' state; every method sends programs and returns at once."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: tuple[jax.Array, ...],
+        options: EngineOptions,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        max_model_len: int,
+    ):
+        self.spec, self.weights = spec, weights
+        self.options, self.config = options, config
+        self.dtype = np.dtype(weights[0].dtype)
+        self.slots = options.max_num_seqs
+        self.max_pages = max_pages(max_model_len, options.page_size)
+        self.num_pages = num_pages
+        self.ends = 8
+        model = spec.config
+        self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype)
+        self.rows: Rows = make_rows(self.slots, model.vocab_size, self.ends)
+        base = (spec, self.dtype, num_pages, options.page_size, self.slots)
+        self.programs = Programs(self.dtype, base)
+        self._nothing_seen = jnp.zeros((model.vocab_size,), bool)
+
+    def rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines `[B, T, half]` at `positions [B, T]` of texts of `lengths` tokens."""
+        model = self.spec.config
+        return rotary_tables(model.rope, model.head_dim, model.max_position_embeddings, positions, lengths)
+
+    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """Copy pages (source, target) of all layers."""
+        for first in range(0, len(copies), _COPIES):
+            pairs = copies[first : first + _COPIES]
+            padded = np.full((2, _COPIES), -1, np.int32)
+            padded[:, : len(pairs)] = np.asarray(pairs, np.int32).T
+            self.pools = self.programs(copy_pages, _COPIES, (), self.pools, padded[0], padded[1])
+
+    def prefill(self, work: PrefillWork) -> tuple[jax.Array, list[SentBlock]]:
+        """Read chunks, and start the rows whose prompts end with them; the array tells when the chunks are read."""
+        count = len(work.chunks)
+        rows = 1
+        while rows < count:
+            rows *= self.config.batch_factor
+        tokens = np.zeros((rows, work.tokens), np.int32)
+        starts, counts = np.zeros((rows,), np.int32), np.zeros((rows,), np.int32)
+        lengths = np.zeros((rows,), np.int64)
+        for index, chunk in enumerate(work.chunks):
+            prompt = chunk.request.prompt
+            tokens[index, : chunk.count] = prompt[chunk.start : chunk.start + chunk.count]
+            starts[index], counts[index], lengths[index] = chunk.start, chunk.count, len(prompt)
+        cos, sin = self.rotary(starts[:, None] + np.arange(work.tokens), lengths)
+        table = self._table([chunk.pages for chunk in work.chunks], rows, self.max_pages)
+        self.pools, last = self.programs(
+            prefill_chunk, (rows, work.tokens), (self.spec, self.options.extend_implementation), self.weights,
+            self.pools, table, tokens, cos, sin, starts, counts,
+        )  # fmt: skip
+        started = [
+            self._start(row.request, row.slot, np.int32(index), last)
+            for index, chunk in enumerate(work.chunks)
+            if chunk.last
+            for row in (chunk, *chunk.forks)
+        ]
+        return last, started
+
+    def _start(self, request: Request, slot: int, index: np.int32, last: jax.Array) -> SentBlock:
+        seen: Any = self._nothing_seen
+        if request.sampling.repetition_penalty != 1:
+            seen = np.zeros((self.spec.config.vocab_size,), bool)
+            seen[list(request.prompt)] = True
+        eos = np.full((self.ends,), -1, np.int32)
+        eos[: len(request.eos_ids)] = request.eos_ids
+        start = Start(
+            np.int32(slot), np.int32(len(request.prompt)), np.int32(request.max_new_tokens), eos,
+            np.int32(request.top_logprobs), SamplingArrays(*sampling_row(request.sampling, request.sample_index)), seen,
+            np.int32(request.forced[0] if request.forced else -1),
+        )  # fmt: skip
+        self.rows, block = self.programs(
+            start_row, last.shape[0], (self.spec, self.config.min_rows), self.weights, self.rows, last, index, start
+        )
+        return SentBlock(_on_its_way(block), (request,), (0,))
+
+    def decode(self, work: DecodeWork) -> SentBlock:
+        """Send a block of decode steps, and the correction of what it wrote."""
+        assert isinstance(work.attention, AttentionOptions)
+        options, config, size = self.options, self.config, self.block_steps
+        count = len(work.rows)
+        batch = config.batch_bucket(count, self.slots)
+        pages = max(len(row.pages) for row in work.rows)
+        table = self._table([row.pages for row in work.rows], batch, config.table_bucket(pages, self.max_pages))
+        slots = np.full((batch,), self.slots, np.int32)
+        slots[:count] = [row.slot for row in work.rows]
+        begin = np.zeros((batch,), np.int64)
+        begin[:count] = [row.position for row in work.rows]
+        forced = np.full((batch, size), -1, np.int32)
+        for index, row in enumerate(work.rows):
+            given = row.request.forced[row.step : row.step + size]
+            forced[index, : len(given)] = given
+        dense = np.zeros((batch,), bool)
+        dense[:count] = [work.attention.takes_dense_steps(row.position + 1, config.dense_below) for row in work.rows]
+        plan = self.plan(work.attention, dense[:count])
+        positions = begin[:, None] + np.arange(size)
+        cos, sin = self.rotary(positions, positions + 1)
+        self.pools, self.rows, block, fed = self.programs(
+            decode_block, table.shape, (self.spec, plan), self.weights, self.pools, self.rows, slots, table, cos, sin,
+            forced, dense,
+        )  # fmt: skip
+        if options.correct_every:
+            at_once = config.correct_rows or batch
+            for first in range(0, count, at_once):
+                own = slice(first, first + at_once)
+                self.pools = self.programs(
+                    correct_cache, (batch, at_once, table.shape[1]), (self.spec, options.extend_implementation),
+                    self.weights, self.pools, table[own], fed, block.tokens, np.arange(batch, dtype=np.int32)[own],
+                    cos[own], sin[own], begin[own].astype(np.int32),
+                )  # fmt: skip
+        steps = tuple(row.step for row in work.rows)
+        return SentBlock(_on_its_way(block), tuple(row.request for row in work.rows), steps)
+
+    @property
+    def block_steps(self) -> int:
+        """Steps of a decode block."""
+        return self.options.correct_every or self.config.block_steps
+
+    def plan(self, attention: AttentionOptions, dense: np.ndarray) -> DecodePlan:
+        """Which decode program rows of this kind need; `dense`: which of them read everything."""
+        heads = None if dense.all() else (attention.heads or HeadMap.all(self.spec.config))
+        mixed = bool(dense.any()) and not bool(dense.all())
+        return DecodePlan(heads, attention.policy, self.block_steps, self.options.implementation, mixed)
+
+    def _table(self, rows: list[tuple[int, ...]], height: int, width: int) -> np.ndarray:
+        # Entries past a row's need are never followed; page 0 keeps them inside the pool all the same.
+        table = np.zeros((height, width), np.int32)
+        for index, pages in enumerate(rows):
+            table[index, : len(pages)] = pages
+        return table
+
+
+def _on_its_way(block: Block) -> Block:
+    """The block, its copy to the host begun."""
+    for array in (block.tokens, block.logprobs, block.pages_read):
+        array.copy_to_host_async()
+    return block
