@@ -42,7 +42,7 @@ _DELAY = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ScheduleRow:
     """One op on one chip.
 
     Attributes:
@@ -75,11 +75,11 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ScheduleReport:
     """The rows, and what they assume."""
 
     assumptions: str
-    rows: list[Row]
+    rows: list[ScheduleRow]
 
     def __str__(self) -> str:
         table = Table(
@@ -192,7 +192,7 @@ def select_cycles(schedule: Schedule, trips: list[int]) -> tuple[int, int]:
 
 def run(
     chips: list[str], models: tuple[str, ...] = MODELS_SHOWN, on_row: Callable[[int, int], None] | None = None
-) -> Report:
+) -> ScheduleReport:
     """Compile every op for `chips` in a process of its own, where the compiler prints; `on_row(done, total)`.
 
     Raises:
@@ -201,7 +201,7 @@ def run(
     if not tpu_compiler.installed():
         raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
     cases = list(_cases(chips, models))
-    rows: list[Row] = []
+    rows: list[ScheduleRow] = []
     with tempfile.TemporaryDirectory(prefix="lychee-tpu-") as folder:
         environment = os.environ | {
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
@@ -223,14 +223,14 @@ def run(
             assert process.stderr is not None
             for line in process.stdout:
                 if line.startswith('{"chip"'):
-                    rows.append(Row(**parse_json(line, "a row")))
+                    rows.append(ScheduleRow(**parse_json(line, "a row")))
                     if on_row:
                         on_row(len(rows), len(cases))
             problem = process.stderr.read().strip().splitlines()
         if process.returncode:
             reason = problem[-1] if problem else f"exit status {process.returncode}"
             raise UserError(f"the TPU compiler's schedule could not be read: {reason}")
-    return Report(ASSUMPTIONS, rows)
+    return ScheduleReport(ASSUMPTIONS, rows)
 
 
 def _cases(chips: list[str], models: tuple[str, ...]) -> Iterator[tuple[Chip, str, str, str]]:
@@ -258,7 +258,7 @@ def _printed(folder: Path, op: str) -> Schedule:
     return Schedule(files[0].read_text())
 
 
-def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], Schedule]) -> Row:
+def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], Schedule]) -> ScheduleRow:
     import jax
     import jax.numpy as jnp
 
@@ -318,7 +318,7 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
         needed = heads / chip.cores * (budget if sparse else pages) * page_bytes
     issue_ns, dma_ns = cycles / chip.clock_ghz, size / chip.bandwidth * 1e9
     roofline = needed / chip.bandwidth * 1e6
-    return Row(
+    return ScheduleRow(
         chip.name, op, model, dtype, _PAGE_SIZE, context, heads, cycles, size, round(issue_ns, 1), round(dma_ns, 1),
         round(predicted, 2), round(roofline, 2), round(predicted / roofline, 3),
         "issue" if op == "select_pages" or issue_ns > dma_ns else "DMA",

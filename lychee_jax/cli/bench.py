@@ -169,10 +169,10 @@ def bench_train(
 
     from lychee_jax.benchmarks import train
     from lychee_jax.benchmarks.shapes import MODELS
-    from lychee_jax.training.learn_heads import Plan
+    from lychee_jax.training.learn_heads import TrainingPlan
 
     batch = len(jax.devices()) if batch is None else batch
-    plan = Plan(retrieval_heads, batch=batch, loss=loss, min_length=1, max_length=context)
+    plan = TrainingPlan(retrieval_heads, batch=batch, loss=loss, min_length=1, max_length=context)
     row = train.measure(shape, MODELS[shape], plan, dtype=dtype or "bfloat16", repeats=repeats, report=_tell)
     _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, train.table([row]))
 

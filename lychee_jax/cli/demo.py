@@ -33,7 +33,7 @@ _LEAST_BUDGET = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class DemoQuestion:
     """One question, where in the document its fact stands (in tokens), and what each way of attending answered."""
 
     question: str
@@ -51,7 +51,7 @@ class DemoReport:
     seed: int
     document_tokens: int
     facts: int
-    questions: list[Question]
+    questions: list[DemoQuestion]
     prefill_s: float
     token_ms: dict[str, float]
     kv_read_share: dict[str, float]
@@ -111,7 +111,7 @@ def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> Demo
         expected = language.text_of(fact.answer).strip()
         answers = {mode: _text(model, tokenizer, results[mode].tokens[row]) for mode in _MODES}
         right = {mode: is_right(answer, expected) for mode, answer in answers.items()}
-        questions.append(Question(_bare(question), expected, position, answers, right))
+        questions.append(DemoQuestion(_bare(question), expected, position, answers, right))
     share = {mode: result.attention["kv_read_share"] for mode, result in results.items()}
     total = heads.num_layers * heads.num_kv_heads
     sparse = total - heads.num_retrieval

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.evaluation.cases import Cell, Task
     from lychee_jax.evaluation.report import Style
-    from lychee_jax.evaluation.runner import Plan
+    from lychee_jax.evaluation.runner import EvaluationPlan
     from lychee_jax.llm import LLM
     from lychee_jax.text.chat import ChatOptions
 
@@ -141,7 +141,7 @@ def eval_passkey(
     """
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.passkey import STYLE, Passkey
-    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
@@ -153,7 +153,7 @@ def eval_passkey(
     loaded = load_model(model, dtype)
     made = [Passkey(tokenizer_of(loaded), name, facts, seed, chat=asked) for name in _names("--tasks", tasks)]
     cells = [Cell(task, length, samples, depth) for length in sizes for task in made for depth in places]
-    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts, **_settings(asked)})
 
 
@@ -213,7 +213,7 @@ def eval_ruler(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.ruler import NEED_NO_DATA, STYLE, TASKS, Ruler
     from lychee_jax.evaluation.ruler_data import Files
-    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
@@ -226,7 +226,7 @@ def eval_ruler(
     loaded, files = load_model(model, dtype), Files(data)
     made = [Ruler(tokenizer_of(loaded), name, files, seed, asked) for name in names]
     cells = [Cell(task, length, samples) for length in sizes for task in made]
-    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": False, **_settings(asked)})
 
 
@@ -294,7 +294,7 @@ def eval_longbench(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.longbench import STYLE, TASKS, LongBench
     from lychee_jax.evaluation.prompts import LONGBENCH
-    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
@@ -309,7 +309,7 @@ def eval_longbench(
     # One limit for all tasks, so that the table has one row a variant.
     sizes = sizes or [loaded.config.max_tokens - max(LONGBENCH[name].max_new_tokens for name in names)]
     cells = [Cell(task, length, min(samples, len(task.lines))) for length in sizes for task in made]
-    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"chat": False, **_settings(asked)})
 
 
@@ -363,7 +363,7 @@ def eval_perplexity(
     """
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.perplexity import STYLE, FilePerplexity, OwnPerplexity
-    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
@@ -378,12 +378,12 @@ def eval_perplexity(
     made: list[Task] = [FilePerplexity(tokenizer, path, scored, samples) for path in text or ()]
     made = made or [OwnPerplexity(tokenizer, scored, seed)]
     cells = [Cell(task, length, samples) for task in made for length in sizes]
-    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch)
+    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch)
     settings = {"seed": seed, "scored": scored, **({"windows": samples} if text else {})}
     _evaluate(loaded, STYLE, plan, output, settings)
 
 
-def _evaluate(loaded: LLM, style: Style, plan: Plan, output: Path, settings: Mapping[str, object]) -> None:
+def _evaluate(loaded: LLM, style: Style, plan: EvaluationPlan, output: Path, settings: Mapping[str, object]) -> None:
     """Run with a progress bar, then print the table and where everything is."""
     from lychee_jax.evaluation.session import evaluate
 
@@ -394,7 +394,7 @@ def _evaluate(loaded: LLM, style: Style, plan: Plan, output: Path, settings: Map
 
 
 @contextlib.contextmanager
-def _progress(plan: Plan) -> Iterator[Callable[[Cell, int], None]]:
+def _progress(plan: EvaluationPlan) -> Iterator[Callable[[Cell, int], None]]:
     """A bar over all answers on standard error."""
     from rich import progress
     from rich.console import Console

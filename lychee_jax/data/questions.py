@@ -77,7 +77,7 @@ class Writer:
 
 
 @runtime_checkable
-class Source(Protocol):
+class QuestionSource(Protocol):
     """Where documents and their questions come from."""
 
     def __call__(self, rng: np.random.Generator, length: int, room: int) -> Asked:
@@ -99,7 +99,7 @@ class Hidden:
     questions: int
 
     def __call__(self, rng: np.random.Generator, length: int, room: int) -> Asked:
-        """See `Source`. Fewer facts are hidden where they would fill more than half of the document."""
+        """See `QuestionSource`. Fewer facts are hidden where they would fill more than half of the document."""
         write = self.writer
         facts = self.facts(rng, self.count)
         statements = [write.tokens(fact.statement) for fact in facts]
@@ -196,7 +196,7 @@ class MultiHop:
         return paragraphs, question, write.text(" " + entry["answer"].strip()) + write.eos
 
     def __call__(self, rng: np.random.Generator, length: int, room: int) -> Asked:
-        """See `Source`. Questions whose paragraphs do not fit are not asked."""
+        """See `QuestionSource`. Questions whose paragraphs do not fit are not asked."""
         paragraphs: list[Tokens] = []
         asked: list[tuple[Tokens, Tokens]] = []
         left = length - len(self._write.bos)
@@ -233,7 +233,7 @@ def _ask(document: Tokens, asked: Sequence[tuple[Tokens, Tokens]], length: int, 
 
 def make_source(
     writer: Writer, kind: str, *, facts: int, questions: int, text: Path | None, file: Path | None
-) -> Source:
+) -> QuestionSource:
     """The source that the options name: a kind of hidden facts in prose or in a text, or the questions of a file.
 
     "passkeys" are the recipe of arXiv 2602.04541 (32 words each), "mixed" what the bundled model was trained on, and

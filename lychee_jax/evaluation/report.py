@@ -41,7 +41,7 @@ class Style:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class CellScore:
     """One cell in one variant: the mean score of its samples, its standard error, and the share of the cache read."""
 
     task: str
@@ -55,15 +55,15 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """All results of a folder; `about` says which model, which settings, which machine."""
 
     style: Style
     about: Record
-    results: list[Result]
+    results: list[CellScore]
 
     @classmethod
-    def of(cls, style: Style, about: Record, records: Sequence[Record]) -> Report:
+    def of(cls, style: Style, about: Record, records: Sequence[Record]) -> EvaluationReport:
         """Sum up the records, in the order in which cells and variants first came."""
         groups: dict[tuple[Any, ...], list[Record]] = {}
         for record in records:
@@ -74,7 +74,9 @@ class Report:
             stderr = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
             shares = [record["kv_read_share"] for record in group]
             results.append(
-                Result(task, length, depth, variant, len(group), float(scores.mean()), stderr, float(np.mean(shares)))
+                CellScore(
+                    task, length, depth, variant, len(group), float(scores.mean()), stderr, float(np.mean(shares))
+                )
             )
         return cls(style, about, results)
 
@@ -95,7 +97,7 @@ class Report:
         columns = list(dict.fromkeys(getattr(each, style.columns) for each in self.results))
         if style.columns != "task":
             columns.sort(key=lambda value: -1.0 if value is None else value)
-        rows: dict[tuple[Any, ...], dict[Any, Result]] = {}
+        rows: dict[tuple[Any, ...], dict[Any, CellScore]] = {}
         for result in self.results:
             row = tuple(getattr(result, name) for name in names)
             rows.setdefault(row, {})[getattr(result, style.columns)] = result
@@ -128,6 +130,10 @@ class Report:
         else:
             at_most = 100.0 if self.style.unit.startswith("%") else None
             plot_panels(values, folder / PICTURE, title=title, unit=self.style.unit, at_most=at_most)
+
+
+Report = EvaluationReport
+"""The former name, for one release."""
 
 
 def _text(name: str, value: Any) -> str:

@@ -21,7 +21,7 @@ from lychee_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is run.
 
     Attributes:
@@ -57,6 +57,10 @@ class Plan:
         return len(self.variants) * sum(cell.samples for cell in self.cells)
 
 
+Plan = EvaluationPlan
+"""The former name, for one release."""
+
+
 def tokenizer_of(model: LLM) -> Tokenizer:
     """The model's tokenizer.
 
@@ -68,7 +72,7 @@ def tokenizer_of(model: LLM) -> Tokenizer:
     return model.tokenizer
 
 
-def run(model: LLM, plan: Plan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
+def run(model: LLM, plan: EvaluationPlan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
     """Answer everything that the journal lacks; `on_progress(cell, answers)`, those at hand counted first."""
     for cell in plan.cells:
         groups: dict[tuple[Variant, ...], list[int]] = {}
@@ -84,7 +88,7 @@ def run(model: LLM, plan: Plan, journal: Journal, on_progress: Callable[[Cell, i
 
 def _batch(
     model: LLM,
-    plan: Plan,
+    plan: EvaluationPlan,
     journal: Journal,
     cell: Cell,
     variants: Sequence[Variant],

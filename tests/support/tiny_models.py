@@ -12,12 +12,12 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.llm import LLM
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.training.learn_heads import Plan
+from lychee_jax.training.learn_heads import TrainingPlan
 from tests.support import first_format
 
 CONFIG = ModelConfig("llama", language.VOCAB_SIZE, 32, 48, 3, 4, 2, 16, 512)
 POLICY = SelectionPolicy(1 << 10, 8, 8, rule="ratio", ratio=0.3)
-PLAN = Plan(
+PLAN = TrainingPlan(
     retrieval_heads=3, steps=6, data="mixed", facts=3, questions=3, min_length=193, max_length=256, room=48,
     policy=POLICY, page_size=8,
 )  # fmt: skip
@@ -40,6 +40,6 @@ def make(config: ModelConfig = CONFIG, *, seed: int = 0, folder: Path | None = N
     return LLM(folder or Path("tiny"), config, model, None, (language.EOS,))
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes: Any) -> TrainingPlan:
     """The plan, changed."""
     return dataclasses.replace(PLAN, **changes)

@@ -16,7 +16,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.files import json_text
 from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, VALIDATION, prompts
 from lychee_jax.studies.head_maps.rows import COMPARED, forced_tokens, tokens_of
-from lychee_jax.studies.scorer import Kind, Scorer
+from lychee_jax.studies.scorer import ProgramKey, Scorer
 
 _PAGE = 64
 _RANDOM = 0x27D4EB2F
@@ -83,7 +83,9 @@ def validation_loss(scorer: Scorer, context: int, samples: int, seed: int) -> Ca
         for budget in {max(_PAGE, tokens_of(share, context, _PAGE)) for share in COMPARED}
     ]
     scorer.prepare(
-        Kind(samples, context, width, policy, _PAGE) for width in set(ANSWER_TOKENS.values()) for policy in policies
+        ProgramKey(samples, context, width, policy, _PAGE)
+        for width in set(ANSWER_TOKENS.values())
+        for policy in policies
     )
     batches = []
     for task, width in ANSWER_TOKENS.items():
