@@ -150,9 +150,10 @@ def test_the_size_of_a_block_changes_nothing(block: int) -> None:
     want, want_scores = oracle.dense_decode(
         cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads.tolist(), scale=shape.scale
     )
-    out, scores = decode.dense_decode(
+    result: Any = decode.dense_decode(
         *cache.arrays, heads, scale=shape.scale, page_scores="max", config=XlaConfig(decode_block=block)
     )
+    out, scores = result
     np.testing.assert_allclose(out, want, atol=shape.tolerance)
     for b, row in enumerate(want_scores):
         np.testing.assert_allclose(scores[b, :, : len(row[0])], np.array(row), atol=5e-5, rtol=1e-5)
