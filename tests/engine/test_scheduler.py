@@ -386,7 +386,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.queue: list[Request] = []
         self.live: dict[str, Live] = {}
         self.known: list[Request] = []  # keeps `id(request)` unique, too
-        self.published: dict[int, int] = {}  # prefix hash of every full prompt page sent: its end
+        self.published: set[int] = set()  # the prefix hash at the end of every full prompt page that was sent
         self.handed_out = 0
 
     @rule(
@@ -572,7 +572,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         live.step = int(chunk.last)
         hashes = prefix_hashes(chunk.request)
         for end in range(PAGE, live.sent + 1, PAGE):
-            self.published[hashes[end - 1]] = end
+            self.published.add(hashes[end - 1])
 
     def check_decode(self, work: Work) -> None:
         assert len({block.attention for block in work.decode}) == len(work.decode)
@@ -611,6 +611,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.allocator.num_owned == len(owners)
         free, cached = self.allocator.num_free, self.allocator.num_cached
         assert free + cached + len(owners) == self.allocator.num_allocatable == self.pages
+        assert cached <= len(self.published) * self.prefix_cache, "more is cached than full pages of prompts"
 
     def teardown(self) -> None:
         """Every request ends, after no more steps than all of them one after the other would take."""
