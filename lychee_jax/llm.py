@@ -27,7 +27,6 @@ from lychee_jax.engine.stream import Router, TokenStream
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import place_weights
 from lychee_jax.text.chat import Message
 from lychee_jax.text.prompts import Conversations, Prompts, encode_prompts
 from lychee_jax.text.streaming import TextStream
@@ -86,8 +85,7 @@ class LLM:
     engine_options: EngineOptions = dataclasses.field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        self.spec, weights = ModelSpec.split(self.model)
-        self.weights = place_weights(self.config, weights)
+        self.spec, self.weights = ModelSpec.split(self.model)
         self._router: Router | None = None
 
     @property
@@ -333,11 +331,11 @@ def _pieces(stream: TokenStream, texts: list[TextStream] | None) -> Iterator[str
     for row, output in stream:
         if texts is None:
             continue
-        for token in output.tokens:
+        for count, token in enumerate(output.tokens, 1):
             if piece := texts[row].push(token):
                 yield piece
             if texts[row].stopped:
-                stream.finish(row)
+                stream.finish(row, unused=len(output.tokens) - count)
                 break
     for text in texts or ():
         if piece := text.finish():

@@ -48,6 +48,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from lychee_jax.engine import compile_timer  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
@@ -58,5 +60,12 @@ def programs_are_dropped() -> Iterator[None]:
     The next module finds what it shares with this one in the persistent cache.
     """
     yield
+    compile_timer.forget_programs()
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def without_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users call it: nothing checks annotations, so that values of any type arrive."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -25,25 +25,8 @@ class HeadMap:
     meta: str = "{}"
 
     def __post_init__(self):
-        for name in ("num_layers", "num_kv_heads"):
-            _check_count(name, getattr(self, name))
-        if not isinstance(self.retrieval, Sequence) or not all(isinstance(heads, Sequence) for heads in self.retrieval):
-            raise UserError("head map: 'retrieval' must be a list with one list of head ids for every layer")
-        object.__setattr__(self, "retrieval", tuple(map(tuple, self.retrieval)))  # hashable, also where lists came
-        if len(self.retrieval) != self.num_layers:
-            raise UserError(
-                f"head map: 'retrieval' has {len(self.retrieval)} layers, but num_layers is {self.num_layers}"
-            )
-        for layer, heads in enumerate(self.retrieval):
-            if any(not _is_whole(head) or not 0 <= head < self.num_kv_heads for head in heads):
-                raise _wrong_ids(layer, heads, self.num_kv_heads)
-            if list(heads) != sorted(set(heads)):
-                raise UserError(f"head map: layer {layer} has {list(heads)}; head ids must be unique and ascending")
-        if len(self.retrieval[0]) != self.num_kv_heads:
-            raise UserError(
-                f"head map: layer 0 has {list(self.retrieval[0])}; "
-                f"all {self.num_kv_heads} KV heads of layer 0 must retrieve"
-            )
+        roles = _check_roles(self.num_layers, self.num_kv_heads, self.retrieval)
+        object.__setattr__(self, "retrieval", roles)  # hashable, also where lists came
 
     @classmethod
     def all(cls, config: ModelConfig) -> "HeadMap":
@@ -93,10 +76,12 @@ class HeadMap:
         if not isinstance(meta, dict):
             raise UserError("head map: 'meta' must be a JSON object")
         label = raw.get("model", "")
+        num_layers, num_kv_heads = raw.get("num_layers"), raw.get("num_kv_heads")
+        retrieval = _check_roles(num_layers, num_kv_heads, raw.get("retrieval"))
         return cls(
-            raw.get("num_layers"),
-            raw.get("num_kv_heads"),
-            raw.get("retrieval"),
+            len(retrieval),
+            len(retrieval[0]),
+            retrieval,
             model=label if isinstance(label, str) else str(label),
             meta=json_text(meta, sort_keys=True),
         )
@@ -129,14 +114,28 @@ class HeadMap:
             raise UserError(f"{label}: made for another model (its fingerprint differs from this model's)")
 
 
-def _wrong_ids(layer: int, heads: Sequence[Any], kv_heads: int) -> UserError:
-    return UserError(f"head map: layer {layer} has {list(heads)}; head ids are whole numbers from 0 to {kv_heads - 1}")
+def _check_roles(num_layers: Any, num_kv_heads: Any, retrieval: Any) -> tuple[tuple[int, ...], ...]:
+    """The retrieval heads of every layer, as a map may have them; errors say which entry is wrong."""
+    for name, value in (("num_layers", num_layers), ("num_kv_heads", num_kv_heads)):
+        if not _is_whole(value) or value < 1:
+            raise UserError(f"head map: {name} is {value!r}; it must be a positive whole number")
+    if not isinstance(retrieval, Sequence) or not all(isinstance(heads, Sequence) for heads in retrieval):
+        raise UserError("head map: 'retrieval' must be a list with one list of head ids for every layer")
+    if len(retrieval) != num_layers:
+        raise UserError(f"head map: 'retrieval' has {len(retrieval)} layers, but num_layers is {num_layers}")
+    for layer, heads in enumerate(retrieval):
+        if any(not _is_whole(head) or not 0 <= head < num_kv_heads for head in heads):
+            raise UserError(
+                f"head map: layer {layer} has {list(heads)}; head ids are whole numbers from 0 to {num_kv_heads - 1}"
+            )
+        if list(heads) != sorted(set(heads)):
+            raise UserError(f"head map: layer {layer} has {list(heads)}; head ids must be unique and ascending")
+    if len(retrieval[0]) != num_kv_heads:
+        raise UserError(
+            f"head map: layer 0 has {list(retrieval[0])}; all {num_kv_heads} KV heads of layer 0 must retrieve"
+        )
+    return tuple(tuple(heads) for heads in retrieval)
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)  # true is an int to Python
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not _is_whole(value) or value < 1:
-        raise UserError(f"head map: {name} is {value!r}; it must be a positive whole number")

@@ -24,11 +24,12 @@ from rich.table import Table
 from lychee_jax.attention.decode import Decode
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
-from lychee_jax.cache.allocator import CacheLayout, pages_for
-from lychee_jax.cache.pages import Pools, make_pools
-from lychee_jax.engine.engine import Engine
-from lychee_jax.engine.options import AttentionMode, GenerateOptions
-from lychee_jax.engine.outputs import Prefilled
+from lychee_jax.cache.allocator import pages_for
+from lychee_jax.cache.pages import Pools
+from lychee_jax.engine.options import AttentionMode, AttentionOptions, EngineConfig, GenerateOptions
+from lychee_jax.engine.request import Request
+from lychee_jax.engine.runner import Runner
+from lychee_jax.engine.scheduler import Chunk, DecodeRow, DecodeWork, PrefillWork
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
 from pallas_kernels import KVPages
@@ -109,29 +110,30 @@ def run(
     """
     if context < 1:
         raise UserError(f"context is {context}; it must be at least 1")
-    engine = model.engine
     # The first token comes from the prefill's last hidden state, before any decode step.
-    options = dataclasses.replace(options, heads=options.heads or HeadMap.all(engine.config), eos_ids=())
+    options = dataclasses.replace(options, heads=options.heads or HeadMap.all(model.config), eos_ids=())
     options = dataclasses.replace(options, max_new_tokens=tokens + 1)
-    filled = _random_cache(engine, context, options)
-    steps = _samples({mode: functools.partial(_step, engine, filled, options, mode) for mode in _MODES}, repeats)
-    with jax.default_matmul_precision("highest") if engine.dtype == np.float32 else contextlib.nullcontext():
-        attention = _samples(_attention_calls(engine, filled, options), repeats)
+    model.check_prompts([[0] * context], options.max_new_tokens)
+    runner = _random_cache(model, context, options)
+    steps = _samples({mode: functools.partial(_step, runner, context, options, mode) for mode in _MODES}, repeats)
+    with jax.default_matmul_precision("highest") if model.dtype == np.float32 else contextlib.nullcontext():
+        attention = _samples(_attention_calls(runner, context, options), repeats)
     return _report(model, options, context, steps, attention)
 
 
-def _random_cache(engine: Engine, context: int, options: GenerateOptions) -> Prefilled:
-    """A cache as a prefill of `context` tokens leaves it, but with random content, made on the device."""
-    prompt = [0] * context
-    engine.check_prompts([prompt], options.max_new_tokens)
-    layout = CacheLayout.plan([context + options.max_new_tokens], options.page_size)
-    pools = make_pools(engine.config, layout.num_pages, options.page_size, engine.dtype)
-    keys = jax.random.split(jax.random.key(0), len(pools) + 1)
-    shape, kind = pools[0].data.shape, pools[0].data.dtype
-    pools = tuple(KVPages(jax.random.normal(key, shape, kind)) for key in keys[1:])
-    last = jax.random.normal(keys[0], (1, engine.config.hidden_size), engine.dtype)
-    table = jnp.asarray(layout.page_table)
-    return Prefilled([prompt], options.page_size, options.max_new_tokens, pools, table, last, 0.0, 0.0)
+def _random_cache(model: LLM, context: int, options: GenerateOptions) -> Runner:
+    """A cache as `context` tokens leave it, but with random content, made on the device; the pages lie in order."""
+    config = model.engine_config or EngineConfig.of(jax.default_backend(), model.config)
+    most = context + options.max_new_tokens
+    runner = Runner(
+        model.spec, model.weights, dataclasses.replace(options.engine, max_num_seqs=1), config,
+        num_pages=pages_for(most, options.page_size) + config.batch_bucket(1, 1), max_model_len=most,
+    )  # fmt: skip
+    shape, kind = runner.pools[0].data.shape, runner.pools[0].data.dtype
+    runner.pools = ()  # freed before the others are made
+    keys = jax.random.split(jax.random.key(0), model.config.num_layers)
+    runner.pools = tuple(KVPages(jax.random.normal(key, shape, kind)) for key in keys)
+    return runner
 
 
 def _samples(
@@ -147,38 +149,50 @@ def _samples(
     return samples
 
 
-def _step(engine: Engine, filled: Prefilled, options: GenerateOptions, mode: AttentionMode) -> tuple[float, float]:
-    """Decode as a user would: seconds for a token, and the share of the cache that was read."""
-    assert filled.pools is not None
-    # Decoding takes the pools over. The copy must be there before the clock starts.
-    own = dataclasses.replace(filled, pools=jax.block_until_ready(jax.tree.map(jnp.copy, filled.pools)))
-    stream = engine.decode(own, dataclasses.replace(options, attention=mode))
-    for _ in stream:
-        pass
-    result = stream.result()
-    return result.timing.decode_s / (options.max_new_tokens - 1), result.attention["kv_read_share"]
+def _step(runner: Runner, context: int, options: GenerateOptions, mode: AttentionMode) -> tuple[float, float]:
+    """Decode as the engine does, blocks sent ahead: seconds for a token, and the share of the cache that was read."""
+    attention = AttentionOptions(mode, options.heads, options.policy)
+    request = Request("timed", (0,) * context, options.max_new_tokens, options.sampling, attention)
+    page_size = options.page_size
+    pages = tuple(range(pages_for(context + options.max_new_tokens, page_size)))
+    # The last page of the prompt is read, for a first token; all before it is random.
+    start = (context - 1) // page_size * page_size
+    chunk = Chunk(request, 0, pages, start, context - start, last=True)
+    _, (first,) = runner.prefill(PrefillWork((chunk,), page_size))
+    jax.block_until_ready((first, runner.pools))
+    started = time.perf_counter()
+    blocks = [
+        runner.decode(DecodeWork(attention, (DecodeRow(request, 0, pages, context + step - 1, step),))).block
+        for step in range(1, options.max_new_tokens, runner.block_steps)
+    ]
+    jax.block_until_ready(blocks)
+    seconds = time.perf_counter() - started
+    model, tokens = runner.spec.config, options.max_new_tokens - 1
+    held = sum(pages_for(context + step, page_size) for step in range(1, tokens + 1))
+    read = sum(int(block.pages_read[:, 0].sum()) for block in blocks)
+    return seconds / tokens, read / (model.num_layers * model.num_kv_heads * held)
 
 
 def _attention_calls(
-    engine: Engine, filled: Prefilled, options: GenerateOptions
+    runner: Runner, context: int, options: GenerateOptions
 ) -> dict[str, Callable[[], tuple[float, float]]]:
     """The attention of all layers for the last token of the context, its key and value appended; uses up the cache."""
-    assert filled.pools is not None
-    config, length = engine.config, len(filled.prompts[0])
+    config = runner.spec.config
     shape = (config.num_layers, 1, 1, config.num_kv_heads, config.groups + 2, config.head_dim)
-    qkv = jax.random.normal(jax.random.key(1), shape, engine.dtype)
-    positions = jnp.asarray([length - 1], jnp.int32)
-    held = [filled.pools]
+    qkv = jax.random.normal(jax.random.key(1), shape, runner.dtype)
+    positions = jnp.asarray([context - 1], jnp.int32)
+    count = pages_for(context + options.max_new_tokens, options.page_size)
+    table = jnp.pad(jnp.arange(count, dtype=jnp.int32), (0, runner.max_pages - count))[None]
+    held = [runner.pools]
+    runner.pools = ()
 
     def paged(head_map: HeadMap | None) -> jax.Array:
-        held[0], out = _paged(
-            head_map, options.policy, options.implementation, held[0], filled.page_table, positions, qkv
-        )
+        held[0], out = _paged(head_map, options.policy, options.implementation, held[0], table, positions, qkv)
         return out
 
     paged(None)  # appends what every later call appends again
     # The keys and values of every layer in one piece, as a cache without pages has them.
-    plain = tuple(_contiguous(pool, filled.page_table, length) for pool in held[0])
+    plain = tuple(_contiguous(pool, table, context) for pool in held[0])
     # Where one call may be shorter than what starts it, several are on their way at once.
     calls = 1 if jax.default_backend() == "cpu" else 8
 
@@ -242,22 +256,22 @@ def _report(
     steps: dict[str, list[tuple[float, float]]],
     attention: dict[str, list[tuple[float, float]]],
 ) -> DecodeReport:
-    config, heads, policy = model.engine.config, options.heads, options.policy
+    config, heads, policy = model.config, options.heads, options.policy
     assert heads is not None
     samples = {mode: [1e3 * seconds for seconds, _ in pairs] for mode, pairs in steps.items()}
     step_ms = {mode: statistics.median(values) for mode, values in samples.items()}
     attention_ms = {name: 1e3 * statistics.median(seconds for seconds, _ in pairs) for name, pairs in attention.items()}
     share = {mode: statistics.mean(share for _, share in pairs) for mode, pairs in steps.items()}
-    weight_bytes = sum(leaf.nbytes for leaf in model.engine.weights)
+    weight_bytes = sum(leaf.nbytes for leaf in model.weights)
     if not config.tie_word_embeddings:
-        weight_bytes -= config.vocab_size * config.hidden_size * model.engine.dtype.itemsize  # one row of it is read
-    page = 2 * config.head_dim * options.page_size * model.engine.dtype.itemsize
+        weight_bytes -= config.vocab_size * config.hidden_size * model.dtype.itemsize  # one row of it is read
+    page = 2 * config.head_dim * options.page_size * model.dtype.itemsize
     kv_bytes = config.num_layers * config.num_kv_heads * page * pages_for(context, options.page_size)
     device = jax.devices()[0]
     return DecodeReport(
         model=model.path.name,
         device=f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind,
-        dtype=str(model.engine.dtype),
+        dtype=str(model.dtype),
         context=context,
         page_size=options.page_size,
         budget=policy.budget,

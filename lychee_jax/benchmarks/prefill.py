@@ -1,16 +1,21 @@
-"""Time of reading a long prompt into the cache, chunk after chunk as the engine does, by a model of random weights."""
+"""Time to the first token after a long prompt, which the engine reads chunk after chunk; the weights are random."""
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lychee_jax.benchmarks.rooflines import MATRIX_RATE
 from lychee_jax.benchmarks.step import peak_bytes, random_model
+from lychee_jax.cache.allocator import pages_for
+from lychee_jax.cache.pages import cache_bytes
 from lychee_jax.config import ModelConfig
-from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
+from lychee_jax.llm import LLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +63,20 @@ def measure(
     """Read a random prompt `repeats` times after one that compiles; the median counts."""
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context + 1))
     spec, weights = random_model(config, dtype)
-    engine = Engine(spec.merge(weights))
+    # Room for this prompt alone, and nothing of it is found again.
+    engine_config = EngineConfig.of(jax.default_backend(), config)
+    pages = pages_for(context + 1, page_size) + engine_config.batch_bucket(1, 1)
+    engine_options = EngineOptions(
+        max_num_seqs=1, cache_memory=cache_bytes(config, pages, page_size, dtype), prefix_cache=False
+    )
+    llm = LLM(Path(model), config, spec.merge(weights), None, (), engine_config, engine_options)
+    del weights
+    options = GenerateOptions("dense", page_size=page_size, max_new_tokens=1)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, context).tolist()
     samples = []
     for index in range(repeats + 1):
         report(f"{model}, {context} tokens, run {index} of {repeats}")
-        # The cache of the run before is gone by then: two of them may not fit.
-        seconds = engine.prefill([prompt], max_new_tokens=1, page_size=page_size).prefill_s
+        seconds = llm.generate_tokens([prompt], options).timing.prefill_s
         if index:
             samples.append(seconds)
     seconds = float(np.median(samples))

@@ -23,12 +23,11 @@ from lychee_jax.attention.backend import attention_scale
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
-from lychee_jax.cache.allocator import CacheLayout, pages_for
+from lychee_jax.cache.allocator import pages_for
 from lychee_jax.cache.pages import Pools, make_pools
 from lychee_jax.config import ModelConfig
-from lychee_jax.engine.engine import idle_rows
-from lychee_jax.engine.programs import DecodePlan, Rows, decode_block
-from lychee_jax.engine.sampling import SamplingParams
+from lychee_jax.engine.options import EngineConfig, EngineOptions, max_pages
+from lychee_jax.engine.programs import DecodePlan, Rows, decode_block, make_rows
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
@@ -113,9 +112,7 @@ def measure(
         if mode == "cudnn":
             programs[batch, mode] = _Contiguous.lower(spec, shapes, batch, context)
         else:
-            plan = DecodePlan(
-                head_map if mode == "hybrid" else None, policy, SamplingParams().kind, _STEPS, implementation
-            )
+            plan = DecodePlan(head_map if mode == "hybrid" else None, policy, _STEPS, implementation)
             programs[batch, mode] = _Paged.lower(spec, shapes, plan, batch, context, page_size)
     report(f"{model}: {len(programs)} programs are compiled")
     # Side by side, and before anything is timed.
@@ -202,30 +199,34 @@ class _Program:
 
 @dataclasses.dataclass
 class _Paged(_Program):
-    """As the engine decodes: the shapes of the pools, and the arguments beside them and the weights."""
+    """As the engine decodes: the shapes of the pools, the state of the rows, and the arguments beside them."""
 
     pools: Pools
+    rows: Rows
     rest: tuple[Any, ...]
 
     @classmethod
     def lower(
         cls, spec: ModelSpec, weights: tuple[Any, ...], plan: DecodePlan, batch: int, context: int, page_size: int
     ) -> "_Paged":
-        """Lower `decode_block`."""
+        """Lower `decode_block` for the last tokens of the context."""
         config = spec.config
-        idle = idle_rows(batch)
-        layout = CacheLayout.plan([context] * batch + [0] * idle, page_size)
-        make = functools.partial(make_pools, config, layout.num_pages, page_size, weights[0].dtype)
-        pools = jax.eval_shape(make)
-        # The last tokens of the context, again and again.
-        active = jnp.arange(batch + idle) < batch
-        positions = jnp.where(active, context - _STEPS, 0).astype(jnp.int32)
-        rows = Rows(jnp.zeros_like(positions), positions, active, jnp.zeros_like(positions), None)
-        numbers = context - _STEPS + np.arange(_STEPS)[None].repeat(batch + idle, 0)
-        cos, sin = map(jnp.asarray, _rotary(config, numbers))
-        rest = (rows, jnp.asarray(layout.page_table), cos, sin, active, SamplingParams().arrays())
-        rest = (*rest, jnp.full((4,), -1, jnp.int32), jnp.int32(_STEPS))
-        return cls(decode_block.lower(spec, plan, weights, pools, *rest), pools, rest)
+        width = max(batch, EngineConfig.of(jax.default_backend(), config).min_rows)
+        slots = max(width, EngineOptions().max_num_seqs)
+        each = pages_for(context, page_size)
+        pools = jax.eval_shape(functools.partial(make_pools, config, batch * each + width, page_size, weights[0].dtype))
+        table = np.zeros((width, max_pages(context, page_size)), np.int32)
+        table[:batch, :each] = np.arange(batch * each).reshape(batch, each)
+        busy = np.arange(slots) < batch
+        rows = make_rows(slots, config.vocab_size, 8)._replace(
+            position=np.where(busy, context - _STEPS, 0).astype(np.int32), active=busy,
+            remaining=np.full((slots,), np.iinfo(np.int32).max, np.int32),
+        )  # fmt: skip
+        number = np.where(np.arange(width) < batch, np.arange(width), slots).astype(np.int32)
+        numbers = context - _STEPS + np.arange(_STEPS)[None].repeat(width, 0)
+        forced = np.full((width, _STEPS), -1, np.int32)
+        rest = (number, table, *_rotary(config, numbers), forced, np.zeros((width,), bool))
+        return cls(decode_block.lower(spec, plan, weights, pools, rows, *rest), pools, rows, rest)
 
     @property
     def cache_bytes(self) -> int:
@@ -240,14 +241,15 @@ class _Paged(_Program):
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
         data = self.pools[0].data
         make = jax.jit(lambda key: KVPages(jax.random.normal(key, data.shape, data.dtype)))
-        held: dict[str, Any] = {
-            "pools": tuple(make(key) for key in jax.random.split(jax.random.key(1), len(self.pools)))
-        }
+        pools: Any = tuple(make(key) for key in jax.random.split(jax.random.key(1), len(self.pools)))
+        held: dict[str, Any] = {"pools": pools, "rows": jax.tree.map(jnp.array, self.rows)}
 
         def run(count: int) -> None:
             block: Any = None
             for _ in range(count):
-                held["pools"], _, block = self.compiled(weights, held["pools"], *self.rest)
+                # Every block writes the same last tokens of the context.
+                rows = held["rows"]._replace(position=self.rows.position, remaining=self.rows.remaining)
+                held["pools"], held["rows"], block, _ = self.compiled(weights, held["pools"], rows, *self.rest)
             jax.block_until_ready(block)
 
         return run

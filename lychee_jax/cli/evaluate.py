@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lychee_jax.evaluation.report import Style
     from lychee_jax.evaluation.runner import EvaluationPlan
     from lychee_jax.llm import LLM
+    from lychee_jax.text.chat import ChatOptions
 
 eval_app = typer.Typer(
     help="Score what a model answers, dense and hybrid on the same prompts, in one run that can be resumed.",
@@ -34,9 +35,14 @@ SamplesOption = Annotated[
     int, typer.Option(metavar="N", help="Prompts of each task, length and depth.", rich_help_panel=_ASKED)
 ]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same prompts.", rich_help_panel=_ASKED)]
-ChatOption = Annotated[
-    bool,
-    typer.Option("--chat", help="Put prompts through the checkpoint's chat template.", rich_help_panel=_ASKED),
+MessagesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--messages",
+        metavar="FILE",
+        help='A JSON list of {"role": …, "content": …}: turns that stand before every question, as with --chat.',
+        rich_help_panel=shared.CHAT,
+    ),
 ]
 AttentionOption = Annotated[
     str,
@@ -103,6 +109,10 @@ def eval_passkey(
     facts: Annotated[
         int, typer.Option(metavar="N", help="Facts hidden in a prompt, of which one is asked.", rich_help_panel=_ASKED)
     ] = 16,
+    chat: shared.ChatOption = False,
+    system: shared.SystemOption = None,
+    messages: MessagesOption = None,
+    template_kwargs: shared.TemplateKwargsOption = None,
     seed: SeedOption = 0,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
@@ -136,14 +146,15 @@ def eval_passkey(
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
     sizes, places = _whole_numbers("--lengths", lengths), _depths(depths)
+    asked = _chat(chat, system, messages, template_kwargs)
     options = _options(
         page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
     )
     loaded = load_model(model, dtype)
-    made = [Passkey(tokenizer_of(loaded), name, facts, seed) for name in _names("--tasks", tasks)]
+    made = [Passkey(tokenizer_of(loaded), name, facts, seed, chat=asked) for name in _names("--tasks", tasks)]
     cells = [Cell(task, length, samples, depth) for length in sizes for task in made for depth in places]
     plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts})
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts, **_settings(asked)})
 
 
 @eval_app.command("ruler")
@@ -167,7 +178,10 @@ def eval_ruler(
             rich_help_panel=_ASKED,
         ),
     ] = None,
-    chat: ChatOption = False,
+    chat: shared.ChatOption = False,
+    system: shared.SystemOption = None,
+    messages: MessagesOption = None,
+    template_kwargs: shared.TemplateKwargsOption = None,
     seed: SeedOption = 42,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
@@ -205,14 +219,15 @@ def eval_ruler(
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
     sizes, groups = _whole_numbers("--lengths", lengths), {"all": TASKS, "free": NEED_NO_DATA}
     names = [name for word in _names("--tasks", tasks) for name in groups.get(word, (word,))]
+    asked = _chat(chat, system, messages, template_kwargs)
     options = _options(
         page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
     )
     loaded, files = load_model(model, dtype), Files(data)
-    made = [Ruler(tokenizer_of(loaded), name, files, seed, chat) for name in names]
+    made = [Ruler(tokenizer_of(loaded), name, files, seed, asked) for name in names]
     cells = [Cell(task, length, samples) for length in sizes for task in made]
     plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": chat})
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": False, **_settings(asked)})
 
 
 @eval_app.command("longbench")
@@ -247,7 +262,10 @@ def eval_longbench(
     samples: Annotated[
         int, typer.Option(metavar="N", help="The first N lines of each file at most.", rich_help_panel=_ASKED)
     ] = 200,
-    chat: ChatOption = False,
+    chat: shared.ChatOption = False,
+    system: shared.SystemOption = None,
+    messages: MessagesOption = None,
+    template_kwargs: shared.TemplateKwargsOption = None,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
     implementation: shared.ImplementationOption = None,
@@ -280,18 +298,19 @@ def eval_longbench(
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
+    asked = _chat(chat, system, messages, template_kwargs)
     options = _options(
         page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
     )
     names = _names("--tasks", tasks) if tasks else list(TASKS)
     sizes = _whole_numbers("--lengths", lengths) if lengths else []
     loaded = load_model(model, dtype)
-    made = [LongBench(tokenizer_of(loaded), name, data, chat) for name in names]
+    made = [LongBench(tokenizer_of(loaded), name, data, asked) for name in names]
     # One limit for all tasks, so that the table has one row a variant.
     sizes = sizes or [loaded.config.max_tokens - max(LONGBENCH[name].max_new_tokens for name in names)]
     cells = [Cell(task, length, min(samples, len(task.lines))) for length in sizes for task in made]
     plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"chat": chat})
+    _evaluate(loaded, STYLE, plan, output, {"chat": False, **_settings(asked)})
 
 
 @eval_app.command("perplexity")
@@ -422,6 +441,21 @@ def _options(
     return GenerateOptions(
         policy=policy, page_size=page_size, correct_every=correct_every, implementation=implementation
     )
+
+
+def _chat(chat: bool, system: str | None, messages: Path | None, template_kwargs: str | None) -> ChatOptions | None:
+    """How prompts become conversations; None: they are read as they are."""
+    from lychee_jax.files import read_text
+    from lychee_jax.text.chat import make_chat_options, parse_messages
+
+    keywords = shared.template_kwargs_of(template_kwargs)
+    turns = None if messages is None else parse_messages(read_text(messages), messages)
+    return make_chat_options(chat=chat, system=system, messages=turns, template_kwargs=keywords)
+
+
+def _settings(chat: ChatOptions | None) -> dict[str, object]:
+    """What a run's folder keeps of the chat."""
+    return {} if chat is None else chat.to_json()
 
 
 def _of_model(loaded: LLM, options: GenerateOptions, heads: str | None) -> GenerateOptions:

@@ -208,7 +208,7 @@ def read_prompt(
         UserError: none or several sources, an unreadable file, an empty prompt, ids that are not whole numbers, or
             messages without role or text.
     """
-    from lychee_jax.text.chat import check_messages
+    from lychee_jax.text.chat import parse_messages
 
     count = len(texts) + len(files) + len(id_files) + len(message_files)
     if count != 1:
@@ -220,11 +220,7 @@ def read_prompt(
             raise UserError("--chat needs text: token ids are used as they are")
         return Source(ids=_token_ids(id_files[0], _read(id_files[0])))
     if message_files:
-        raw = parse_json(_read(message_files[0]), message_files[0])
-        try:
-            return Source(messages=check_messages(raw))
-        except UserError as error:
-            raise UserError(f"{message_files[0]}: {error}") from error
+        return Source(messages=parse_messages(_read(message_files[0]), message_files[0]))
     text = texts[0] if texts else _read(files[0])
     if not text:
         raise UserError("the prompt is empty" + (f": {files[0]}" if files else ""))
@@ -255,13 +251,13 @@ def _follow(stream: TokenStream, texts: list[TextStream] | None, *, live: bool) 
     """Take a generation to its end, stop strings included; with `live`, show its only row as it comes."""
     show: Callable[[str], Any] = sys.stdout.write if live else len
     for row, output in stream:
-        for token in output.tokens:
+        for count, token in enumerate(output.tokens, 1):
             if texts is None:
                 show(f"{token} ")
                 continue
             show(texts[row].push(token))
             if texts[row].stopped:
-                stream.finish(row)
+                stream.finish(row, unused=len(output.tokens) - count)
                 break
         sys.stdout.flush()
     for text in texts or ():

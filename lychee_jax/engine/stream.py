@@ -59,7 +59,7 @@ class Router:
 
 
 class TokenStream(Iterator[tuple[int, RequestOutput]]):
-    """Iterate over (row, output) as tokens come; `finish(row)` ends a row early; then `result()`.
+    """Iterate over (row, output) as tokens come, several at once; `finish(row)` ends a row early; then `result()`.
 
     A stream that is closed or forgotten ends its requests.
     """
@@ -160,12 +160,16 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
                 self.close()
                 raise UserError(f"prompt {row}: {output.error}")
 
-    def finish(self, row: int) -> None:
-        """End a row after the tokens already handed out."""
+    def finish(self, row: int, unused: int = 0) -> None:
+        """End a row after the tokens already handed out, of which the last `unused` ones do not belong to it."""
+        whole = self._rows[row]
+        count = len(whole.tokens) - unused
+        for values in (whole.tokens, whole.logprobs, whole.greedy, whole.top):
+            del values[count:]
+        whole.finish_reason = "stop"
         if row in self._open:
             self._router.drop(self._ids[row])
             self._open.discard(row)
-            self._rows[row].finish_reason = "stop"
 
     def close(self) -> None:
         """End all rows that are still open."""

@@ -116,9 +116,9 @@ def _held_back(case: Case, count: int) -> Case:
 
 
 def _answer(model: LLM, cases: list[Case], options: GenerateOptions) -> list[dict[str, Any]]:
-    """One record a case: the answer and what it cost."""
+    """One record a case: the answer and what it cost, its forced tokens included; no case depends on the others."""
     forced = [case.forced for case in cases]
-    # A case without forced tokens and without an answer still gets its one token, which is not looked at.
+    # A case without forced tokens and without an answer still gets one token, which is not looked at.
     limits = [max(1, len(case.forced) + case.max_new_tokens) for case in cases]
     result = model.generate_tokens([case.tokens for case in cases], options, forced=forced, limits=limits)
     tokenizer = tokenizer_of(model)

@@ -73,7 +73,7 @@ def _attention(model: LLM, options: GenerateOptions) -> Record:
     policy = dataclasses.asdict(options.policy)
     del policy["budget"]
     return {
-        "dtype": str(model.engine.dtype),
+        "dtype": str(model.dtype),
         "heads": f"{heads.num_retrieval} of {heads.num_layers * heads.num_kv_heads} retrieve",
         "heads_sha256": hashlib.sha256(json_text(heads.retrieval).encode()).hexdigest()[:16],
         "page_size": options.page_size,

@@ -9,6 +9,7 @@ from typing import Any
 
 from lychee_jax.arguments import shown
 from lychee_jax.errors import UserError
+from lychee_jax.files import parse_json
 
 type Message = dict[str, Any]
 
@@ -108,6 +109,19 @@ def check_messages(messages: Any) -> list[Message]:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise UserError('messages must be a list of {"role": …, "content": …} with at least one of them')
     return [_message(message, number) for number, message in enumerate(messages)]
+
+
+def parse_messages(text: str, name: object) -> list[Message]:
+    """The messages of a JSON text.
+
+    Raises:
+        UserError: no JSON, or no list of messages; `name` says of what.
+    """
+    raw = parse_json(text, name)
+    try:
+        return check_messages(raw)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def _message(message: Any, number: int) -> Message:

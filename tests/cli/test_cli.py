@@ -14,10 +14,10 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cli import main as cli
 from lychee_jax.cli.generate import generate
-from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.sampling import SamplingParams
+from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
+from lychee_jax.llm import LLM
 from lychee_jax.text.streaming import StreamDecoder
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import tiny_checkpoints, tiny_tokenizers
@@ -86,7 +86,7 @@ def as_json(lychee, folder):
 
 def test_json_has_one_row_a_prompt(as_json, folder):
     answer = as_json("--prompt", TEXT)
-    assert list(answer) == ["prompt_tokens", "tokens", "logprobs", "text", "timing", "attention"]
+    assert list(answer) == ["prompt_tokens", "tokens", "logprobs", "text", "finish_reason", "timing", "attention"]
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer is not None
     assert answer["prompt_tokens"] == [len(tokenizer.encode(TEXT))]
@@ -130,6 +130,101 @@ def test_chat_goes_through_the_template(as_json, folder):
     assert answer["tokens"] == as_json("--prompt-ids", "-", stdin=json.dumps(wanted))["tokens"]
 
 
+@pytest.fixture
+def prompts_of(lychee, tmp_path_factory, monkeypatch):
+    """Runs `lychee generate` up to the engine with a tokenizer that speaks ChatML: the prompt with its special tokens."""
+    folder = tmp_path_factory.mktemp("chat_ml")
+    tiny_checkpoints.write_checkpoint(folder, RAW)
+    tiny_tokenizers.write_tokenizer(folder, tiny_tokenizers.chat_ml(), chat_template=tiny_tokenizers.THINKING_TEMPLATE)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer is not None
+    caught = []
+
+    def stream(engine, prompts, options, on_prefill=None):
+        caught.extend("".join(map(tokenizer.token_text, prompt)) for prompt in prompts)
+        raise UserError("seen")
+
+    monkeypatch.setattr(Engine, "stream", stream)
+
+    def run(*argv, stdin=""):
+        caught.clear()
+        _, _, err = lychee("generate", "--model", folder, *SMALL, *argv, stdin=stdin)
+        return caught[0] if caught else err
+
+    return run
+
+
+def test_system_messages_conversations_and_template_keywords(prompts_of, tmp_path):
+    file = tmp_path / "messages.json"
+    turns = [
+        {"role": "user", "content": "is"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "é"},
+    ]
+    file.write_text("\ufeff" + json.dumps(turns), encoding="utf-8")
+    spoken = "<|im_start|>user\nis<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n<|im_start|>user\né<|im_end|>\n"
+    spoken, end = spoken.replace("é", "Ã©"), "<|im_start|>assistant\n<think>\n"
+
+    def shown(text):
+        return text.encode().decode("utf-8", "replace")
+
+    wanted = spoken + end
+    assert prompts_of("--messages", file).replace("\N{REPLACEMENT CHARACTER}" * 2, "Ã©") == shown(wanted)
+    assert prompts_of("--messages", "-", "--chat", stdin=json.dumps(turns)) == prompts_of("--messages", file)
+    with_system = prompts_of("--messages", file, "--system", "stop")
+    assert with_system == "<|im_start|>system\nstop<|im_end|>\n" + prompts_of("--messages", file)
+    asked = ["--chat", "-p", "the", "--system", "no", "--template-kwargs", '{"enable_thinking": false}']
+    assert prompts_of(*asked) == (
+        "<|im_start|>system\nno<|im_end|>\n<|im_start|>user\nthe<|im_end|>\n" + end + "\n</think>\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "culprit"),
+    [
+        (["--messages", "-", "-p", "a"], "exactly one"),
+        (["-p", "a", "--system", "s"], "system message without a chat"),
+        (["-p", "a", "--template-kwargs", "{}"], "template keywords without a chat"),
+        (["-p", "a", "--chat", "--template-kwargs", "{"], "--template-kwargs is not valid JSON"),
+        (["-p", "a", "--chat", "--template-kwargs", "[1]"], "template keywords are [1]"),
+        (["-p", "a", "--chat", "--template-kwargs", '{"tools": []}'], "'tools'"),
+        (["-p", "a", "--chat", "--template-kwargs", '{"tokenize": true}'], "'tokenize'"),
+        (["-p", "a", "--chat", "--template-kwargs", '{"bos_token": "x"}'], "'bos_token'"),
+        (["--messages", "-"], "at least one"),
+        (["--messages", "none.json"], "none.json"),
+    ],
+    ids=str,
+)
+def test_chat_options_that_cannot_be_are_refused(prompts_of, argv, culprit):
+    error = prompts_of(*argv, stdin="[]")
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert culprit in error
+
+
+def test_special_tokens_stop_and_the_token_that_ends_a_row_is_no_text(as_json, tmp_path):
+    """Every id beyond the tokenizer's becomes a special token, so that a random model soon says one."""
+    known = tiny_tokenizers.byte_level()
+    known.add_special_tokens([f"<|{index}|>" for index in range(known.get_vocab_size(), RAW["vocab_size"])])
+    tiny_checkpoints.write_checkpoint(tmp_path, RAW)
+    tiny_tokenizers.write_tokenizer(tmp_path, known)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer is not None
+    warm = ["--prompt", TEXT, "--temperature", 2, "--max-new-tokens", 40]
+    free = as_json(*warm, "--ignore-eos", model=tmp_path)["tokens"][0]
+    special = next(token for token in free[2:] if token in tokenizer.special_ids and token > 1)
+    answer = as_json(*warm, "--ignore-eos", "--stop", tokenizer.token_text(special), model=tmp_path)
+    assert answer["tokens"] == [free[: free.index(special) + 1]]
+    assert answer["text"] == [tokenizer.decode(free[: free.index(special)])]
+    # An eos that the tokenizer does not call special.
+    plain = next(token for token in free[2:] if token not in tokenizer.special_ids)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": plain}))
+    answer = as_json(*warm, model=tmp_path)
+    assert answer["tokens"] == [free[: free.index(plain) + 1]]
+    assert answer["text"] == [tokenizer.decode(free[: free.index(plain)])]
+    assert as_json(*warm, "--ignore-eos", model=tmp_path)["text"] == [tokenizer.decode(free)]
+
+
 def test_plain_output_is_the_text_alone(lychee, as_json, folder):
     wanted = as_json("--prompt", TEXT)
     status, out, err = lychee("generate", "--model", folder, *SMALL, "--prompt", TEXT)
@@ -166,6 +261,8 @@ def test_stop_strings_end_rows(as_json, folder):
     count = len(answer["tokens"][0])
     assert answer["tokens"][0] == free["tokens"][0][:count]
     assert count < len(free["tokens"][0])
+    assert len(answer["logprobs"][0]) == count
+    assert (answer["finish_reason"], free["finish_reason"]) == (["stop"], ["length"])
     assert stop in tokenizer.decode(answer["tokens"][0])
     assert stop not in tokenizer.decode(answer["tokens"][0][:-1])
 
@@ -219,11 +316,11 @@ def test_options_reach_the_engine(lychee, folder, monkeypatch):
     """Every option arrives where it should; nothing is computed."""
     caught = []
 
-    def stream(engine, prompts, options, on_prefill=None):
-        caught.append((engine, prompts, options))
+    def stream(model, prompts, options, on_prefill=None):
+        caught.append((model, prompts, options))
         raise UserError("seen")
 
-    monkeypatch.setattr(Engine, "stream", stream)
+    monkeypatch.setattr(LLM, "stream_tokens", stream)
     argv = """
         --attention hybrid --heads none --page-size 4 --budget 24 --sink 5 --recent 6 --rule top_p --ratio 0.25
         --top-p-mass 0.5 --threshold 0.125 --page-score mass --correct-every 7 --temperature 0.5 --top-k 9 --top-p 0.75
@@ -232,12 +329,12 @@ def test_options_reach_the_engine(lychee, folder, monkeypatch):
     """
     status = lychee("generate", "--model", folder, *argv.split(), stdin="[[5, 6], [7]]")
     assert status == (2, "", "error: seen\n")
-    engine, prompts, options = caught.pop()
+    model, prompts, options = caught.pop()
     assert prompts == [[5, 6], [7]]
-    assert engine.dtype == "bfloat16"
+    assert model.dtype == "bfloat16"
     assert options == GenerateOptions(
         attention="hybrid",
-        heads=HeadMap.none(engine.config),
+        heads=HeadMap.none(model.config),
         policy=SelectionPolicy(24, 5, 6, "top_p", 0.25, 0.5, 0.125, "mass"),
         page_size=4,
         max_new_tokens=13,

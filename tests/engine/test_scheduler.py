@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lychee_jax.cache.allocator import Allocator, pages_for
 from lychee_jax.engine.request import Request
@@ -183,6 +183,15 @@ def test_a_cached_prompt_is_reused_but_for_at_least_one_token(length: int, cache
     work = queue.schedule()
     assert chunks_of(work)[0][:2] == ("b", cached)
     assert queue.cached_tokens("b") == cached
+
+
+def test_what_was_not_read_before_an_abort_is_not_known() -> None:
+    queue = scheduler()
+    queue.add(Request("a", prompt(40), 1))
+    queue.schedule()
+    queue.abort("a")
+    queue.add(Request("b", prompt(40), 1))
+    assert chunks_of(queue.schedule()) == [("b", 8, 8)]
 
 
 def test_only_full_pages_of_the_prompt_are_known() -> None:
@@ -383,7 +392,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         count=st.integers(1, 3),
         stem=st.integers(0, 2),
-        cut=st.integers(0, 40),
+        cut=st.sampled_from([0, 3, 7, 8, 12, 15, 16, 23, 32, 39]),
         tail=st.lists(st.integers(0, 1), max_size=9),
         new=st.integers(1, 9),
         length=st.integers(1, 12),
@@ -408,6 +417,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.submit(
                 Request(self.new_id(), tokens, new, attention=attention, eos_ids=(EOS,), forced=text, cache_salt=salt)
             )
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=3), forks=st.integers(0, 2))
+    def add_again(self, data: st.DataObject, more: list[int], forks: int) -> None:
+        """A prompt that continues an earlier one, and perhaps more texts for it."""
+        earlier = data.draw(st.sampled_from(self.known[-5:]))
+        parent = dataclasses.replace(earlier, id=self.new_id(), prompt=earlier.prompt + tuple(more))
+        self.submit(parent)
+        for _ in range(forks):
+            self.submit(dataclasses.replace(parent, id=self.new_id()), parent.id)
 
     def new_id(self) -> str:
         """A few ids that come back as soon as they are free."""
@@ -437,7 +456,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        names = [*self.live, *(waiting.id for waiting in self.queue), "unknown"]
+        reading = [name for name, live in self.live.items() if live.sent < len(live.request.prompt)]
+        names = [*reading, *reading, *self.live, *(waiting.id for waiting in self.queue), "unknown"]
         name = data.draw(st.sampled_from(names))
         assert self.scheduler.abort(name) == (name != "unknown")
         self.live.pop(name, None)

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from lychee_jax.cli import main as cli
+from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.longbench import EXTRA_TASKS, TASKS, LongBench
 from lychee_jax.evaluation.perplexity import FilePerplexity, OwnPerplexity
 from lychee_jax.loading import BUNDLED, load
+from lychee_jax.text.chat import ChatOptions
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 
@@ -101,16 +103,17 @@ def test_few_shot_tasks_stay_without_a_chat_template(folder, tmp_path_factory):
     tiny_tokenizers.write_tokenizer(other, tiny_tokenizers.byte_level(), chat_template=tiny_tokenizers.CHAT_TEMPLATE)
     tokenizer = Tokenizer.from_folder(other)
     assert tokenizer is not None
-    plain, chat = (LongBench(tokenizer, "hotpotqa", folder, chat=chat).case(3000, None, 0) for chat in (False, True))
+    chats = (None, ChatOptions())
+    plain, chat = (LongBench(tokenizer, "hotpotqa", folder, chat=chat).case(3000, None, 0) for chat in chats)
     assert len(plain.tokens) <= 3000
     assert len(chat.tokens) <= 3000
     assert chat.tokens == tokenizer.encode_messages(chat.prompt)
-    few = [LongBench(tokenizer, "triviaqa", folder, chat=chat).case(3000, None, 0) for chat in (False, True)]
+    few = [LongBench(tokenizer, "triviaqa", folder, chat=chat).case(3000, None, 0) for chat in chats]
     assert few[0] == few[1]
 
 
 def test_files_that_are_missing_or_others_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"qasper\.jsonl cannot be read .*huggingface"):
+    with pytest.raises(UserError, match=r"qasper\.jsonl cannot be read: .*huggingface"):
         LongBench(tokenizer, "qasper", tmp_path).case(600, None, 0)
     (tmp_path / "qasper.jsonl").write_text('{"text": 1}\n')
     with pytest.raises(UserError, match="each line needs context, input and answers"):
@@ -162,9 +165,8 @@ def test_perplexity_is_that_of_the_full_forward_pass(capfd, tokenizer, tmp_path)
     for index in range(2):
         case = task.case(200, None, index)
         for end in range(len(case.forced)):
-            prompt = [*case.tokens, *case.forced[:end]]
-            filled = model.engine.prefill([prompt], max_new_tokens=1)
-            logits = model.model.logits(filled.last[:1])[0]
-            losses.append(-float(np.asarray(logits - np.logaddexp.reduce(np.asarray(logits)))[case.forced[end]]))
+            prompt, token = [*case.tokens, *case.forced[:end]], case.forced[end]
+            found_alone = model.generate_tokens([prompt], GenerateOptions("dense"), forced=[[token]], limits=[1])
+            losses.append(-found_alone.logprobs[0][0])
     assert found["score"] == pytest.approx(np.mean(losses), rel=1e-4)
     assert found["shown"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)

@@ -12,11 +12,11 @@ from flax import nnx
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig, RopeConfig
-from lychee_jax.engine import engine as generate
-from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from tests.support.golden import CASES, GOLDEN, Prompt, golden_model, golden_prompts
+from tests.support.hybrid_models import small_chunks
 
 TOLERANCE = 2e-4
 
@@ -86,19 +86,19 @@ HYBRID = ("llama2-mha", "llama3-g4", "qwen2.5-tied-g2", "qwen3-g1-attention-bias
 @pytest.mark.parametrize(
     ("case", "attention"), [(case, "dense") for case in DENSE] + [(case, "hybrid") for case in HYBRID]
 )
-def test_paged_decoding(case, attention, monkeypatch):
+def test_paged_decoding(case, attention):
     """Greedy tokens and their log-probabilities, all prompts of the case as one batch; hybrid: every head retrieves."""
-    monkeypatch.setattr(generate, "_CHUNK_TOKENS", {"cpu": 32})  # two pages: every prompt takes several chunks
-    golden = golden_prompts(case)
+    golden, config = golden_prompts(case), ModelConfig.from_folder(GOLDEN / case)
     options = GenerateOptions(
         attention=attention,
-        heads=HeadMap.all(ModelConfig.from_folder(GOLDEN / case)) if attention == "hybrid" else None,
+        heads=HeadMap.all(config) if attention == "hybrid" else None,
         policy=SelectionPolicy(budget=32, sink=16, recent=16),
         page_size=16,
         max_new_tokens=len(golden[0].tokens),
     )
-    with jax.default_matmul_precision("highest"):
-        result = Engine(golden_model(case)).generate([prompt.prompt.tolist() for prompt in golden], options)
+    # Chunks of two pages: every prompt takes several.
+    model = LLM(GOLDEN / case, config, golden_model(case), None, (), engine_config=small_chunks(32))
+    result = model.generate_tokens([prompt.prompt.tolist() for prompt in golden], options)
     for row, prompt in enumerate(golden):
         assert result.tokens[row] == prompt.tokens.tolist()
         logprobs = prompt.token_logits - np.logaddexp.reduce(prompt.token_logits, axis=-1, keepdims=True)

@@ -10,21 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 import pallas_kernels as ops
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
-from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, sharding
-from lychee_jax.cache.allocator import CacheLayout
+from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for
+from lychee_jax.cache.allocator import pages_for
 from lychee_jax.engine import programs
-from lychee_jax.engine.programs import DecodePlan, Rows
-from lychee_jax.engine.sampling import SamplingParams
-from lychee_jax.models.decoder import Decoder
+from lychee_jax.engine.options import max_pages
+from lychee_jax.engine.programs import DecodePlan, make_rows
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import weight_format
 from pallas_kernels import KVPages, Selection, SelectionSpec
 
 pytestmark = [
@@ -134,16 +131,12 @@ def test_the_dense_decode_loop_compiles_and_fits(chip: str, model: str, batch: i
 
 
 def abstract(chip: Chip, model: str, batch: int, context: int) -> tuple[ModelSpec, Any, Any, Any]:
-    """A model with its weights laid out as on a TPU, its pools and its page table, as shapes."""
+    """A model, its weights, its pools and its page table, as shapes."""
     config = MODELS[model]
-    spec, weights = ModelSpec.split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
-    weights = tuple(
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_format(config, leaf.shape, sharding(chip)))
-        for leaf in weights
-    )
-    layout = CacheLayout.plan([context] * batch, PAGE)
-    pool = array(layout.num_pages, config.num_kv_heads, PAGE, 2 * config.head_dim, dtype=jnp.dtype("bfloat16"))
-    return spec, weights, (KVPages(pool),) * config.num_layers, array(*layout.page_table.shape)
+    spec, weights = ModelSpec.abstract(config, jnp.bfloat16)
+    num_pages = batch * (pages_for(context, PAGE) + 1)
+    pool = array(num_pages, config.num_kv_heads, PAGE, 2 * config.head_dim, dtype=jnp.dtype("bfloat16"))
+    return spec, weights, (KVPages(pool),) * config.num_layers, array(batch, max_pages(context, PAGE))
 
 
 def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: bool) -> tuple[Any, Any, int]:
@@ -154,13 +147,13 @@ def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: 
         every = tuple(range(config.num_kv_heads))
         rest = tuple((layer % config.num_kv_heads,) for layer in range(1, config.num_layers))
         roles = HeadMap(config.num_layers, config.num_kv_heads, (every, *rest))
-    plan = DecodePlan(roles, SelectionPolicy(), SamplingParams().kind, 8, "mosaic_tpu")
-    rows = Rows(array(batch), array(batch), array(batch, dtype=bool), array(batch), None)
+    plan = DecodePlan(roles, SelectionPolicy(), 8, "mosaic_tpu")
+    rows = jax.eval_shape(lambda: make_rows(batch, config.vocab_size, 8))
     angles = array(batch, 8, config.head_dim // 2, dtype=jnp.float32)
     with ops.recorded() as calls:
         compiled = compile_for(
-            chip, programs.decode_block, spec, plan, weights, pools, rows, table, angles, angles,
-            array(batch, dtype=bool), SamplingParams().arrays(), array(4), array(),
+            chip, programs.decode_block, spec, plan, weights, pools, rows, array(batch), table, angles, angles,
+            array(batch, 8), array(batch, dtype=bool),
         )  # fmt: skip
     assert {name for _, name in calls} == {"mosaic_tpu"}
     return compiled, pools[0].data, config.num_layers
@@ -181,8 +174,8 @@ def test_prefill_compiles_and_fits(chip: str, model: str, context: int) -> None:
     angles = array(1, tokens, spec.config.head_dim // 2, dtype=jnp.float32)
     with ops.recorded() as calls:
         compiled = compile_for(
-            CHIPS[chip], programs.prefill_chunk, spec, weights, pools, table, array(1, tokens), angles, angles,
-            array(1), array(1), "mosaic_tpu",
+            CHIPS[chip], programs.prefill_chunk, spec, "mosaic_tpu", weights, pools, table, array(1, tokens), angles,
+            angles, array(1), array(1),
         )  # fmt: skip
     assert set(calls) == {("extend_attention", "mosaic_tpu")}
     check_memory(CHIPS[chip], compiled, pools[0].data, spec.config.num_layers, temporaries=1 << 30)

@@ -1,6 +1,7 @@
 """Answers that are scored all at once get the verdict of the engine that writes them token by token."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +12,6 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
-from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
@@ -41,8 +41,8 @@ def model() -> Decoder:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Decoder) -> Engine:
-    return Engine(model)
+def llm(model: Decoder) -> LLM:
+    return LLM(Path("tiny"), CONFIG, model, None, ())
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +57,16 @@ def memory(scorer: Scorer) -> Memory:
     return scorer.read(PROMPTS, ANSWER)
 
 
-def written(
-    engine: Engine, policy: SelectionPolicy, page_size: int, heads: HeadMap = HEADS
-) -> tuple[np.ndarray, float]:
+def written(llm: LLM, policy: SelectionPolicy, page_size: int, heads: HeadMap = HEADS) -> tuple[np.ndarray, float]:
     """What the engine answers, and the share of the cache that it reads."""
     options = GenerateOptions("hybrid", heads, policy, page_size, ANSWER, ignore_eos=True)
-    stream = engine.stream(PROMPTS.tolist(), options)
-    for _ in stream:
-        pass
-    return np.asarray(stream.result().tokens, np.int32), stream.result().attention["kv_read_share"]
+    result = llm.generate_tokens(PROMPTS.tolist(), options)
+    return np.asarray(result.tokens, np.int32), result.attention["kv_read_share"]
 
 
 @pytest.mark.parametrize(("policy", "page_size"), POLICIES, ids=lambda value: getattr(value, "rule", str(value)))
-def test_what_the_engine_writes_is_right_and_nothing_else(engine: Engine, scorer: Scorer, memory, policy, page_size):
-    answers, share = written(engine, policy, page_size)
+def test_what_the_engine_writes_is_right_and_nothing_else(llm: LLM, scorer: Scorer, memory, policy, page_size):
+    answers, share = written(llm, policy, page_size)
     roles = roles_of(HEADS)
     verdict = scorer.score(memory, answers, roles, policy, page_size)
     assert verdict.right.all()
@@ -78,7 +74,7 @@ def test_what_the_engine_writes_is_right_and_nothing_else(engine: Engine, scorer
     assert read / (roles.size * verdict.held) == pytest.approx(share)
     assert 0 < verdict.sparse_read < (~roles).sum() * verdict.held
 
-    dense, _ = written(engine, policy, page_size, HeadMap.all(CONFIG))
+    dense, _ = written(llm, policy, page_size, HeadMap.all(CONFIG))
     same = (dense == answers).all(axis=1)
     assert not same.all(), "the policy changes no answer, so that this test would see nothing"
     assert scorer.score(memory, dense, roles, policy, page_size).right.tolist() == same.tolist()
@@ -87,8 +83,8 @@ def test_what_the_engine_writes_is_right_and_nothing_else(engine: Engine, scorer
     assert scorer.score(memory, answers, every, policy, page_size).right.tolist() == same.tolist()
 
 
-def test_every_token_counts_the_first_and_the_last_too(engine: Engine, scorer: Scorer, memory: Memory):
-    answers, _ = written(engine, *POLICIES[0])
+def test_every_token_counts_the_first_and_the_last_too(llm: LLM, scorer: Scorer, memory: Memory):
+    answers, _ = written(llm, *POLICIES[0])
     for place in range(ANSWER):
         changed = answers.copy()
         changed[2, place] = (changed[2, place] + 1) % 64
@@ -96,8 +92,8 @@ def test_every_token_counts_the_first_and_the_last_too(engine: Engine, scorer: S
         assert verdict.right.tolist() == [row != 2 for row in range(ROWS)]
 
 
-def test_padding_neither_counts_nor_is_read(engine: Engine, scorer: Scorer, memory: Memory):
-    answers, _ = written(engine, *POLICIES[0])
+def test_padding_neither_counts_nor_is_read(llm: LLM, scorer: Scorer, memory: Memory):
+    answers, _ = written(llm, *POLICIES[0])
     short = answers.copy()
     short[1, 3:], short[2:] = -1, -1
     whole, verdict = (scorer.score(memory, each, roles_of(HEADS), *POLICIES[0]) for each in (answers, short))
@@ -156,10 +152,8 @@ def test_the_bundled_model_is_judged_as_it_answers(bundled: LLM):
     verdict = scorer.score(scorer.read(tokens, answers.shape[1]), answers, roles_of(heads), policy, 64)
     scorer.close()
     options = GenerateOptions("hybrid", heads, policy, 64, 9, eos_ids=bundled.eos_ids)
-    stream = bundled.engine.stream(tokens.tolist(), options)
-    for _ in stream:
-        pass
-    right = [made == answer[answer >= 0].tolist() for made, answer in zip(stream.result().tokens, answers, strict=True)]
+    made = bundled.generate_tokens(tokens.tolist(), options).tokens
+    right = [row == answer[answer >= 0].tolist() for row, answer in zip(made, answers, strict=True)]
     assert all(answer[answer >= 0][-1] == language.EOS for answer in answers)
     assert verdict.right.tolist() == right
     assert 0 < sum(right) < rows

@@ -349,7 +349,7 @@ def test_a_study_goes_on_where_it_was_stopped(model: LLM, whole: Path, tmp_path:
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError("a finished study computes nothing")
 
-    for place, name in ((Scorer, "score"), (Scorer, "read"), (Scorer, "masses"), (scoring, "feed")):
+    for place, name in ((Scorer, "score"), (Scorer, "read"), (Scorer, "masses"), (LLM, "stream_tokens")):
         monkeypatch.setattr(place, name, never)
     assert study.Study(model, grid_of(), SIZES, tmp_path, quiet, chunk_tokens=CHUNK).run("again") == found
 
@@ -367,10 +367,7 @@ def test_answers_in_dialogues_are_counted_as_the_engine_writes_them(model: LLM, 
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 1000, CONTEXT).tolist() for _ in range(2)]
     options = GenerateOptions("hybrid", head_map, policy, max_new_tokens=40, ignore_eos=True)
-    stream = model.engine.stream(documents, options)
-    for _ in stream:
-        pass
-    tokens = stream.result().tokens
+    tokens = model.generate_tokens(documents, options).tokens
     tokens[1][39] = (tokens[1][39] + 1) % 1024
     marks = [1 + i // 5 for i in range(40)]
     made = [Dialogue(*each, marks) for each in zip(documents, tokens, strict=True)]

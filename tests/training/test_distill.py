@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lychee_jax.engine.teacher_forcing import feed
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
-from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.cache.allocator import pages_for
+from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions
+from lychee_jax.engine.request import Request
+from lychee_jax.engine.runner import Runner
+from lychee_jax.engine.scheduler import Chunk, DecodeRow, DecodeWork, PrefillWork
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.training.distill import departures
@@ -183,39 +186,35 @@ def test_hard_gates_are_hybrid_decoding(monkeypatch):
         )  # fmt: skip
     teacher, student = (log_softmax(np.asarray(each, np.float64)) for each in seen)
 
-    engine = LOADED.engine
-    options = {
-        mode: GenerateOptions(attention=mode, heads=head_map, policy=POLICY, page_size=PAGE)
-        for mode in ("hybrid", "dense")
-    }
-    filled = engine.prefill(
-        [TOKENS[row, : STARTS[row]].tolist() for row in range(2)], max_new_tokens=3 * ROOM, page_size=PAGE
-    )
+    # One step a program: each feeds a token in the way of its own mark.
+    config = EngineConfig(min_rows=2, correct_rows=1, block_steps=1)
+    each = pages_for(LENGTH, PAGE)
+    runner = Runner(
+        LOADED.spec, LOADED.weights, EngineOptions(PAGE, max_num_seqs=2), config, num_pages=2 * each + 2,
+        max_model_len=LENGTH,
+    )  # fmt: skip
+    pages = [tuple(range(row * each, (row + 1) * each)) for row in range(2)]
+    requests = []
+    for row in range(2):
+        given = TOKENS[row, STARTS[row] :][:ROOM].tolist()
+        requests.append(Request(str(row), tuple(TOKENS[row, : STARTS[row]].tolist()), ROOM, forced=tuple(given)))
+        chunk = Chunk(requests[row], row, pages[row], 0, int(STARTS[row]), last=True)
+        runner.prefill(PrefillWork((chunk,), each * PAGE))
+    ways = {True: AttentionOptions("hybrid", head_map, POLICY), False: AttentionOptions("dense", head_map, POLICY)}
     compared = 0
-    spans = [[*_spans(ANSWERS[row])] for row in range(2)]
-    at = [0, 0]
-    while any(spans):
-        mode = "hybrid" if any(row and row[0][0] for row in spans) else "dense"
-        fed = [row.pop(0)[1] if row and bool(row[0][0]) == (mode == "hybrid") else 0 for row in spans]
-        tokens = [TOKENS[row, STARTS[row] + at[row] :][: fed[row]].tolist() for row in range(2)]
-        found = feed(engine, filled, tokens, options[mode])
-        filled = found.filled
-        for row in range(2):
-            for i in range(1 if at[row] == 0 else 0, fed[row]):  # the very first is predicted by the prompt
-                t = at[row] + i
-                token = TOKENS[row, STARTS[row] + t]
-                assert student[row, t - 1, token] == pytest.approx(found.logprobs[row][i], abs=3e-4), (row, t)
+    for step in range(1, ROOM):  # the very first token is predicted by the prompt
+        for is_answer, attention in ways.items():
+            chosen = [row for row in range(2) if bool(ANSWERS[row, step - 1]) == is_answer]
+            if not chosen:
+                continue
+            rows = [DecodeRow(requests[row], row, pages[row], int(STARTS[row]) + step - 1, step) for row in chosen]
+            found = np.asarray(runner.decode(DecodeWork(attention, tuple(rows))).block.logprobs)[0]
+            for column, row in enumerate(chosen):
+                token = TOKENS[row, STARTS[row] + step]
+                assert student[row, step - 1, token] == pytest.approx(found[column], abs=3e-4), (row, step)
                 compared += 1
-            at[row] += fed[row]
-    assert at == [ROOM, ROOM]
     assert compared == 2 * (ROOM - 1)
     assert np.abs(teacher - student).max() > 0.1
-
-
-def _spans(marks: np.ndarray) -> list[tuple[int, int]]:
-    """(mark, length) of every stretch of equal marks."""
-    cuts = np.flatnonzero(np.diff(marks)) + 1
-    return [(int(part[0]), len(part)) for part in np.split(marks, cuts)]
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.engine.outputs import Result
 from lychee_jax.llm import LLM
 from lychee_jax.studies.head_maps.maps import roles_of
 from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts
@@ -102,17 +103,26 @@ def score_dialogues(
                 correct_every=CORRECT_EVERY if row.correction else 0,
             )  # fmt: skip
             forced = [each.tokens for each in made]
-            stream = model.stream_tokens(
-                [each.document for each in made], options, forced=forced, limits=[len(row) for row in forced]
-            )
-            for _, output in stream:
-                report(len(output.tokens) / len(made))
-            fed = stream.result()
+            fed = _feed(model, [each.document for each in made], forced, options, report)
             right = total = 0
             for each, greedy in zip(made, fed.greedy, strict=True):
                 answers = exact(np.asarray(each.answers), np.asarray(greedy))
                 right, total = right + int(answers.sum()), total + len(answers)
             tally.add(row, job.indices.start, Count(right, total, sum(fed.pages_read), sum(fed.pages_held)))
+
+
+def _feed(
+    model: LLM, prompts: Sequence[list[int]], forced: Sequence[list[int]], options: GenerateOptions, report: Report
+) -> Result:
+    """Take each row's tokens instead of sampled ones; `report(steps)` as every row has taken them."""
+    stream = model.stream_tokens(prompts, options, forced=forced, limits=[len(row) for row in forced])
+    came, told = [0] * len(prompts), 0
+    for row, output in stream:
+        came[row] += len(output.tokens)
+        if (done := min(came)) > told:
+            report(done - told)
+            told = done
+    return stream.result()
 
 
 def exact(answers: np.ndarray, greedy: Bool[np.ndarray, " T"]) -> Bool[np.ndarray, " n"]:
