@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from checkpoints_convert import store
+from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.converted import FORMAT
 from checkpoints_convert.hub import TEXT_FILES, locate
 from checkpoints_convert.keys import Key
@@ -58,6 +59,7 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    config: ConvertConfig = DEFAULT,
 ) -> ConversionReport:
     """Convert the checkpoint `src` (a folder, or a model on the Hugging Face Hub) into the folder `dst`.
 
@@ -71,6 +73,7 @@ def convert(
         verify: read everything again before `dst` appears: it must be finite and, to the bit, what the source says.
         overwrite: replace `dst`, whatever it holds, once the new folder is whole.
         progress: told how far the work has come.
+        config: how much is read and written at once.
 
     Raises:
         UserError: bad input, told in one line.
@@ -83,11 +86,11 @@ def convert(
     for kept in (source.resolve(), Path.cwd()):
         if kept.is_relative_to(dst):
             raise UserError(f"{dst} cannot be replaced: {kept} is in use and would go with it")
-    weights = Weights(source)
+    weights = Weights(source, config)
     dtype = dtype or weights.config.dtype
     with _told_as_user_errors(dst), _appearing(dst, overwrite) as folder:
         _copy_files(weights, dtype, folder)
-        size = _write_weights(weights, dtype, folder, progress)
+        size = _write_weights(weights, dtype, folder, progress, config)
         if verify:
             compare(weights, folder, dtype, progress)
     seconds = time.perf_counter() - started
@@ -112,7 +115,7 @@ def _copy_files(weights: Weights, dtype: str, folder: Path) -> None:
             shutil.copyfile(weights.source.folder / name, folder / name)
 
 
-def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progress | None) -> int:
+def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progress | None, config: ConvertConfig) -> int:
     """Returns the bytes written."""
     done = 0
 
@@ -131,7 +134,7 @@ def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progres
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(f"the weights take {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left")
-    store.write(folder / store.WEIGHTS, tensors)
+    store.write(folder / store.WEIGHTS, tensors, config)
     if progress is not None:
         progress("convert", done, weights.tensors)
     return size

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
+from checkpoints_convert.config import DEFAULT, ConvertConfig
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
 
@@ -21,8 +22,6 @@ MARKER = "lychee.json"
 
 # safetensors' names. Importing ml_dtypes is also what teaches its NumPy reader bfloat16.
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# A safetensors file is mapped into memory and its touched pages count as ours, so it is read in blocks of this size.
-_BLOCK_NUMBERS = 2**23
 # An error is one line: so many problems of a kind are told by name.
 _TOLD = 8
 
@@ -48,8 +47,8 @@ class Source:
         UserError: there are no safetensors to read at all.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, config: ConvertConfig = DEFAULT):
+        self.folder, self._config = folder, config
         self.tensors: dict[str, Stored] = {}
         self.problems: dict[str, list[str]] = collections.defaultdict(list)
         self.lost: set[str] = set()
@@ -75,7 +74,7 @@ class Source:
             UserError: the file has changed or cannot be read any more.
         """
         stored = self.tensors[name]
-        step = max(1, _BLOCK_NUMBERS // math.prod(stored.shape[1:]))
+        step = max(1, self._config.block_numbers // math.prod(stored.shape[1:]))
         rows = stored.shape[0]
         for first in range(0, rows, step):
             try:

@@ -18,9 +18,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Float
 
+from checkpoints_convert.config import DEFAULT, ConvertConfig
+
 WEIGHTS = "weights"
-# Tensors are stored in pieces of this size, uncompressed: writing takes no memory beside the tensor's, reading little.
-_CHUNK_BYTES = 64 * 2**20
 
 Tree = dict[str, Any]
 
@@ -75,7 +75,7 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         return []
 
 
-def write(folder: Path, tensors: Mapping[str, Unread]) -> None:
+def write(folder: Path, tensors: Mapping[str, Unread], config: ConvertConfig = DEFAULT) -> None:
     """Write tensors, by dotted path, to `folder`, which must not exist.
 
     When this returns or raises, also after Ctrl-C, nothing is being written any more: Python interrupts only the main
@@ -84,14 +84,14 @@ def write(folder: Path, tensors: Mapping[str, Unread]) -> None:
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
-            pool.submit(_write, folder, tensors, stop).result()
+            pool.submit(_write, folder, tensors, config, stop).result()
         finally:
             stop.set()
 
 
-def _write(folder: Path, tensors: Mapping[str, Unread], stop: threading.Event) -> None:
+def _write(folder: Path, tensors: Mapping[str, Unread], config: ConvertConfig, stop: threading.Event) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((Unread, _OneByOne(stop)))
-    chunks = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in tensors}
+    chunks = {path: ocp.SaveArgs(chunk_byte_size=config.chunk_bytes) for path in tensors}
     with _quiet(), _checkpointer(type_handler_registry=registry) as checkpointer:
         args = ocp.args.PyTreeSave(_nest(tensors), save_args=_nest(chunks))
         checkpointer.save(folder.absolute(), args=args)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, is_derived, keys
 from checkpoints_convert.source import Source, describe
 from lychee_jax.config import DTYPES, ModelConfig
@@ -38,11 +39,11 @@ class Weights:
         UserError: no checkpoint, an unsupported config, or the list of everything wrong with the tensors.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, convert_config: ConvertConfig = DEFAULT):
         folder = Path(folder)
         config = ModelConfig.from_folder(folder)
         self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
-        self.source = Source(folder)
+        self.source = Source(folder, convert_config)
         if config.tie_word_embeddings and self._has_own_head():
             config = dataclasses.replace(config, tie_word_embeddings=False)
         self.keys = {key.path: key for key in keys(config)}

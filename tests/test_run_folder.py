@@ -35,7 +35,7 @@ def test_another_run_is_refused_by_the_settings_that_differ(tmp_path: Path):
     assert read_json(tmp_path / "plan.json") == json.loads(json.dumps(SETTINGS))
 
 
-@pytest.mark.parametrize(("content", "message"), [("{]", "is no JSON;"), ("[1]", "is no JSON object")])
+@pytest.mark.parametrize(("content", "message"), [("{]", "is not valid JSON"), ("[1]", "must hold a JSON object")])
 def test_what_is_in_the_way_stays_as_it_is(tmp_path: Path, content: str, message: str):
     file = tmp_path / "settings.json"
     file.write_text(content)

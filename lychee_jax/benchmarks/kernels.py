@@ -19,8 +19,6 @@ from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.benchmarks.torch_rivals import torch_attention
 from pallas_kernels import KVPages, Selection, SelectionSpec
 
-# Caches that take turns hold at least this much: several times an L2.
-_TURN_BYTES = 1 << 30
 # Calls of one program: several rounds of them where a launch costs as much as a short kernel takes.
 _CALLS, _ROUNDS = 16, 8
 
@@ -72,13 +70,14 @@ def measure(
     implementation: str | None = None,
     rivals: bool = True,
     repeats: int = 15,
+    working_set: int = 1 << 30,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[KernelRow]:
-    """Time all ops at each batch size."""
+    """Time all ops at each batch size; caches that take turns hold `working_set` bytes or more, several times an L2."""
     _refuse(shape, context, implementation)
     rows = []
     for batch in batches:
-        rows += _measure_batch(shape, batch, context, implementation, rivals, repeats, report)
+        rows += measure_batch(shape, batch, context, implementation, rivals, repeats, working_set, report)
     return rows
 
 
@@ -97,16 +96,17 @@ def _refuse(shape: Shape, context: int, implementation: str | None) -> None:
     )
 
 
-def _measure_batch(
+def measure_batch(
     shape: Shape, batch: int, context: int, implementation: str | None, rivals: bool, repeats: int,
-    report: Callable[[str], None],
+    working_set: int, report: Callable[[str], None],
 ) -> list[KernelRow]:  # fmt: skip
+    """All ops at one batch size; see `measure`."""
     rng = np.random.default_rng(batch)
     size, kv_heads = shape.page_size, shape.kv_heads
     used = -(-context // size)
     num_pages = batch * used + 1
     page_bytes = size * 2 * shape.head_dim * jnp.dtype(shape.dtype).itemsize
-    turns = max(2, -(-_TURN_BYTES // (num_pages * kv_heads * page_bytes)))
+    turns = max(2, -(-working_set // (num_pages * kv_heads * page_bytes)))
     make = jax.jit(
         lambda key: jax.random.normal(key, (num_pages, kv_heads, size, 2 * shape.head_dim), jnp.dtype(shape.dtype))
     )
@@ -166,7 +166,7 @@ def _measure_batch(
     attention: dict[str, float] = {}
     if rivals:
         report(f"dense rivals, batch {batch}")
-        attention = _dense_rivals(shape, batch, context, queries, repeats)
+        attention = _dense_rivals(shape, batch, context, queries, repeats, working_set)
     for name, heads, read, call in cases:
         add(
             name,
@@ -211,11 +211,13 @@ def _time(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) ->
     return samples[2:]
 
 
-def _dense_rivals(shape: Shape, batch: int, context: int, queries: list[jax.Array], repeats: int) -> dict[str, float]:
+def _dense_rivals(
+    shape: Shape, batch: int, context: int, queries: list[jax.Array], repeats: int, working_set: int
+) -> dict[str, float]:
     """Dense attention over keys and values that lie in one piece."""
     found = {}
     if jax.default_backend() == "gpu":
-        turns = max(2, -(-_TURN_BYTES // (2 * batch * context * shape.kv_heads * shape.head_dim * 2)))
+        turns = max(2, -(-working_set // (2 * batch * context * shape.kv_heads * shape.head_dim * 2)))
         size = (batch, context, shape.kv_heads, shape.head_dim)
         make = jax.jit(lambda key: jax.random.normal(key, size, jnp.dtype(shape.dtype)))
         keys = jax.random.split(jax.random.key(3), 2 * turns)

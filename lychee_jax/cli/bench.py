@@ -189,18 +189,21 @@ def bench_kernels(
     batch: BatchOption = "1,4,8",
     rivals: Annotated[bool, typer.Option(help="Time XLA, cuDNN and torch, too, as far as they are here.")] = True,
     repeats: Annotated[int, typer.Option(metavar="N", help="Samples, of which the median is shown.")] = 15,
+    working_set: Annotated[
+        int, typer.Option(metavar="BYTES", help="Of the caches that take turns: several times the device's L2 cache.")
+    ] = 1 << 30,
     json_file: JsonOption = None,
 ) -> None:
     """Time each op for a layer of Llama-3-8B beside its rivals, in the same run."""
     # torch, where it is, needs room beside JAX.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if min(context, page_size, repeats) < 1 or pages < 7:
-        raise UserError("--context, --page-size and --repeats must be at least 1, --pages at least 7 (6 are forced)")
+    if min(context, page_size, repeats, working_set) < 1 or pages < 7:
+        raise UserError("--context, --page-size, --repeats and --working-set must be at least 1, --pages at least 7")
     from lychee_jax.benchmarks import kernels
 
     rows = kernels.measure(
         kernels.Shape(page_size=page_size, pages=pages, dtype=dtype), batches=_batches(batch), context=context,
-        implementation=implementation, rivals=rivals, repeats=repeats, report=_tell,
+        implementation=implementation, rivals=rivals, repeats=repeats, working_set=working_set, report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, kernels.table(rows))
 

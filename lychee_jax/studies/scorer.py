@@ -68,7 +68,11 @@ class ProgramKey:
 
 
 class Scorer:
-    """A model that scores given answers; `workers` threads compile ahead what `prepare` announces."""
+    """A model that scores given answers; `workers` threads compile ahead what `prepare` announces.
+
+    Attributes:
+        programs: what was announced or needed so far; each is compiled once.
+    """
 
     def __init__(self, config: ModelConfig, model: Decoder, *, workers: int = 1) -> None:
         self.config = config
@@ -77,7 +81,7 @@ class Scorer:
         self._layer_graph, self._layers = layers[0][0], [weights for _, weights in layers]
         self._dtype = jax.tree.leaves(self._weights)[0].dtype
         self._workers = concurrent.futures.ThreadPoolExecutor(workers)
-        self._programs: dict[ProgramKey, concurrent.futures.Future[Any]] = {}
+        self.programs: dict[ProgramKey, concurrent.futures.Future[Any]] = {}
 
     def close(self) -> None:
         """Let go of the threads; what they have not begun is not compiled."""
@@ -86,8 +90,8 @@ class Scorer:
     def prepare(self, kinds: Iterable[ProgramKey]) -> None:
         """Compile programs in the background, in this order."""
         for kind in kinds:
-            if kind not in self._programs:
-                self._programs[kind] = self._workers.submit(self._compile, kind)
+            if kind not in self.programs:
+                self.programs[kind] = self._workers.submit(self._compile, kind)
 
     def read(self, prompts: Int[np.ndarray, "B T"], answer: int) -> Memory:
         """Read prompts densely, with room for answers of `answer` tokens.
@@ -179,7 +183,7 @@ class Scorer:
 
     def _program(self, kind: ProgramKey) -> Any:
         self.prepare([kind])
-        return self._programs[kind].result()
+        return self.programs[kind].result()
 
     def _compile(self, kind: ProgramKey) -> Any:
         config, steps = self.config, kind.answer - 1

@@ -48,7 +48,6 @@ ROLES, TRAINING = "heads.png", "training.png"
 FILES = (HEADS, ROLES, GATES, METRICS, TRAINING, CHECKPOINTS)
 """What a finished run leaves in its folder, its plan aside."""
 _RAMP, _FLOOR = 0.2, 0.1  # of the learning rate's schedule: share of the steps, share of the rate
-_LOG_EVERY = 10
 _BUCKETS = 4
 _TRIALS = 32
 _POLICY = SelectionPolicy(budget=1 << 20, rule="ratio", ratio=0.3)
@@ -284,18 +283,18 @@ class Learner:
 
 def learn(
     loaded: LLM, plan: TrainingPlan, output: str | Path, *, checkpoint_every: int = 100, keep: int = 3,
-    on_step: OnStep | None = None,
+    log_every: int = 10, on_step: OnStep | None = None,
 ) -> Learned:  # fmt: skip
     """Train the gates, or go on, in the folder `output`; leaves the head map, E[z] and pictures there.
 
     `on_step(done, metrics)` is called after every step was sent off, with the numbers of the last one that is known
     (loss, kept, density, multiplier, excess); empty before there are any. Ctrl-C ends the run after the step in hand,
-    a second one at once; a checkpoint is saved.
+    a second one at once; a checkpoint is saved. Every `log_every`-th step has a line in the metrics file.
 
     Raises:
         UserError: a plan that does not fit, a folder with another run, or a loss that is not a number any more.
     """
-    for name, value in (("checkpoint-every", checkpoint_every), ("keep", keep)):
+    for name, value in (("checkpoint-every", checkpoint_every), ("keep", keep), ("log-every", log_every)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     output, learner = Path(output), Learner(loaded, plan)
@@ -303,7 +302,7 @@ def learn(
     checkpoints = Checkpoints(output / CHECKPOINTS, keep)
     try:
         with Patience() as patience:
-            run = _Run(learner, output, checkpoints)
+            run = _Run(learner, output, checkpoints, log_every)
             try:
                 while run.sent < plan.steps:
                     patience.heed()
@@ -330,12 +329,13 @@ class _Run:
     `done` steps were looked at and led to `state`; more may be sent off.
     """
 
-    def __init__(self, learner: Learner, output: Path, checkpoints: Checkpoints) -> None:
+    def __init__(self, learner: Learner, output: Path, checkpoints: Checkpoints, log_every: int) -> None:
         self._learner, self._checkpoints, self._folder = learner, checkpoints, output / CHECKPOINTS
         first = learner.initial()
         self._known: tuple[int, State] = checkpoints.restore(first) or (0, first)
         self._on_the_way: list[tuple[int, State, dict[str, jax.Array]]] = []
         self._metrics_file = MetricsFile(output / METRICS, self.done)
+        self._log_every = log_every
         self.latest: dict[str, float] = {}
 
     @property
@@ -369,7 +369,7 @@ class _Run:
                     f"step {step}: the loss or a gate is not finite any more; the last good checkpoint: {where}"
                 )
             latest = {name: float(value) for name, value in values.items()}
-            if step % _LOG_EVERY == 0 or step in (1, self._learner.plan.steps):
+            if step % self._log_every == 0 or step in (1, self._learner.plan.steps):
                 above = [[round(float(z), 4) for z in layer] for layer in expected]
                 self._metrics_file.write(step=step, **latest, expected=above)
             self._known, self.latest = (step, state), latest

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from checkpoints_convert import convert, store
+from checkpoints_convert.config import ConvertConfig
 from checkpoints_convert.verify import verify
 from checkpoints_convert.weights import NOT_FINITE, Weights
 from lychee_jax.cli import main as cli
@@ -105,12 +106,11 @@ def test_the_dtype_is_the_checkpoints_unless_asked_for(tmp_path):
         assert convert(tmp_path / name, tmp_path / f"{name} out").dtype == wanted
 
 
-def test_tensors_larger_than_a_block_and_a_tile_are_put_together_again(tmp_path, monkeypatch):
+def test_tensors_larger_than_a_block_and_a_tile_are_put_together_again(tmp_path):
     raw = LLAMA | {"vocab_size": 700, "hidden_size": 264, "intermediate_size": 520, "num_hidden_layers": 1}
     tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", raw, dtype="bfloat16")
-    monkeypatch.setattr("checkpoints_convert.source._BLOCK_NUMBERS", 300 * 264)
-    monkeypatch.setattr("checkpoints_convert.store._CHUNK_BYTES", 1 << 15)
-    convert(tmp_path / "hf", tmp_path / "out", verify=True)
+    config = ConvertConfig(block_numbers=300 * 264, chunk_bytes=1 << 15)
+    convert(tmp_path / "hf", tmp_path / "out", verify=True, config=config)
     assert_same(read_all(tmp_path / "out"), expected(raw, tensors, "bfloat16"))
 
 

@@ -274,8 +274,8 @@ def test_a_failure_in_the_middle_leaves_nothing(hf, monkeypatch, failure):
 def test_a_failed_verification_leaves_nothing(hf, monkeypatch):
     write = store.write
 
-    def write_and_damage(folder, tensors):
-        write(folder, tensors)
+    def write_and_damage(folder, *args):
+        write(folder, *args)
         chunk = next(file for file in (folder / "norm.scale" / "c").rglob("*") if file.is_file())
         chunk.write_bytes(bytes(len(chunk.read_bytes())))
 

@@ -17,7 +17,7 @@ from typer.main import get_command
 
 import lychee_jax
 import pallas_kernels
-from lychee_jax.benchmarks import kernels, shapes
+from lychee_jax.benchmarks import shapes
 from lychee_jax.cli import main as cli
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
@@ -114,7 +114,7 @@ def made_small(argv: list[str], workplace: Path) -> list[str]:
         return [*argv, "--chip", "v5e"]
     if argv[:2] == ["bench", "kernels"]:
         return [*argv, "--batch", "1", "--repeats", "1", "--dtype", "float32", "--page-size", "16", "--pages", "8",
-                "--context", "200"]  # fmt: skip
+                "--context", "200", "--working-set", str(1 << 20)]  # fmt: skip
     if argv[0] == "train-heads":
         return [*argv, "--steps", "2", "--min-length", "193", "--max-length", "256", "--room", "48", "--facts", "3",
                 "--page-size", "8", "--sink", "8", "--recent", "8"]  # fmt: skip
@@ -141,7 +141,6 @@ def test_a_command_that_is_shown_runs(line: str, workplace: Path, monkeypatch, c
     monkeypatch.chdir(workplace)
     for name in ("llama-3-8b", "qwen3-8b", "qwen2.5-7b"):
         monkeypatch.setitem(shapes.MODELS, name, ModelConfig("llama", 64, 32, 48, 2, 4, 2, 16, 4096))
-    monkeypatch.setattr(kernels, "_TURN_BYTES", 1 << 20)
     (workplace / "docs" / "results").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workplace / "converted", ignore_errors=True)
     for made in workplace.glob("eval-*"):

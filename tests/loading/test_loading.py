@@ -11,11 +11,10 @@ import pytest
 from flax import nnx
 
 from checkpoints_convert import convert
-from lychee_jax import loading
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.loading import load
+from lychee_jax.loading import BUNDLED, load
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import first_format, tiny_checkpoints, tiny_tokenizers
@@ -109,10 +108,8 @@ def test_tied_with_another_head_loads_both(tmp_path):
         np.testing.assert_array_equal(leaves(loaded.model)["lm_head", "kernel"], head)
 
 
-def test_without_a_path_the_bundled_model_is_loaded(tmp_path, monkeypatch):
-    tiny_checkpoints.write_checkpoint(tmp_path / "bundled", LLAMA)
-    monkeypatch.setattr(loading, "BUNDLED", tmp_path / "bundled")
-    assert load().path == tmp_path / "bundled"
+def test_without_a_path_the_bundled_model_is_loaded():
+    assert load().path == BUNDLED
 
 
 def test_eos_ids_of_the_generation_config_win(tmp_path):

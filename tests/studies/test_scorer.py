@@ -119,15 +119,15 @@ def test_masses_are_those_by_which_pages_are_picked(scorer: Scorer, memory: Memo
     assert scorer.score(memory, answers, roles, policy, 8).sparse_read == 2 * picked
 
 
-def test_programs_are_compiled_ahead_and_once(scorer: Scorer, memory: Memory, monkeypatch):
+def test_programs_are_compiled_ahead_and_once(scorer: Scorer, memory: Memory):
     policy = SelectionPolicy(20, 4, 4)
-    compiled = []
-    compile_one = scorer._compile
-    monkeypatch.setattr(scorer, "_compile", lambda kind: compiled.append(kind) or compile_one(kind))
-    scorer.prepare([ProgramKey(ROWS, LENGTH, ANSWER, policy, 4)] * 2)
+    key, before = ProgramKey(ROWS, LENGTH, ANSWER, policy, 4), set(scorer.programs)
+    scorer.prepare([key] * 2)
+    compiled = scorer.programs[key]
     for _ in range(2):
         scorer.score(memory, np.zeros((ROWS, ANSWER), np.int32), roles_of(HEADS), policy, 4)
-    assert compiled == [ProgramKey(ROWS, LENGTH, ANSWER, policy, 4)]
+    assert scorer.programs[key] is compiled
+    assert set(scorer.programs) == before | {key}
 
 
 def test_bad_shapes_are_refused(scorer: Scorer, memory: Memory):

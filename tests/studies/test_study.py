@@ -38,6 +38,7 @@ from lychee_jax.studies.scorer import Scorer
 from tests.support import tiny_checkpoints
 
 CONTEXT, HEADS = 512, 4
+CHUNK = 2 * CONTEXT  # two chunks of prompts a cell, the last one not full
 SIZES = study.Sizes(
     samples=3, retrieval_heads=HEADS, steps=3, lengths=(448, 512), dialogues=2, dialogue_tokens=120
 )  # fmt: skip
@@ -72,14 +73,6 @@ def scorer(model: LLM):
     scorer = Scorer(model.config, model.model)
     yield scorer
     scorer.close()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_chunks():
-    """Two chunks of prompts a cell, the last one not full."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "_CHUNK_TOKENS", {"cpu": 2 * CONTEXT})
-        yield
 
 
 # --- which rows -------------------------------------------------------------------------------------------------------
@@ -274,7 +267,8 @@ def whole(folder: Path, tmp_path_factory) -> Path:
     """What the command leaves: `study` is its folder, `docs` where it published."""
     where = tmp_path_factory.mktemp("whole")
     command.run(
-        output=where / "study", model=str(folder), tasks="passkey", contexts=str(CONTEXT), samples=SIZES.samples,
+        output=where / "study", chunk_tokens=CHUNK, model=str(folder),
+        tasks="passkey", contexts=str(CONTEXT), samples=SIZES.samples,
         dialogues=SIZES.dialogues, dialogue_tokens=SIZES.dialogue_tokens, seeds="0", retrieval_heads=HEADS,
         steps=SIZES.steps, train_lengths="448,512", json_file=where / "copy.json", publish=where / "docs",
     )  # fmt: skip
@@ -344,10 +338,10 @@ def test_a_study_goes_on_where_it_was_stopped(model: LLM, whole: Path, tmp_path:
                 raise _Stop
 
         with pytest.raises(_Stop):
-            study.Study(model, grid_of(), SIZES, tmp_path, stop).run("again")
+            study.Study(model, grid_of(), SIZES, tmp_path, stop, chunk_tokens=CHUNK).run("again")
     with (tmp_path / "scores.jsonl").open("a") as file:
         file.write('{"row": {"meth')  # a line that was cut off
-    found = study.Study(model, grid_of(), SIZES, tmp_path, quiet).run("again")
+    found = study.Study(model, grid_of(), SIZES, tmp_path, quiet, chunk_tokens=CHUNK).run("again")
     # Whatever was interrupted, each row and chunk was counted once, and the result is that of one go.
     assert max(collections.Counter(scored).values()) == 1
     assert found["rows"] == results(whole)["rows"]
@@ -357,13 +351,13 @@ def test_a_study_goes_on_where_it_was_stopped(model: LLM, whole: Path, tmp_path:
 
     for place, name in ((Scorer, "score"), (Scorer, "read"), (Scorer, "masses"), (LLM, "stream_tokens")):
         monkeypatch.setattr(place, name, never)
-    assert study.Study(model, grid_of(), SIZES, tmp_path, quiet).run("again") == found
+    assert study.Study(model, grid_of(), SIZES, tmp_path, quiet, chunk_tokens=CHUNK).run("again") == found
 
 
 @pytest.mark.slow
 def test_a_folder_with_another_study_is_refused(model: LLM, whole: Path):
     with pytest.raises(UserError, match="holds a run with other settings"):
-        study.Study(model, grid_of(), dataclasses.replace(SIZES, samples=4), whole / "study", quiet)
+        study.Study(model, grid_of(), dataclasses.replace(SIZES, samples=4), whole / "study", quiet, chunk_tokens=CHUNK)
 
 
 def test_answers_in_dialogues_are_counted_as_the_engine_writes_them(model: LLM, tmp_path: Path, monkeypatch):

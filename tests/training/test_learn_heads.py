@@ -1,6 +1,7 @@
 """Learning which heads retrieve: a run may end at any moment and goes on to the same bits, and its map is exact."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -20,10 +21,11 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
 from lychee_jax.training import gates, learn_heads, loop
-from lychee_jax.training.learn_heads import Learned, Learner, TrainingPlan, learn, make_batch
+from lychee_jax.training.learn_heads import Learned, Learner, TrainingPlan, make_batch
 from tests.support import tiny_models
 from tests.support.tiny_models import CONFIG, plan
 
+learn = functools.partial(learn_heads.learn, log_every=1)  # numbers of every step
 EVERY, KEEP = 3, 2
 LONG = plan(steps=10, retrieval_heads=4)
 SMALL = dataclasses.replace(CONFIG, num_layers=2)
@@ -41,9 +43,8 @@ def small() -> LLM:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def numbers_of_every_step_and_no_pictures() -> Iterator[None]:
+def no_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learn_heads, "_LOG_EVERY", 1)
         patch.setattr(learn_heads, "plot_heads", lambda *args: None)
         patch.setattr(learn_heads, "plot_training", lambda *args: None)
         yield

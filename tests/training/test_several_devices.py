@@ -23,16 +23,15 @@ from tests.support import tiny_models
 from tests.training.test_several_devices import EIGHT, SMALL
 from lychee_jax.errors import UserError
 from lychee_jax.training import learn_heads
-learn_heads._LOG_EVERY = 1
 assert jax.device_count() == 8
 loaded, folder = tiny_models.make(SMALL), Path(sys.argv[1])
 def stop(done, metrics):
     if done == 2:
         raise KeyboardInterrupt
 try:
-    learn_heads.learn(loaded, EIGHT, folder / "eight", on_step=stop)
+    learn_heads.learn(loaded, EIGHT, folder / "eight", log_every=1, on_step=stop)
 except KeyboardInterrupt:
-    learn_heads.learn(loaded, EIGHT, folder / "eight")
+    learn_heads.learn(loaded, EIGHT, folder / "eight", log_every=1)
 try:
     learn_heads.learn(loaded, tiny_models.plan(batch=12), folder / "refused")
 except UserError as error:
@@ -40,7 +39,7 @@ except UserError as error:
 """
 
 
-def test_eight_devices_learn_what_one_does(tmp_path, monkeypatch):
+def test_eight_devices_learn_what_one_does(tmp_path):
     """Also with a pause: the state comes back onto all devices."""
     root = Path(__file__).parents[2]
     several = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
@@ -52,8 +51,7 @@ def test_eight_devices_learn_what_one_does(tmp_path, monkeypatch):
     assert done.stdout == "a batch of 12 rows cannot be divided among 8 devices; use a multiple\n"
     assert not (tmp_path / "refused").exists()
 
-    monkeypatch.setattr(learn_heads, "_LOG_EVERY", 1)
-    learn_heads.learn(tiny_models.make(SMALL), EIGHT, tmp_path / "one")
+    learn_heads.learn(tiny_models.make(SMALL), EIGHT, tmp_path / "one", log_every=1)
     one, eight = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("one", "eight")

@@ -49,6 +49,8 @@ def run(
         help="Shortest and longest training prompt, in tokens.")] = "6145,8192",
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", rich_help_panel=_RUN,
         help="Write the results there too.")] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(metavar="N", min=1, rich_help_panel=_RUN,
+        show_default="16384 on a CPU, else 262144", help="Prompt tokens that are read at once.")] = None,
     publish: Annotated[Path | None, typer.Option(metavar="DOCS", rich_help_panel=_RUN,
         help="Put results, report and pictures into this folder's results/ as heads*.")] = None,
 ) -> None:  # fmt: skip
@@ -87,7 +89,7 @@ def run(
                 bars[stage] = progress.add_task(stage)
             progress.update(bars[stage], completed=done, total=total)
 
-        study = Study(load(model), grid, sizes, output, report)
+        study = Study(load(model), grid, sizes, output, report, chunk_tokens=chunk_tokens)
         results = study.run(f"python -m lychee_jax.studies.head_maps {shlex.join(sys.argv[1:])}")
     (output / "report.md").write_text(markdown(results), encoding="utf-8")
     pictures = draw(results, output)

@@ -29,8 +29,6 @@ type OnProgress = Callable[[str, int, int], None]
 
 RESULTS, MAPS, CALIBRATION = "results.json", "maps.json", "calibration.json"
 _NUMBERED = ("ratio", "top_p", "threshold")  # rules with a number of their own
-_CHUNK_TOKENS = {"cpu": 1 << 14}  # prompt tokens that are read at once: what they need grows with them
-_MOST_CHUNK_TOKENS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +65,21 @@ class Sizes:
 class Study:
     """One model's study in one folder. `run` does what is missing and returns the results.
 
+    `chunk_tokens`: prompt tokens that are read at once, which memory limits; by default 16 Ki on a CPU, else 256 Ki.
+
     Raises UserError for a model or sizes that do not fit, or a folder with another study.
     """
 
-    def __init__(self, model: LLM, grid: Grid, sizes: Sizes, output: Path, report: OnProgress) -> None:
+    def __init__(
+        self, model: LLM, grid: Grid, sizes: Sizes, output: Path, report: OnProgress, *, chunk_tokens: int | None = None
+    ) -> None:
         self.model, self.grid, self.sizes, self.output = model, grid, sizes, output
         self._report = report
         config = model.config
         if config.vocab_size != language.VOCAB_SIZE:
             raise UserError("the study asks in the bundled model's tokens; this model has another vocabulary")
         _check(grid, sizes, config.num_layers * config.num_kv_heads)
-        self.chunk_tokens = _CHUNK_TOKENS.get(jax.default_backend(), _MOST_CHUNK_TOKENS)
+        self.chunk_tokens = chunk_tokens or (1 << 14 if jax.default_backend() == "cpu" else 1 << 18)
         claim(output, {"model": config.fingerprint(), "chunk_tokens": self.chunk_tokens, **dataclasses.asdict(sizes)})
         self.tally = Tally(output)
 
