@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
 import os
 import re
 import shutil
@@ -16,19 +14,23 @@ import numpy as np
 from jaxtyping import Float
 
 from checkpoints_convert import store
+from checkpoints_convert.converted import FORMAT
 from checkpoints_convert.hub import TEXT_FILES, locate
+from checkpoints_convert.keys import Key
 from checkpoints_convert.progress import Progress
 from checkpoints_convert.source import MARKER
 from checkpoints_convert.verify import verify as compare
 from checkpoints_convert.weights import NUMPY_DTYPES, Weights, check_dtype
 from lychee_jax.errors import UserError
-
-FORMAT = "lychee-checkpoint/1"
+from lychee_jax.files import json_text
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did; `tied` says whether one table embeds tokens and reads logits out."""
+    """What a conversion did; `tied` says whether one table embeds tokens and reads logits out.
+
+    `tensors` are counted as Hugging Face has them.
+    """
 
     path: Path
     tensors: int
@@ -66,7 +68,7 @@ def convert(
         src: a Hugging Face folder with config.json and safetensors, or a hub id.
         dst: the folder to make.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
-        verify: read everything again and compare it, to the bit, before `dst` appears.
+        verify: read everything again before `dst` appears: it must be finite and, to the bit, what the source says.
         overwrite: replace `dst`, whatever it holds, once the new folder is whole.
         progress: told how far the work has come.
 
@@ -89,7 +91,7 @@ def convert(
         if verify:
             compare(weights, folder, dtype, progress)
     seconds = time.perf_counter() - started
-    return ConversionReport(dst, len(weights.keys), size, dtype, weights.config.tie_word_embeddings, verify, seconds)
+    return ConversionReport(dst, weights.tensors, size, dtype, weights.config.tie_word_embeddings, verify, seconds)
 
 
 def _check_destination(dst: Path, overwrite: bool) -> None:
@@ -103,8 +105,8 @@ def _copy_files(weights: Weights, dtype: str, folder: Path) -> None:
     """The marker, the config as it now is, and whatever belongs to the text side."""
     config = {key: value for key, value in weights.raw_config.items() if key != "torch_dtype"}
     config |= {"dtype": dtype, "tie_word_embeddings": weights.config.tie_word_embeddings}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / MARKER).write_text(json.dumps({"format": FORMAT}) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
+    (folder / MARKER).write_text(json_text({"format": FORMAT}) + "\n", encoding="utf-8")
     for name in TEXT_FILES:
         if (weights.source.folder / name).is_file():
             shutil.copyfile(weights.source.folder / name, folder / name)
@@ -112,16 +114,17 @@ def _copy_files(weights: Weights, dtype: str, folder: Path) -> None:
 
 def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progress | None) -> int:
     """Returns the bytes written."""
-    total = len(weights.keys)
-    done = itertools.count()
+    done = 0
 
-    def read(path: str) -> Float[np.ndarray, "..."]:
+    def read(key: Key) -> Float[np.ndarray, "..."]:
+        nonlocal done
         if progress is not None:
-            progress("convert", next(done), total)
-        return weights.read(path, dtype)
+            progress("convert", done, weights.tensors)
+        done += len(key.parts)
+        return weights.read(key.path, dtype)
 
     tensors = {
-        path: store.Unread(key.shape, NUMPY_DTYPES[dtype], functools.partial(read, path))
+        path: store.Unread(key.shape, NUMPY_DTYPES[dtype], functools.partial(read, key))
         for path, key in weights.keys.items()
     }
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -130,7 +133,7 @@ def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progres
         raise UserError(f"the weights take {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left")
     store.write(folder / store.WEIGHTS, tensors)
     if progress is not None:
-        progress("convert", total, total)
+        progress("convert", done, weights.tensors)
     return size
 
 

@@ -1,6 +1,5 @@
 """Weights of ours as a Hugging Face checkpoint: the way back, for models that are trained here."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from checkpoints_convert.source import SINGLE
 from checkpoints_convert.weights import NUMPY_DTYPES
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 
@@ -33,8 +33,9 @@ def export_hugging_face(folder: Path, config: ModelConfig, params: Mapping[str, 
     folder.mkdir(parents=True, exist_ok=True)
     dtype = NUMPY_DTYPES[config.dtype]
     tensors = {
-        key.name: np.ascontiguousarray(key.source_view(np.ascontiguousarray(params[key.path]).astype(dtype)))
+        part.name: np.ascontiguousarray(params[key.path][part.rows]).astype(dtype)
         for key in keys(config)
+        for part in key.parts
     }
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_ids[0]}
@@ -58,5 +59,5 @@ def export_hugging_face(folder: Path, config: ModelConfig, params: Mapping[str, 
         "dtype": config.dtype,
         **ids,
     }
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json_text(raw, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(json_text(ids, indent=2) + "\n", encoding="utf-8")

@@ -1,18 +1,11 @@
-"""How Hugging Face names and lays out each parameter of the decoder: the only place that knows its names."""
+"""How Hugging Face names and divides each parameter of the decoder: the only place that knows its names."""
 
 import dataclasses
-import functools
-import math
-from collections.abc import Iterable
-from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jaxtyping import Shaped
 
 from lychee_jax.config import ModelConfig
-from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.spec import ModelSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -32,60 +25,56 @@ def is_derived(name: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Key:
-    """One parameter: `path` and `shape` are ours, `name` is Hugging Face's.
+class Part:
+    """Rows of one of our parameters that are a tensor of their own in a Hugging Face checkpoint, of shape `shape`.
 
-    Hugging Face stores linear maps as `[out, in]` with heads and head_dim flattened into one axis; our kernels are
-    `[*in, *out]`. `inputs` counts a kernel's input axes (0: no kernel, stored as it is but for flattened heads).
+    `module` is what that tensor's linear map is called there: "q_proj", where our parameter belongs to `qkv_proj`.
+    """
+
+    name: str
+    module: str
+    rows: slice
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One parameter: `path` and `shape` are ours; Hugging Face stores its rows as one tensor, or as several.
+
+    Both store linear maps as `[out, in]`, heads and head_dim flattened into one axis.
     """
 
     path: str
-    name: str
     shape: tuple[int, ...]
-    inputs: int
-
-    @property
-    def source_shape(self) -> tuple[int, ...]:
-        """The shape in the Hugging Face checkpoint."""
-        if self.inputs:
-            return (math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs]))
-        return self.shape if self.name == EMBEDDING else (math.prod(self.shape),)
-
-    def source_view(self, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """`array`, contiguous and in our layout, seen in Hugging Face's: a view, so writing to it fills `array`."""
-        if self.inputs:
-            return array.reshape(self.source_shape[::-1]).T
-        return array.reshape(self.source_shape)
+    parts: tuple[Part, ...]
 
 
 def keys(config: ModelConfig) -> tuple[Key, ...]:
     """Every parameter of the decoder that `config` describes, shapes from the module itself (no memory is taken)."""
-    found = []
-    for parts, leaf in nnx.to_flat_state(nnx.state(abstract_decoder(config))):
-        path = dotted(parts)
-        found.append(Key(path, _name(path), tuple(leaf.shape), _inputs(path)))
-    return tuple(found)
+    spec, weights = ModelSpec.abstract(config, jnp.float32)
+    return tuple(
+        Key(path, leaf.shape, _parts(path, leaf.shape, config)) for path, leaf in zip(spec.names, weights, strict=True)
+    )
 
 
-@functools.lru_cache(maxsize=4)
-def abstract_decoder(config: ModelConfig) -> Decoder:
-    """The decoder without its weights: shapes stand for them. Not to be changed."""
-    return nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+def _parts(path: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[Part, ...]:
+    *modules, module, leaf = path.split(".")
+    parts, start = [], 0
+    for part, rows in _fused(config).get(module, {module: shape[0]}).items():
+        name = _TOP.get(path)
+        if name is None:
+            names = (_MODULES.get(each, each) for each in (*modules, part))
+            name = ".".join(["model", *names, _LEAVES[leaf]])
+        parts.append(Part(name, part, slice(start, start + rows), (rows, *shape[1:])))
+        start += rows
+    return tuple(parts)
 
 
-def dotted(parts: Iterable[Any]) -> str:
-    """A path in the module's state as the string that names a parameter here."""
-    return ".".join(map(str, parts))
-
-
-def _name(path: str) -> str:
-    if path in _TOP:
-        return _TOP[path]
-    *modules, leaf = path.split(".")
-    return ".".join(["model", *(_MODULES.get(module, module) for module in modules), _LEAVES[leaf]])
-
-
-def _inputs(path: str) -> int:
-    if not path.endswith(".kernel"):
-        return 0
-    return 2 if path.endswith(".o_proj.kernel") else 1
+def _fused(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Our modules that hold several of Hugging Face's, with the rows of each, in their order."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    mlp = config.intermediate_size
+    return {
+        "qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys},
+        "gate_up_proj": {"gate_proj": mlp, "up_proj": mlp},
+    }

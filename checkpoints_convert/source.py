@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -142,7 +142,7 @@ def read_index(path: Path) -> dict[str, str]:
         UserError: it is no such index.
     """
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json_object(path)["weight_map"]
         names = [*weight_map.keys(), *weight_map.values()]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is no safetensors index: it must be a JSON object with a weight_map") from error

@@ -1,7 +1,7 @@
 """The weights of a converted folder: one ordinary Orbax checkpoint, written and read with one tensor in memory.
 
 `orbax.checkpoint.StandardCheckpointer().restore(folder / "weights")` reads it too: a nested dictionary, named as the
-modules are (`layers` → `0` → `attention` → `q_proj` → `kernel`).
+modules are (`layers` → `0` → `attention` → `qkv_proj` → `kernel`).
 """
 
 import concurrent.futures

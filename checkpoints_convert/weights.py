@@ -1,7 +1,6 @@
 """A Hugging Face checkpoint whose tensors were all checked against its config, ready to be read in our layout."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,21 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from checkpoints_convert.keys import EMBEDDING, LM_HEAD, is_derived, keys
+from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, is_derived, keys
 from checkpoints_convert.source import Source, describe
 from lychee_jax.config import DTYPES, ModelConfig
 from lychee_jax.errors import UserError
+from lychee_jax.files import read_json_object
 
 NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+
+
+NOT_FINITE = "not finite (NaN or infinity)"
+"""A kind of problem: a tensor that was converted faithfully, and is worth nothing."""
 
 
 class Weights:
@@ -37,7 +41,7 @@ class Weights:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         config = ModelConfig.from_folder(folder)
-        self.raw_config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
         self.source = Source(folder)
         if config.tie_word_embeddings and self._has_own_head():
             config = dataclasses.replace(config, tie_word_embeddings=False)
@@ -47,6 +51,11 @@ class Weights:
             config = dataclasses.replace(config, dtype=str(self.source.dtype(EMBEDDING)))
         self.config = config
 
+    @property
+    def tensors(self) -> int:
+        """How many tensors of the checkpoint are wanted; several may be one parameter."""
+        return sum(len(key.parts) for key in self.keys.values())
+
     def read(self, path: str, dtype: str) -> Float[np.ndarray, "..."]:
         """One parameter in our layout; what takes memory is the result alone.
 
@@ -55,23 +64,38 @@ class Weights:
         """
         key = self.keys[path]
         array = np.empty(key.shape, NUMPY_DTYPES[dtype])
-        view = key.source_view(array)
-        for first, block in self.source.blocks(key.name):
-            for target, tile in _tiles(view[first : first + len(block)], block):
-                target[...] = cast(tile, dtype, key.name)
+        for part in key.parts:
+            for target, block in self._blocks(part, array):
+                target[...] = cast(block, dtype, part.name)
         return array
 
-    def equal(self, path: str, array: Float[np.ndarray, "..."]) -> bool:
-        """Whether `array` is, to the bit, the parameter cast to its dtype."""
-        key = self.keys[path]
-        if array.shape != key.shape:
-            return False
-        bits = key.source_view(array).view(f"u{array.dtype.itemsize}")
-        return all(
-            np.array_equal(stored, cast(tile, array.dtype.name, key.name).view(bits.dtype))
-            for first, block in self.source.blocks(key.name)
-            for stored, tile in _tiles(bits[first : first + len(block)], block)
-        )
+    def compare(self, path: str, array: Float[np.ndarray, "..."]) -> dict[str, list[str]]:
+        """What is wrong with a parameter as it was written: kind of problem → names of the checkpoint's tensors.
+
+        Raises:
+            UserError: a file that cannot be read any more.
+        """
+        problems: dict[str, list[str]] = {}
+        bits = f"u{array.dtype.itemsize}"
+        for part in self.keys[path].parts:
+            different = not_finite = False
+            for stored, block in self._blocks(part, array):
+                wanted = cast(block, array.dtype.name, part.name)
+                different |= not np.array_equal(stored.view(bits), wanted.view(bits))
+                not_finite |= not np.isfinite(wanted).all()
+            if different:
+                problems.setdefault("different", []).append(part.name)
+            if not_finite:
+                problems.setdefault(NOT_FINITE, []).append(part.name)
+        return problems
+
+    def _blocks(
+        self, part: Part, array: Shaped[np.ndarray, "..."]
+    ) -> Iterator[tuple[Shaped[np.ndarray, "..."], Shaped[np.ndarray, "..."]]]:
+        """Rows of a part, in an array of the whole parameter and beside it in the checkpoint, a block at a time."""
+        rows = array[part.rows]
+        for first, block in self.source.blocks(part.name):
+            yield rows[first : first + len(block)], block
 
     def _has_own_head(self) -> bool:
         """Whether a checkpoint that calls itself tied holds an output head that differs from its embedding."""
@@ -82,15 +106,15 @@ class Weights:
     def _check(self, *, tied: bool) -> None:
         """Raise UserError with everything that is missing, extra, misshapen or unreadable."""
         tensors, lost = self.source.tensors, self.source.lost
-        wanted = {key.name: key for key in self.keys.values()}
+        wanted = {part.name: part for key in self.keys.values() for part in key.parts}
         known = wanted.keys() | ({LM_HEAD} if tied else set())
         found: dict[str, list[str]] = {
             "missing": [name for name in wanted if name not in tensors and name not in lost],
             "extra": [name for name in tensors if name not in known and not is_derived(name)],
             "misshapen": [
-                f"{name} ({_shape(tensors[name].shape)} instead of {_shape(key.source_shape)})"
-                for name, key in wanted.items()
-                if name in tensors and tensors[name].shape != key.source_shape
+                f"{name} ({_shape(tensors[name].shape)} instead of {_shape(part.shape)})"
+                for name, part in wanted.items()
+                if name in tensors and tensors[name].shape != part.shape
             ],
             "unsupported dtype": [
                 f"{name} ({tensors[name].dtype})"
@@ -120,21 +144,6 @@ def cast(array: Float[np.ndarray, "..."], dtype: str, name: str) -> Float[np.nda
     if dtype == "float16" and array.dtype != np.float16 and (np.isinf(result) & np.isfinite(array)).any():
         raise UserError(f"{name} has numbers that float16 cannot hold (65504 is its largest); use bfloat16 or float32")
     return result
-
-
-def _tiles(
-    one: Shaped[np.ndarray, "*shape"], other: Shaped[np.ndarray, "*shape"]
-) -> Iterator[tuple[Shaped[np.ndarray, "*tile"], Shaped[np.ndarray, "*tile"]]]:
-    """Two matrices (or vectors) in matching pieces that fit the cache: this makes transposing five times as fast."""
-    step = 256
-    for row in range(0, one.shape[0], step):
-        rows = slice(row, row + step)
-        if one.ndim == 1:
-            yield one[rows], other[rows]
-            continue
-        for column in range(0, one.shape[1], step):
-            piece = (rows, slice(column, column + step))
-            yield one[piece], other[piece]
 
 
 def _shape(shape: tuple[int, ...]) -> str:

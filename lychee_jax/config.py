@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import read_json
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
 Family = Literal["llama", "qwen2", "qwen3"]
@@ -161,10 +162,7 @@ class ModelConfig:
         file = folder / "config.json"
         if not file.is_file():
             raise UserError(f"not a checkpoint: {folder} has no config.json")
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{file} cannot be read as JSON: {error}") from error
+        raw = read_json(file)
         try:
             return cls.from_hf(raw)
         except UserError as error:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lychee_jax.arguments import as_prompts, as_stops
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import Engine, check_prompt
 from lychee_jax.engine.kernel_support import refuse_uncovered
-from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions, as_prompts, max_pages
+from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions, max_pages
 from lychee_jax.engine.outputs import Result, Timing
 from lychee_jax.engine.page_trace import Reading, trace_step
 from lychee_jax.engine.request import FinishReason
@@ -25,7 +27,8 @@ from lychee_jax.engine.stream import Router, TokenStream
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import place_weights
+from lychee_jax.text.chat import Message
+from lychee_jax.text.prompts import Conversations, Prompts, encode_prompts
 from lychee_jax.text.streaming import TextStream
 from lychee_jax.text.tokenizer import Tokenizer
 
@@ -82,8 +85,7 @@ class LLM:
     engine_options: EngineOptions = dataclasses.field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        self.spec, weights = ModelSpec.split(self.model)
-        self.weights = place_weights(self.config, weights)
+        self.spec, self.weights = ModelSpec.split(self.model)
         self._router: Router | None = None
 
     @property
@@ -132,11 +134,12 @@ class LLM:
         Raises:
             UserError: no prompt, or one that this model cannot take.
         """
-        rows = as_prompts(prompts)
-        if not rows:
-            raise UserError("there is no prompt; give at least one")
-        for number, row in enumerate(rows):
-            check_prompt(self.config, row, max_new_tokens, self.config.max_tokens, f"prompt {number}")
+        rows: list[tuple[int, ...]] = []
+        for number, prompt in enumerate(as_prompts(prompts)):
+            if isinstance(prompt, str):
+                raise UserError(f"prompt {number} is a text; the engine takes token ids")
+            check_prompt(self.config, row := tuple(prompt), max_new_tokens, self.config.max_tokens, f"prompt {number}")
+            rows.append(row)
         return rows
 
     def check_implementation(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
@@ -201,19 +204,25 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Prompts | None = None,
         *,
         chat: bool = False,
-        stop: Iterable[str] = (),
+        system: str | None = None,
+        messages: Conversations | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        stop: str | Iterable[str] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Generation:
-        """Continue one prompt or several: texts, or rows of token ids, which are used as they are.
+        """Continue one prompt or several: texts, conversations, or rows of token ids, which are used as they are.
 
         Args:
-            prompts: a text, or a list of texts or of rows of ids.
+            prompts: a text, a row of ids, or a list of texts or of rows of ids.
             chat: put texts through the checkpoint's chat template.
-            stop: texts before which a row ends.
+            system: the system message of every chat.
+            messages: a conversation, `[{"role": …, "content": …}, …]`, or several, instead of prompts.
+            template_kwargs: keywords for the chat template, such as `{"enable_thinking": False}`.
+            stop: a text before which a row ends, or several; a special token's name is one too.
             on_prefill: called with the prompt tokens that were read, and how many there are.
             options: see the class.
 
@@ -221,8 +230,11 @@ class LLM:
             UserError: bad input, told in one line.
         """
         chosen = self.options(**options)
-        rows = [self._encode(prompt, chat) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        texts = self._texts(len(rows), tuple(stop))
+        rows = encode_prompts(
+            self.tokenizer, prompts, chat=chat, system=system, messages=messages, template_kwargs=template_kwargs,
+            model=self.path,
+        )  # fmt: skip
+        texts = self._texts(len(rows), stop, chosen)
         stream = self.stream_tokens(rows, chosen, on_prefill=on_prefill)
         for _ in _pieces(stream, texts):
             pass
@@ -239,19 +251,28 @@ class LLM:
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None = None,
         *,
         chat: bool = False,
-        stop: Iterable[str] = (),
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        stop: str | Iterable[str] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Continue one prompt: read now, its text is yielded as it becomes final. All else is as in `generate`."""
         chosen = self.options(**options)
-        texts = self._texts(1, tuple(stop))
+        texts = self._texts(1, stop, chosen)
         if texts is None:
             raise UserError(f"{self.path} has no tokenizer, so there is no text to stream; use generate")
-        return _pieces(self.stream_tokens([self._encode(prompt, chat)], chosen, on_prefill=on_prefill), texts)
+        rows = encode_prompts(
+            self.tokenizer, prompt, chat=chat, system=system, messages=messages, template_kwargs=template_kwargs,
+            model=self.path,
+        )  # fmt: skip
+        if len(rows) > 1:
+            raise UserError(f"there are {len(rows)} prompts; only one can be streamed")
+        return _pieces(self.stream_tokens(rows, chosen, on_prefill=on_prefill), texts)
 
     def options(self, *, heads: str | Path | HeadMap | None = None, **keywords: Any) -> GenerateOptions:
         """The engine's options for the keywords that `generate` takes.
@@ -287,23 +308,18 @@ class LLM:
         if isinstance(heads, HeadMap):
             heads.check(self.config)
             return heads
+        if not isinstance(heads, str | os.PathLike):
+            raise UserError(f"heads is {heads!r}; give all, none, a HeadMap or the file of one")
         return HeadMap.load(heads, self.config)
 
-    def _encode(self, prompt: str | Sequence[int], chat: bool) -> list[int]:
-        if not isinstance(prompt, str):
-            if chat:
-                raise UserError("a chat needs text: token ids are used as they are")
-            return list(prompt)
+    def _texts(self, rows: int, stop: str | Iterable[str] | None, options: GenerateOptions) -> list[TextStream] | None:
+        stops = as_stops(stop)
         if self.tokenizer is None:
-            raise UserError(f"{self.path} has no tokenizer; give token ids")
-        return self.tokenizer.encode_chat(prompt) if chat else self.tokenizer.encode(prompt)
-
-    def _texts(self, rows: int, stop: tuple[str, ...]) -> list[TextStream] | None:
-        if self.tokenizer is None:
-            if stop:
+            if stops:
                 raise UserError(f"stop texts need a tokenizer, and {self.path} has none")
             return None
-        return [TextStream(self.tokenizer, stop) for _ in range(rows)]
+        eos_ids = () if options.ignore_eos else options.eos_ids
+        return [TextStream(self.tokenizer, stops, eos_ids) for _ in range(rows)]
 
 
 LoadedModel = LLM
@@ -322,5 +338,5 @@ def _pieces(stream: TokenStream, texts: list[TextStream] | None) -> Iterator[str
                 stream.finish(row, unused=len(output.tokens) - count)
                 break
     for text in texts or ():
-        if piece := text.flush():
+        if piece := text.finish():
             yield piece

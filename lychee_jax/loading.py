@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float
 
 from checkpoints_convert import store
-from checkpoints_convert.convert import FORMAT
+from checkpoints_convert.converted import Converted
 from checkpoints_convert.export import export_hugging_face
-from checkpoints_convert.keys import abstract_decoder, dotted, keys
-from checkpoints_convert.source import INDEX, MARKER, SINGLE, describe, first_line
-from checkpoints_convert.weights import Weights, cast, check_dtype
+from checkpoints_convert.source import INDEX, MARKER, SINGLE
+from checkpoints_convert.weights import Weights, check_dtype
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
+from lychee_jax.files import read_json_object
 from lychee_jax.llm import LLM, Generation, LoadedModel
 from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.spec import ModelSpec
 
 __all__ = ["BUNDLED", "LLM", "Generation", "LoadedModel", "load", "read_config", "save"]
 
@@ -53,9 +51,10 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> LLM:
             f"(config.json, {MARKER}, {store.WEIGHTS}) or a Hugging Face one (config.json, {SINGLE} or {INDEX})"
         )
     if (folder / MARKER).is_file():
-        config = _check_converted(folder)
+        converted = Converted(folder)
+        config = converted.config
         dtype = dtype or config.dtype
-        arrays = _converted(folder, config, dtype)
+        arrays = converted.read(dtype)
     else:
         weights = Weights(folder)
         config = weights.config
@@ -98,45 +97,8 @@ def _fill(config: ModelConfig, arrays: Iterator[tuple[str, Float[np.ndarray, ...
     """The module around weights that go to the device as they come."""
     # Waited for, so that no queue of copies keeps tensors in the host's memory.
     weights = {path: jax.device_put(array).block_until_ready() for path, array in arrays}
-    graphdef, state = nnx.split(abstract_decoder(config))
-    flat = [(parts, leaf.replace(weights[dotted(parts)])) for parts, leaf in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-def _check_converted(folder: Path) -> ModelConfig:
-    """The config of a converted folder whose weights are all there, by what their metadata say."""
-    marker = _read_object(folder / MARKER)
-    if marker.get("format") != FORMAT:
-        raise UserError(f"{folder / MARKER} has format {marker.get('format')!r}; this version reads {FORMAT}")
-    config = ModelConfig.from_folder(folder)
-    wanted = {key.path: key.shape for key in keys(config)}
-    try:
-        found = store.shapes(folder / store.WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / store.WEIGHTS} is no whole Orbax checkpoint: {first_line(error)}") from error
-    problems = {
-        "missing": [path for path in wanted if path not in found],
-        "extra": [path for path in found if path not in wanted],
-        "misshapen": [path for path in wanted if path in found and found[path][0] != wanted[path]],
-    }
-    if any(problems.values()):
-        raise UserError(f"{folder}: {describe({kind: paths for kind, paths in problems.items() if paths})}")
-    return config
-
-
-def _converted(folder: Path, config: ModelConfig, dtype: str) -> Iterator[tuple[str, Float[np.ndarray, ...]]]:
-    """The weights of a converted folder; a layer at a time, because each call of Orbax takes a while."""
-    groups = collections.defaultdict(list)
-    for key in keys(config):
-        parts = key.path.split(".")
-        groups[tuple(parts[: 2 if parts[0] == "layers" else 1])].append(key.path)
-    for paths in groups.values():
-        try:
-            arrays = store.read(folder / store.WEIGHTS, paths)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / store.WEIGHTS} is damaged: {first_line(error)}") from error
-        for path, array in arrays.items():
-            yield path, cast(array, dtype, path)
+    spec, _ = ModelSpec.abstract(config, config.dtype)
+    return spec.merge(tuple(weights[name] for name in spec.names))
 
 
 def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
@@ -144,15 +106,5 @@ def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
     file = folder / "generation_config.json"
     if not file.is_file():
         return config.eos_token_ids
-    ids = _read_object(file).get("eos_token_id")
+    ids = read_json_object(file).get("eos_token_id")
     return config.eos_token_ids if ids is None else token_ids(ids, f"{file}: eos_token_id")
-
-
-def _read_object(file: Path) -> dict[str, object]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must be a JSON object")
-    return content

@@ -6,13 +6,13 @@ the last line, which the next run removes.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import decode_text, json_text, parse_json, parse_json_lines, read_json_object, read_text
 
 _log = logging.getLogger(__name__)
 
@@ -32,17 +32,15 @@ def claim(folder: Path, settings: Mapping[str, Any], file: str = "plan.json") ->
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; give a folder")
-    record, wanted = folder / file, json.loads(json.dumps(settings))
+    record, wanted = folder / file, parse_json(json_text(settings), "the settings")
     if not record.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(record, wanted)
         return
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{record} is no JSON; remove the folder or give another --output") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{record} is no JSON object; remove the folder or give another --output")
+        found = read_json_object(record)
+    except UserError as error:
+        raise UserError(f"{error}; remove the folder or give another --output") from error
     if other := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
         changes = ", ".join(f"{name} was {found.get(name)!r}, now {wanted.get(name)!r}" for name in other)
         raise UserError(
@@ -54,19 +52,19 @@ def claim(folder: Path, settings: Mapping[str, Any], file: str = "plan.json") ->
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write an object whole or not at all."""
     part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
     part.replace(file)
 
 
 def read_json(file: Path) -> Record:
     """The object in a file, or an empty one if there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_json_object(file) if file.exists() else {}
 
 
 def append_lines(file: Path, records: Iterable[Record]) -> None:
     """Write objects at the end of a file, one a line."""
     with file.open("a", encoding="utf-8") as handle:
-        handle.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        handle.write("".join(json_text(record) + "\n" for record in records))
 
 
 def read_lines(file: Path) -> list[Record]:
@@ -79,9 +77,9 @@ def read_lines(file: Path) -> list[Record]:
         with file.open("r+b") as handle:
             handle.truncate(len(whole))
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(f"{file} has a line that is no JSON; remove it or give another --output") from error
+        return parse_json_lines(decode_text(whole, file), file)
+    except UserError as error:
+        raise UserError(f"{error}; remove that line or give another --output") from error
 
 
 class MetricsFile:
@@ -89,10 +87,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, done: int) -> None:
         kept: dict[int, str] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        for line in read_text(path).split("\n") if path.exists() else ():
             try:
-                step = int(json.loads(line)["step"])
-            except (ValueError, KeyError, TypeError):  # the run was killed while it wrote
+                step = int(parse_json(line, path)["step"])
+            except (UserError, ValueError, KeyError, TypeError):  # the run was killed while it wrote
                 continue
             if step <= done:
                 kept[step] = line
@@ -100,6 +98,10 @@ class MetricsFile:
         self._path = path
 
     def write(self, **values: Any) -> None:
-        """Append a line; numbers are rounded to six digits."""
+        """Append a line; numbers are rounded to six digits.
+
+        Raises:
+            UserError: one that is not finite, by its name.
+        """
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
         append_lines(self._path, [rounded])

@@ -290,7 +290,7 @@ def extend_attention(
     are real; their keys and values are in the cache already, and once more in `k` and `v`, as the cache holds them:
     an implementation reads them where it is cheaper. Nothing else from `starts[b]` on is looked at: slots of the cache,
     tokens past the count and entries of the page table behind the last page needed may hold anything, NaN included.
-    What comes out for tokens that are not real is finite and means nothing.
+    What comes out for tokens that are not real means nothing.
 
     Raises: as `dense_decode`.
     """

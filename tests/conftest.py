@@ -63,3 +63,9 @@ def programs_are_dropped() -> Iterator[None]:
     compile_timer.forget_programs()
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def without_type_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users call it: nothing checks annotations, so that values of any type arrive."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,13 +1,14 @@
 """Which KV heads of which layer are retrieval heads, and the JSON file that says so."""
 
 import dataclasses
-import json
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text, parse_json, read_json
 
 FORMAT = "lychee-heads/1"
 
@@ -24,20 +25,8 @@ class HeadMap:
     meta: str = "{}"
 
     def __post_init__(self):
-        if len(self.retrieval) != self.num_layers:
-            raise UserError(
-                f"head map: 'retrieval' has {len(self.retrieval)} layers, but num_layers is {self.num_layers}"
-            )
-        for layer, heads in enumerate(self.retrieval):
-            if any(not 0 <= head < self.num_kv_heads for head in heads):
-                raise _wrong_ids(layer, heads, self.num_kv_heads)
-            if list(heads) != sorted(set(heads)):
-                raise UserError(f"head map: layer {layer} has {list(heads)}; head ids must be unique and ascending")
-        if len(self.retrieval[0]) != self.num_kv_heads:
-            raise UserError(
-                f"head map: layer 0 has {list(self.retrieval[0])}; "
-                f"all {self.num_kv_heads} KV heads of layer 0 must retrieve"
-            )
+        roles = _check_roles(self.num_layers, self.num_kv_heads, self.retrieval)
+        object.__setattr__(self, "retrieval", roles)  # hashable, also where lists came
 
     @classmethod
     def all(cls, config: ModelConfig) -> "HeadMap":
@@ -69,12 +58,12 @@ class HeadMap:
             "num_layers": self.num_layers,
             "num_kv_heads": self.num_kv_heads,
             "retrieval": [list(heads) for heads in self.retrieval],
-            "meta": json.loads(self.meta),
+            "meta": parse_json(self.meta, "the head map's meta"),
         }
 
     def save(self, path: str | Path) -> None:
         """Write the map as JSON."""
-        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+        Path(path).write_text(json_text(self.to_json()) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, raw: Any) -> "HeadMap":
@@ -83,37 +72,27 @@ class HeadMap:
             raise UserError("head map: the file must hold a JSON object")
         if raw.get("format") != FORMAT:
             raise UserError(f"head map: format is {raw.get('format')!r}; this version reads {FORMAT!r}")
-        for key in ("num_layers", "num_kv_heads"):
-            if not isinstance(raw.get(key), int) or isinstance(raw.get(key), bool) or raw[key] < 1:
-                raise UserError(f"head map: {key} is {raw.get(key)!r}; it must be a positive whole number")
-        retrieval = raw.get("retrieval")
-        if not isinstance(retrieval, list) or not all(isinstance(heads, list) for heads in retrieval):
-            raise UserError("head map: 'retrieval' must be a list with one list of head ids for every layer")
-        for layer, heads in enumerate(retrieval):
-            if not all(type(head) is int for head in heads):  # true is an int to Python
-                raise _wrong_ids(layer, heads, raw["num_kv_heads"])
         meta = raw.get("meta", {})
         if not isinstance(meta, dict):
             raise UserError("head map: 'meta' must be a JSON object")
         label = raw.get("model", "")
+        num_layers, num_kv_heads = raw.get("num_layers"), raw.get("num_kv_heads")
+        retrieval = _check_roles(num_layers, num_kv_heads, raw.get("retrieval"))
         return cls(
-            raw["num_layers"],
-            raw["num_kv_heads"],
-            tuple(tuple(heads) for heads in retrieval),
+            len(retrieval),
+            len(retrieval[0]),
+            retrieval,
             model=label if isinstance(label, str) else str(label),
-            meta=json.dumps(meta, sort_keys=True),
+            meta=json_text(meta, sort_keys=True),
         )
 
     @classmethod
     def load(cls, path: str | Path, config: ModelConfig | None = None) -> "HeadMap":
         """Read a map; with `config`, refuse one that was made for another model."""
-        path = Path(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"head map {path}: cannot be read ({error.strerror or error})") from error
-        except ValueError as error:
-            raise UserError(f"head map {path}: not valid JSON ({error})") from error
+            raw = read_json(path)
+        except UserError as error:
+            raise UserError(f"head map {error}") from error
         try:
             head_map = cls.from_json(raw)
         except UserError as error:
@@ -130,10 +109,33 @@ class HeadMap:
                 f"{label}: made for {self.num_layers} layers × {self.num_kv_heads} KV heads, "
                 f"but the model has {config.num_layers} × {config.num_kv_heads}"
             )
-        fingerprint = json.loads(self.meta).get("fingerprint")
+        fingerprint = parse_json(self.meta, "the head map's meta").get("fingerprint")
         if fingerprint is not None and fingerprint != config.fingerprint():
             raise UserError(f"{label}: made for another model (its fingerprint differs from this model's)")
 
 
-def _wrong_ids(layer: int, heads: Sequence[Any], kv_heads: int) -> UserError:
-    return UserError(f"head map: layer {layer} has {list(heads)}; head ids are whole numbers from 0 to {kv_heads - 1}")
+def _check_roles(num_layers: Any, num_kv_heads: Any, retrieval: Any) -> tuple[tuple[int, ...], ...]:
+    """The retrieval heads of every layer, as a map may have them; errors say which entry is wrong."""
+    for name, value in (("num_layers", num_layers), ("num_kv_heads", num_kv_heads)):
+        if not _is_whole(value) or value < 1:
+            raise UserError(f"head map: {name} is {value!r}; it must be a positive whole number")
+    if not isinstance(retrieval, Sequence) or not all(isinstance(heads, Sequence) for heads in retrieval):
+        raise UserError("head map: 'retrieval' must be a list with one list of head ids for every layer")
+    if len(retrieval) != num_layers:
+        raise UserError(f"head map: 'retrieval' has {len(retrieval)} layers, but num_layers is {num_layers}")
+    for layer, heads in enumerate(retrieval):
+        if any(not _is_whole(head) or not 0 <= head < num_kv_heads for head in heads):
+            raise UserError(
+                f"head map: layer {layer} has {list(heads)}; head ids are whole numbers from 0 to {num_kv_heads - 1}"
+            )
+        if list(heads) != sorted(set(heads)):
+            raise UserError(f"head map: layer {layer} has {list(heads)}; head ids must be unique and ascending")
+    if len(retrieval[0]) != num_kv_heads:
+        raise UserError(
+            f"head map: layer 0 has {list(retrieval[0])}; all {num_kv_heads} KV heads of layer 0 must retrieve"
+        )
+    return tuple(tuple(heads) for heads in retrieval)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)  # true is an int to Python

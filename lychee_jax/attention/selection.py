@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
+from lychee_jax.arguments import check_int32, settle_numbers
 from lychee_jax.errors import UserError
 from pallas_kernels.types import Rule, Selection, SelectionSpec
 
@@ -30,6 +31,8 @@ class SelectionPolicy:
     page_score: Literal["max", "lse", "mass"] = "max"
 
     def __post_init__(self):
+        settle_numbers(self)
+        check_int32(self, "budget", "sink", "recent")
         if self.sink < 0 or self.recent < 0:
             raise UserError(f"sink is {self.sink} and recent is {self.recent}; neither may be negative")
         if self.budget < 1:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lychee_jax.attention.backend import attention_scale
@@ -30,7 +29,6 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.engine.options import EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.programs import DecodePlan, Rows, decode_block, make_rows
 from lychee_jax.errors import UserError
-from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
 from pallas_kernels import KVPages
@@ -78,17 +76,9 @@ def spread_heads(config: ModelConfig, count: int) -> HeadMap:
     return HeadMap(config.num_layers, first, tuple(tuple(sorted(layer)) for layer in layers), "spread")
 
 
-def abstract_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.ShapeDtypeStruct, ...]]:
-    """The model's structure, and the shapes of its weights."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    leaves, treedef = jax.tree.flatten(state)
-    return ModelSpec(config, graphdef, treedef), tuple(jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in leaves)
-
-
 def random_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
     """Weights of the model's shape, made on the device leaf by leaf."""
-    spec, shapes = abstract_model(config, dtype)
+    spec, shapes = ModelSpec.abstract(config, dtype)
     make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return spec, tuple(make(key, leaf.shape) for key, leaf in zip(keys, shapes, strict=True))
@@ -116,7 +106,7 @@ def measure(
     policy = policy or SelectionPolicy()
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context))
     head_map = spread_heads(config, retrieval_heads)
-    spec, shapes = abstract_model(config, dtype)
+    spec, shapes = ModelSpec.abstract(config, dtype)
     programs: dict[tuple[int, Mode], _Program] = {}
     for batch, mode in itertools.product(batches, modes):
         if mode == "cudnn":

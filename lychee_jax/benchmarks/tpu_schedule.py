@@ -7,7 +7,6 @@ of a kernel's main loop and sets them against the bytes that an iteration fetche
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import subprocess
@@ -24,6 +23,7 @@ from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text, parse_json
 
 ASSUMPTIONS = (
     "From the schedule after register allocation; no TPU was used and nothing was timed. Assumed: clocks of "
@@ -42,7 +42,7 @@ _DELAY = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ScheduleRow:
     """One op on one chip.
 
     Attributes:
@@ -75,11 +75,11 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ScheduleReport:
     """The rows, and what they assume."""
 
     assumptions: str
-    rows: list[Row]
+    rows: list[ScheduleRow]
 
     def __str__(self) -> str:
         table = Table(
@@ -192,7 +192,7 @@ def select_cycles(schedule: Schedule, trips: list[int]) -> tuple[int, int]:
 
 def run(
     chips: list[str], models: tuple[str, ...] = MODELS_SHOWN, on_row: Callable[[int, int], None] | None = None
-) -> Report:
+) -> ScheduleReport:
     """Compile every op for `chips` in a process of its own, where the compiler prints; `on_row(done, total)`.
 
     Raises:
@@ -201,7 +201,7 @@ def run(
     if not tpu_compiler.installed():
         raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
     cases = list(_cases(chips, models))
-    rows: list[Row] = []
+    rows: list[ScheduleRow] = []
     with tempfile.TemporaryDirectory(prefix="lychee-tpu-") as folder:
         environment = os.environ | {
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
@@ -223,14 +223,14 @@ def run(
             assert process.stderr is not None
             for line in process.stdout:
                 if line.startswith('{"chip"'):
-                    rows.append(Row(**json.loads(line)))
+                    rows.append(ScheduleRow(**parse_json(line, "a row")))
                     if on_row:
                         on_row(len(rows), len(cases))
             problem = process.stderr.read().strip().splitlines()
         if process.returncode:
             reason = problem[-1] if problem else f"exit status {process.returncode}"
             raise UserError(f"the TPU compiler's schedule could not be read: {reason}")
-    return Report(ASSUMPTIONS, rows)
+    return ScheduleReport(ASSUMPTIONS, rows)
 
 
 def _cases(chips: list[str], models: tuple[str, ...]) -> Iterator[tuple[Chip, str, str, str]]:
@@ -248,7 +248,7 @@ def _work(folder: Path, chips: list[str], models: tuple[str, ...]) -> None:
         for old in folder.iterdir():
             old.unlink()
         row = _measure(chip, model, dtype, op, lambda op=op: _printed(folder, op))
-        print(json.dumps(dataclasses.asdict(row)), flush=True)
+        print(json_text(dataclasses.asdict(row)), flush=True)
 
 
 def _printed(folder: Path, op: str) -> Schedule:
@@ -258,13 +258,14 @@ def _printed(folder: Path, op: str) -> Schedule:
     return Schedule(files[0].read_text())
 
 
-def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], Schedule]) -> Row:
+def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], Schedule]) -> ScheduleRow:
     import jax
     import jax.numpy as jnp
 
     import pallas_kernels
     from pallas_kernels import KVPages, Selection, SelectionSpec
-    from pallas_kernels.mosaic_tpu import attend, select
+    from pallas_kernels.mosaic_tpu import select
+    from pallas_kernels.mosaic_tpu.launch import Launch
 
     config = MODELS[model]
     context = min(_CONTEXT, config.max_position_embeddings)
@@ -302,22 +303,22 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
         size = heads * pages * 4
         predicted, needed = total / per_us, size
     else:
-        plan = attend.Plan(
+        launch = Launch(
             batch=1, kv_heads=heads, heads=heads, groups=config.groups, page_size=_PAGE_SIZE, head_dim=head_dim,
-            capacity=budget if sparse else pages, sparse=sparse, cores=chip.cores,
+            max_pages=budget if sparse else pages, sparse=sparse, cores=chip.cores,
         )  # fmt: skip
-        cycles, around = attention_cycles(schedule, plan.step_pages, attend.GROUP)
+        cycles, around = attention_cycles(schedule, launch.step_pages, launch.config.dma_unroll)
         page_bytes = _PAGE_SIZE * 2 * head_dim * item
-        size = plan.step_pages * page_bytes
-        share = (budget if sparse else pages) / plan.parts
-        steps = plan.items * -(-int(share) // plan.step_pages)
+        size = launch.step_pages * page_bytes
+        share = (budget if sparse else pages) / launch.kv_splits
+        steps = launch.core_heads * -(-int(share) // launch.step_pages)
         issue, dma = cycles / per_us, size / chip.bandwidth * 1e6
         # The first step's copy and the last step's work have nothing beside them.
         predicted = around / per_us + dma + (steps - 1) * max(issue, dma) + issue
         needed = heads / chip.cores * (budget if sparse else pages) * page_bytes
     issue_ns, dma_ns = cycles / chip.clock_ghz, size / chip.bandwidth * 1e9
     roofline = needed / chip.bandwidth * 1e6
-    return Row(
+    return ScheduleRow(
         chip.name, op, model, dtype, _PAGE_SIZE, context, heads, cycles, size, round(issue_ns, 1), round(dma_ns, 1),
         round(predicted, 2), round(roofline, 2), round(predicted / roofline, 3),
         "issue" if op == "select_pages" or issue_ns > dma_ns else "DMA",

@@ -15,7 +15,7 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import Asked
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
-from lychee_jax.training.learn_heads import Learner, Plan, make_batch
+from lychee_jax.training.learn_heads import Learner, TrainingPlan, make_batch
 
 _QUESTION, _ANSWER = 16, 48
 
@@ -44,7 +44,7 @@ class RandomTokens:
     vocab_size: int
 
     def __call__(self, rng: np.random.Generator, length: int, room: int) -> Asked:
-        """As many questions and answers as there is room for; see `questions.Source`."""
+        """As many questions and answers as there is room for; see `questions.QuestionSource`."""
         answers = [0] * length
         while len(answers) + _QUESTION + _ANSWER <= length + room:
             answers += [len(answers)] * _ANSWER + [0] * _QUESTION
@@ -56,7 +56,7 @@ class RandomTokens:
 def measure(
     model: str,
     config: ModelConfig,
-    plan: Plan,
+    plan: TrainingPlan,
     *,
     dtype: Any = jnp.bfloat16,
     repeats: int = 5,

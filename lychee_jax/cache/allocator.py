@@ -151,7 +151,7 @@ class Allocator:
 
     def free(self, owner_id: str) -> None:
         """An owner leaves. Of the pages that no other has, published ones stay as cached ones, the rest become free."""
-        # From the last page to the first, so that the end of a chain counts as used less recently than its start.
+        # From the last page to the first, so that a page is offered only when it has no cached continuation.
         for page in reversed(self._tables.pop(owner_id)):
             self._owners[page] -= 1
             if self._owners[page]:

@@ -1,7 +1,6 @@
 """`lychee bench …`: what is fast, how fast, and beside what."""
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 
 app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
 
@@ -35,10 +35,10 @@ def _batches(text: str) -> list[int]:
 def _show(report: Any, target: str | None, text: str) -> None:
     """Print `text`, and put `report` into a file; or print the report alone."""
     if target == "-":
-        print(json.dumps(report))
+        print(json_text(report))
         return
     if target is not None:
-        Path(target).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        Path(target).write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
     print(text)
 
 
@@ -169,10 +169,10 @@ def bench_train(
 
     from lychee_jax.benchmarks import train
     from lychee_jax.benchmarks.shapes import MODELS
-    from lychee_jax.training.learn_heads import Plan
+    from lychee_jax.training.learn_heads import TrainingPlan
 
     batch = len(jax.devices()) if batch is None else batch
-    plan = Plan(retrieval_heads, batch=batch, loss=loss, min_length=1, max_length=context)
+    plan = TrainingPlan(retrieval_heads, batch=batch, loss=loss, min_length=1, max_length=context)
     row = train.measure(shape, MODELS[shape], plan, dtype=dtype or "bfloat16", repeats=repeats, report=_tell)
     _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, train.table([row]))
 

@@ -20,6 +20,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.evaluation.passkey import is_right
 from lychee_jax.llm import LLM
 from lychee_jax.plotting.attention import plot_heads
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid")
@@ -32,7 +33,7 @@ _LEAST_BUDGET = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class DemoQuestion:
     """One question, where in the document its fact stands (in tokens), and what each way of attending answered."""
 
     question: str
@@ -50,7 +51,7 @@ class DemoReport:
     seed: int
     document_tokens: int
     facts: int
-    questions: list[Question]
+    questions: list[DemoQuestion]
     prefill_s: float
     token_ms: dict[str, float]
     kv_read_share: dict[str, float]
@@ -110,7 +111,7 @@ def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> Demo
         expected = language.text_of(fact.answer).strip()
         answers = {mode: _text(model, tokenizer, results[mode].tokens[row]) for mode in _MODES}
         right = {mode: is_right(answer, expected) for mode, answer in answers.items()}
-        questions.append(Question(_bare(question), expected, position, answers, right))
+        questions.append(DemoQuestion(_bare(question), expected, position, answers, right))
     share = {mode: result.attention["kv_read_share"] for mode, result in results.items()}
     total = heads.num_layers * heads.num_kv_heads
     sparse = total - heads.num_retrieval
@@ -170,8 +171,7 @@ def _answer(model: LLM, prompts: Sequence[list[int]], mode: AttentionMode, heads
 
 def _text(model: LLM, tokenizer: Tokenizer, tokens: list[int]) -> str:
     """The first line of an answer, up to the end-of-text token."""
-    end = next((i for i, token in enumerate(tokens) if token in model.eos_ids), len(tokens))
-    return tokenizer.decode(tokens[:end]).strip().split("\n", 1)[0].strip()
+    return text_of(tokenizer, tokens, eos_ids=model.eos_ids).strip().split("\n", 1)[0].strip()
 
 
 def _bare(question: str) -> str:

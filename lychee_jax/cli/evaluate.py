@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.evaluation.cases import Cell, Task
     from lychee_jax.evaluation.report import Style
-    from lychee_jax.evaluation.runner import Plan
+    from lychee_jax.evaluation.runner import EvaluationPlan
     from lychee_jax.llm import LLM
+    from lychee_jax.text.chat import ChatOptions
 
 eval_app = typer.Typer(
     help="Score what a model answers, dense and hybrid on the same prompts, in one run that can be resumed.",
@@ -34,9 +35,14 @@ SamplesOption = Annotated[
     int, typer.Option(metavar="N", help="Prompts of each task, length and depth.", rich_help_panel=_ASKED)
 ]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same prompts.", rich_help_panel=_ASKED)]
-ChatOption = Annotated[
-    bool,
-    typer.Option("--chat", help="Put prompts through the checkpoint's chat template.", rich_help_panel=_ASKED),
+MessagesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--messages",
+        metavar="FILE",
+        help='A JSON list of {"role": …, "content": …}: turns that stand before every question, as with --chat.',
+        rich_help_panel=shared.CHAT,
+    ),
 ]
 AttentionOption = Annotated[
     str,
@@ -103,6 +109,10 @@ def eval_passkey(
     facts: Annotated[
         int, typer.Option(metavar="N", help="Facts hidden in a prompt, of which one is asked.", rich_help_panel=_ASKED)
     ] = 16,
+    chat: shared.ChatOption = False,
+    system: shared.SystemOption = None,
+    messages: MessagesOption = None,
+    template_kwargs: shared.TemplateKwargsOption = None,
     seed: SeedOption = 0,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
@@ -131,19 +141,20 @@ def eval_passkey(
     """
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.passkey import STYLE, Passkey
-    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
     sizes, places = _whole_numbers("--lengths", lengths), _depths(depths)
+    asked = _chat(chat, system, messages, template_kwargs)
     options = _options(
         page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
     )
     loaded = load_model(model, dtype)
-    made = [Passkey(tokenizer_of(loaded), name, facts, seed) for name in _names("--tasks", tasks)]
+    made = [Passkey(tokenizer_of(loaded), name, facts, seed, chat=asked) for name in _names("--tasks", tasks)]
     cells = [Cell(task, length, samples, depth) for length in sizes for task in made for depth in places]
-    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts})
+    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts, **_settings(asked)})
 
 
 @eval_app.command("ruler")
@@ -167,7 +178,10 @@ def eval_ruler(
             rich_help_panel=_ASKED,
         ),
     ] = None,
-    chat: ChatOption = False,
+    chat: shared.ChatOption = False,
+    system: shared.SystemOption = None,
+    messages: MessagesOption = None,
+    template_kwargs: shared.TemplateKwargsOption = None,
     seed: SeedOption = 42,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
@@ -199,20 +213,21 @@ def eval_ruler(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.ruler import NEED_NO_DATA, STYLE, TASKS, Ruler
     from lychee_jax.evaluation.ruler_data import Files
-    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
     sizes, groups = _whole_numbers("--lengths", lengths), {"all": TASKS, "free": NEED_NO_DATA}
     names = [name for word in _names("--tasks", tasks) for name in groups.get(word, (word,))]
+    asked = _chat(chat, system, messages, template_kwargs)
     options = _options(
         page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
     )
     loaded, files = load_model(model, dtype), Files(data)
-    made = [Ruler(tokenizer_of(loaded), name, files, seed, chat) for name in names]
+    made = [Ruler(tokenizer_of(loaded), name, files, seed, asked) for name in names]
     cells = [Cell(task, length, samples) for length in sizes for task in made]
-    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": chat})
+    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": False, **_settings(asked)})
 
 
 @eval_app.command("longbench")
@@ -247,7 +262,10 @@ def eval_longbench(
     samples: Annotated[
         int, typer.Option(metavar="N", help="The first N lines of each file at most.", rich_help_panel=_ASKED)
     ] = 200,
-    chat: ChatOption = False,
+    chat: shared.ChatOption = False,
+    system: shared.SystemOption = None,
+    messages: MessagesOption = None,
+    template_kwargs: shared.TemplateKwargsOption = None,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
     implementation: shared.ImplementationOption = None,
@@ -276,22 +294,23 @@ def eval_longbench(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.longbench import STYLE, TASKS, LongBench
     from lychee_jax.evaluation.prompts import LONGBENCH
-    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
+    asked = _chat(chat, system, messages, template_kwargs)
     options = _options(
         page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
     )
     names = _names("--tasks", tasks) if tasks else list(TASKS)
     sizes = _whole_numbers("--lengths", lengths) if lengths else []
     loaded = load_model(model, dtype)
-    made = [LongBench(tokenizer_of(loaded), name, data, chat) for name in names]
+    made = [LongBench(tokenizer_of(loaded), name, data, asked) for name in names]
     # One limit for all tasks, so that the table has one row a variant.
     sizes = sizes or [loaded.config.max_tokens - max(LONGBENCH[name].max_new_tokens for name in names)]
     cells = [Cell(task, length, min(samples, len(task.lines))) for length in sizes for task in made]
-    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"chat": chat})
+    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    _evaluate(loaded, STYLE, plan, output, {"chat": False, **_settings(asked)})
 
 
 @eval_app.command("perplexity")
@@ -344,7 +363,7 @@ def eval_perplexity(
     """
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.perplexity import STYLE, FilePerplexity, OwnPerplexity
-    from lychee_jax.evaluation.runner import Plan, tokenizer_of
+    from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
     variants = variants_of(_names("--attention", attention), _names("--budget", budget))
@@ -359,12 +378,12 @@ def eval_perplexity(
     made: list[Task] = [FilePerplexity(tokenizer, path, scored, samples) for path in text or ()]
     made = made or [OwnPerplexity(tokenizer, scored, seed)]
     cells = [Cell(task, length, samples) for task in made for length in sizes]
-    plan = Plan(cells, variants, _of_model(loaded, options, heads), batch)
+    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch)
     settings = {"seed": seed, "scored": scored, **({"windows": samples} if text else {})}
     _evaluate(loaded, STYLE, plan, output, settings)
 
 
-def _evaluate(loaded: LLM, style: Style, plan: Plan, output: Path, settings: Mapping[str, object]) -> None:
+def _evaluate(loaded: LLM, style: Style, plan: EvaluationPlan, output: Path, settings: Mapping[str, object]) -> None:
     """Run with a progress bar, then print the table and where everything is."""
     from lychee_jax.evaluation.session import evaluate
 
@@ -375,7 +394,7 @@ def _evaluate(loaded: LLM, style: Style, plan: Plan, output: Path, settings: Map
 
 
 @contextlib.contextmanager
-def _progress(plan: Plan) -> Iterator[Callable[[Cell, int], None]]:
+def _progress(plan: EvaluationPlan) -> Iterator[Callable[[Cell, int], None]]:
     """A bar over all answers on standard error."""
     from rich import progress
     from rich.console import Console
@@ -422,6 +441,21 @@ def _options(
     return GenerateOptions(
         policy=policy, page_size=page_size, correct_every=correct_every, implementation=implementation
     )
+
+
+def _chat(chat: bool, system: str | None, messages: Path | None, template_kwargs: str | None) -> ChatOptions | None:
+    """How prompts become conversations; None: they are read as they are."""
+    from lychee_jax.files import read_text
+    from lychee_jax.text.chat import make_chat_options, parse_messages
+
+    keywords = shared.template_kwargs_of(template_kwargs)
+    turns = None if messages is None else parse_messages(read_text(messages), messages)
+    return make_chat_options(chat=chat, system=system, messages=turns, template_kwargs=keywords)
+
+
+def _settings(chat: ChatOptions | None) -> dict[str, object]:
+    """What a run's folder keeps of the chat."""
+    return {} if chat is None else chat.to_json()
 
 
 def _of_model(loaded: LLM, options: GenerateOptions, heads: str | None) -> GenerateOptions:

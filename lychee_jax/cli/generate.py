@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +13,7 @@ import typer
 from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
 from lychee_jax.errors import UserError
+from lychee_jax.files import decode_text, json_text, parse_json, read_text
 
 if TYPE_CHECKING:
     from lychee_jax.engine.outputs import Result
@@ -43,12 +42,18 @@ def generate(
             rich_help_panel=_PROMPT,
         ),
     ] = None,
-    chat: Annotated[
-        bool,
+    messages: Annotated[
+        list[str] | None,
         typer.Option(
-            "--chat", help="Put the text through the checkpoint's chat template first.", rich_help_panel=_PROMPT
+            metavar="FILE",
+            help='A JSON list of {"role": …, "content": …}: a conversation for the chat template, as with --chat. '
+            "[b]-[/b] is standard input.",
+            rich_help_panel=_PROMPT,
         ),
-    ] = False,
+    ] = None,
+    chat: shared.ChatOption = False,
+    system: shared.SystemOption = None,
+    template_kwargs: shared.TemplateKwargsOption = None,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
     implementation: shared.ImplementationOption = None,
@@ -97,7 +102,11 @@ def generate(
     ] = 128,
     stop: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT", help="End before this text; may be given several times.", rich_help_panel=_OUTPUT),
+        typer.Option(
+            metavar="TEXT",
+            help="End before this text, or at this special token; may be given several times.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="End-of-text tokens do not end it.", rich_help_panel=_OUTPUT)
@@ -123,15 +132,19 @@ def generate(
 
     [cyan]lychee generate --model my-8b --prompt-ids ids.json --attention hybrid --budget 2048 --json[/cyan]
     """
+    from lychee_jax.arguments import as_stops
     from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.engine.sampling_params import SamplingParams
-    from lychee_jax.text.streaming import StopStrings, TextStream
+    from lychee_jax.text.chat import make_chat_options
+    from lychee_jax.text.prompts import encode_prompts
+    from lychee_jax.text.streaming import TextStream
 
     # Everything that can be refused without the model is looked at before it is loaded.
-    source = read_prompt(prompt or [], prompt_file or [], prompt_ids or [], chat=chat)
-    stops = tuple(stop or ())
-    StopStrings(stops)
+    source = read_prompt(prompt or [], prompt_file or [], prompt_ids or [], messages or [], chat=chat)
+    keywords = shared.template_kwargs_of(template_kwargs)
+    make_chat_options(chat=chat, system=system, messages=source.messages, template_kwargs=keywords)
+    stops = as_stops(stop)
     options = GenerateOptions(
         attention=attention,
         policy=SelectionPolicy(budget, sink, recent, rule, ratio, top_p_mass, threshold, page_score),
@@ -145,26 +158,31 @@ def generate(
     loaded = load_model(model, dtype)
     options = dataclasses.replace(options, heads=loaded.choose_heads(heads), eos_ids=loaded.eos_ids)
     tokenizer = loaded.tokenizer
-    if tokenizer is None and isinstance(source, str):
+    if tokenizer is None and source.ids is None:
         raise UserError(f"{loaded.path} has no tokenizer; give token ids with --prompt-ids")
     if tokenizer is None and stops:
         raise UserError(f"--stop needs a tokenizer, and {loaded.path} has none")
-    if isinstance(source, str):
-        assert tokenizer is not None
-        prompts = [tokenizer.encode_chat(source) if chat else tokenizer.encode(source)]
-    else:
-        prompts = source
+    prompts = encode_prompts(
+        tokenizer,
+        source.ids if source.text is None else source.text,
+        chat=chat,
+        system=system,
+        messages=source.messages,
+        template_kwargs=keywords,
+        model=loaded.path,
+    )
     loaded.check_prompts(prompts, max_new_tokens)
     loaded.check_implementation(prompts, options)
     if heads is None and loaded.heads is None and attention != "dense":
         print(f"notice: {loaded.path} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
-    texts = [TextStream(tokenizer, stops) for _ in prompts] if tokenizer is not None else None
+    eos_ids = () if ignore_eos else loaded.eos_ids
+    texts = [TextStream(tokenizer, stops, eos_ids) for _ in prompts] if tokenizer is not None else None
     with _prefill_bar(max(map(len, prompts))) as on_prefill:
         stream = loaded.stream_tokens(prompts, options, on_prefill=on_prefill)
         result = _follow(stream, texts, live=len(prompts) == 1 and not as_json)
     if as_json:
-        print(json.dumps(_as_json(prompts, result, texts), ensure_ascii=False))
+        print(json_text(_as_json(prompts, result, texts)))
         return
     if len(prompts) > 1:
         for row, tokens in enumerate(result.tokens):
@@ -172,41 +190,50 @@ def generate(
     print(_statistics(prompts, result), file=sys.stderr)
 
 
-def read_prompt(texts: list[str], files: list[str], id_files: list[str], *, chat: bool) -> str | list[list[int]]:
-    """The one prompt that was given: its text, or rows of token ids.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The one prompt that was given: a text, a conversation, or rows of token ids."""
+
+    text: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    ids: list[list[int]] | None = None
+
+
+def read_prompt(
+    texts: list[str], files: list[str], id_files: list[str], message_files: list[str], *, chat: bool
+) -> Source:
+    """The one prompt that was given.
 
     Raises:
-        UserError: none or several sources, an unreadable file, an empty prompt, or ids that are not whole numbers.
+        UserError: none or several sources, an unreadable file, an empty prompt, ids that are not whole numbers, or
+            messages without role or text.
     """
-    count = len(texts) + len(files) + len(id_files)
+    from lychee_jax.text.chat import parse_messages
+
+    count = len(texts) + len(files) + len(id_files) + len(message_files)
     if count != 1:
-        raise UserError(f"give exactly one of --prompt, --prompt-file and --prompt-ids, not {count or 'none'}")
+        raise UserError(
+            f"give exactly one of --prompt, --prompt-file, --prompt-ids and --messages, not {count or 'none'}"
+        )
     if id_files:
         if chat:
             raise UserError("--chat needs text: token ids are used as they are")
-        return _token_ids(id_files[0], _read(id_files[0]))
+        return Source(ids=_token_ids(id_files[0], _read(id_files[0])))
+    if message_files:
+        return Source(messages=parse_messages(_read(message_files[0]), message_files[0]))
     text = texts[0] if texts else _read(files[0])
     if not text:
         raise UserError("the prompt is empty" + (f": {files[0]}" if files else ""))
-    return text
+    return Source(text)
 
 
 def _read(name: str) -> str:
-    """Exact text of a file or of standard input: no newline is translated or dropped."""
-    label = "standard input" if name == "-" else name
-    try:
-        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{label} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise UserError(f"{label} cannot be read: {error.strerror or error}") from error
+    """Exact text of a file or of standard input: no newline is translated or dropped, only a byte order mark is."""
+    return decode_text(sys.stdin.buffer.read(), "standard input") if name == "-" else read_text(name)
 
 
 def _token_ids(name: str, text: str) -> list[list[int]]:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is not valid JSON: {error}") from error
+    rows = parse_json(text, name)
     if isinstance(rows, list) and not any(isinstance(row, list) for row in rows):
         rows = [rows]
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
@@ -216,7 +243,7 @@ def _token_ids(name: str, text: str) -> list[list[int]]:
             raise UserError(f"{name}: row {number} is empty; every prompt needs at least one token")
         for token in row:
             if type(token) is not int:  # true is an int to Python
-                raise UserError(f"{name}: row {number} has {json.dumps(token)}; token ids are whole numbers")
+                raise UserError(f"{name}: row {number} has {json_text(token)}; token ids are whole numbers")
     return rows
 
 
@@ -234,7 +261,7 @@ def _follow(stream: TokenStream, texts: list[TextStream] | None, *, live: bool) 
                 break
         sys.stdout.flush()
     for text in texts or ():
-        show(text.flush())
+        show(text.finish())
     if live:
         print(flush=True)
     return stream.result()

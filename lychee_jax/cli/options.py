@@ -1,10 +1,10 @@
 """The options that several commands share: names, help, defaults. Nothing here imports JAX, so that --help is quick."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-MODEL, ATTENTION, SAMPLING = "Model", "Attention", "Sampling"
+MODEL, ATTENTION, SAMPLING, CHAT = "Model", "Attention", "Sampling", "Chat"
 
 Dtype = Literal["float32", "bfloat16"]
 AttentionMode = Literal["auto", "hybrid", "dense"]
@@ -93,3 +93,32 @@ CorrectEveryOption = Annotated[
         rich_help_panel=ATTENTION,
     ),
 ]
+ChatOption = Annotated[
+    bool,
+    typer.Option("--chat", help="Put the text through the checkpoint's chat template.", rich_help_panel=CHAT),
+]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", metavar="TEXT", help="The system message of the chat.", rich_help_panel=CHAT),
+]
+TemplateKwargsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--template-kwargs",
+        metavar="JSON",
+        help="""Keywords for the chat template: '{"enable_thinking": false}' turns Qwen3's thinking off.""",
+        rich_help_panel=CHAT,
+    ),
+]
+
+
+def template_kwargs_of(text: str | None) -> dict[str, Any] | None:
+    """The object that --template-kwargs holds.
+
+    Raises:
+        UserError: no JSON, no object, or a keyword that is not the user's to set.
+    """
+    from lychee_jax.files import parse_json
+    from lychee_jax.text.chat import check_template_kwargs
+
+    return None if text is None else check_template_kwargs(parse_json(text, "--template-kwargs"))

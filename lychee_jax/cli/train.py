@@ -17,7 +17,7 @@ from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
     from lychee_jax.attention.selection import SelectionPolicy
-    from lychee_jax.training.learn_heads import Report
+    from lychee_jax.training.learn_heads import OnStep
 
 _GATES, _ASKED, _READS, _RUN = "Gates", "What is asked", "What sparse heads read while gates are trained", "The run"
 
@@ -182,9 +182,9 @@ def train_heads(
     """
     import jax
 
-    from lychee_jax.training.learn_heads import FILES, Plan, learn
+    from lychee_jax.training.learn_heads import FILES, TrainingPlan, learn
 
-    plan = Plan(
+    plan = TrainingPlan(
         retrieval_heads, steps, len(jax.devices()) if batch is None else batch, seed, gates, loss, data, facts,
         questions, str(text) if text else None, str(questions_file) if questions_file else None, min_length, max_length,
         room, learning_rate, multiplier, multiplier_rate,
@@ -232,7 +232,7 @@ def _policy(
 
 
 @contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Report]:
+def _progress(steps: int) -> Iterator[OnStep]:
     """A bar over all steps on standard error, with the newest numbers."""
     from rich import progress
     from rich.console import Console

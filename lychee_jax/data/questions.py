@@ -7,7 +7,6 @@ or both come from a file of multi-hop questions. All is a function of the random
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from lychee_jax.data import facts as data
 from lychee_jax.data import language
 from lychee_jax.data.facts import Tokens
 from lychee_jax.errors import UserError
+from lychee_jax.files import parse_json, parse_json_lines, read_text
 from lychee_jax.text.tokenizer import Tokenizer
 
 KINDS = ("passkeys", "mixed", "multi-hop")
@@ -77,7 +77,7 @@ class Writer:
 
 
 @runtime_checkable
-class Source(Protocol):
+class QuestionSource(Protocol):
     """Where documents and their questions come from."""
 
     def __call__(self, rng: np.random.Generator, length: int, room: int) -> Asked:
@@ -99,7 +99,7 @@ class Hidden:
     questions: int
 
     def __call__(self, rng: np.random.Generator, length: int, room: int) -> Asked:
-        """See `Source`. Fewer facts are hidden where they would fill more than half of the document."""
+        """See `QuestionSource`. Fewer facts are hidden where they would fill more than half of the document."""
         write = self.writer
         facts = self.facts(rng, self.count)
         statements = [write.tokens(fact.statement) for fact in facts]
@@ -143,9 +143,9 @@ class Text:
     def __init__(self, writer: Writer, file: Path) -> None:
         """Read a UTF-8 file; raises UserError if it cannot be read or holds no text."""
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"--text {file}: cannot be read as UTF-8 text ({error})") from error
+            text = read_text(file).replace("\r\n", "\n")
+        except UserError as error:
+            raise UserError(f"--text {error}") from error
         if not re.search(r"\w", text):
             raise UserError(f"--text {file}: holds no text")
         sentences = map(writer.text, re.findall(r"\s*[^.!?\n]+[.!?\n]*|\s*[.!?\n]+", text))
@@ -176,8 +176,8 @@ class MultiHop:
         """Read the file; raises UserError if it is something else."""
         self._write, self._questions = writer, questions
         try:
-            text = file.read_text(encoding="utf-8")
-            raw = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+            text = read_text(file)
+            raw = parse_json(text, file) if text.lstrip().startswith("[") else parse_json_lines(text, file)
             self.entries = [self._entry(entry) for entry in raw]
         except OSError as error:
             raise UserError(f"--questions-file {file}: cannot be read ({error.strerror or error})") from error
@@ -196,7 +196,7 @@ class MultiHop:
         return paragraphs, question, write.text(" " + entry["answer"].strip()) + write.eos
 
     def __call__(self, rng: np.random.Generator, length: int, room: int) -> Asked:
-        """See `Source`. Questions whose paragraphs do not fit are not asked."""
+        """See `QuestionSource`. Questions whose paragraphs do not fit are not asked."""
         paragraphs: list[Tokens] = []
         asked: list[tuple[Tokens, Tokens]] = []
         left = length - len(self._write.bos)
@@ -233,7 +233,7 @@ def _ask(document: Tokens, asked: Sequence[tuple[Tokens, Tokens]], length: int, 
 
 def make_source(
     writer: Writer, kind: str, *, facts: int, questions: int, text: Path | None, file: Path | None
-) -> Source:
+) -> QuestionSource:
     """The source that the options name: a kind of hidden facts in prose or in a text, or the questions of a file.
 
     "passkeys" are the recipe of arXiv 2602.04541 (32 words each), "mixed" what the bundled model was trained on, and

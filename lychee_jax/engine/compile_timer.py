@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -14,6 +15,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+_log = logging.getLogger(__name__)
 
 # Programs outlive the engine that asked for them: models of one configuration share them.
 _compiled: dict[Hashable, concurrent.futures.Future[Any]] = {}
@@ -92,9 +95,16 @@ class Programs:
         shapes: Any,
     ) -> None:
         precision = jax.default_matmul_precision(self._precision) if self._precision else contextlib.nullcontext()
+        started = time.perf_counter()
         try:
             with precision:
-                future.set_result(function.lower(*static, *shapes).compile())
+                lowered = function.lower(*static, *shapes)
+                traced = time.perf_counter()
+                future.set_result(lowered.compile())
+            _log.debug(
+                "%s %s: %.1f s to trace, %.1f s to compile",
+                function.__name__, full[2], traced - started, time.perf_counter() - traced,
+            )  # fmt: skip
         except BaseException as error:
             with _lock:
                 _compiled.pop(full, None)

@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Literal, get_args
 
-import numpy as np
-
+from lychee_jax.arguments import check_int32, settle_numbers
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import next_power_of_two, pages_for
@@ -99,6 +98,8 @@ class GenerateOptions:
     implementation: str | None = None
 
     def __post_init__(self):
+        settle_numbers(self)
+        check_int32(self, "page_size", "max_new_tokens", "correct_every")
         if self.attention not in get_args(AttentionMode):
             raise UserError(f"attention is {self.attention!r}; use one of {', '.join(get_args(AttentionMode))}")
         if self.max_new_tokens < 1:
@@ -185,22 +186,3 @@ class EngineConfig:
 def max_pages(tokens: int, page_size: int) -> int:
     """Columns of the largest page table: a power of two."""
     return next_power_of_two(pages_for(tokens, page_size))
-
-
-def as_prompts(rows: object) -> list[tuple[int, ...]]:
-    """Token ids of every prompt, whatever kinds of sequence and integer they come in.
-
-    Raises:
-        UserError: what is no list of rows of whole numbers.
-    """
-    if not isinstance(rows, list | tuple | np.ndarray):
-        raise UserError(f"prompts are a list of rows of token ids, not {type(rows).__name__}")
-    found = []
-    for number, row in enumerate(rows):
-        if not isinstance(row, list | tuple | np.ndarray):
-            raise UserError(f"prompt {number} is {row!r}; every prompt is a list of token ids")
-        for token in row:
-            if isinstance(token, bool | np.bool_) or not isinstance(token, int | np.integer):
-                raise UserError(f"prompt {number} has {token!r}; token ids are whole numbers")
-        found.append(tuple(int(token) for token in row))
-    return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from lychee_jax.arguments import settle_numbers
 from lychee_jax.errors import UserError
 
 # The largest finite float32.
@@ -34,6 +35,7 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        settle_numbers(self)
         # Written as "not inside" so that NaN is refused too.
         if not 0 <= self.temperature <= FLOAT32_MAX:
             raise UserError(f"temperature must be a finite number of at least 0 (0 is greedy), not {self.temperature}")

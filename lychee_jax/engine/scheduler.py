@@ -102,7 +102,8 @@ class PrefillWork:
 class DecodeRow:
     """A row of a decode block. Its newest token, not yet fed, goes to `position`; `step`: index of the next new token.
 
-    The row takes part in the block's steps as long as `step` is below its request's `max_new_tokens`.
+    It takes part in the block's steps as long as `step` is below its request's `max_new_tokens`: more pages it does not
+    have. A row whose text has ended in a block that the host has not read yet is still here; the device knows better.
     """
 
     request: Request
@@ -157,7 +158,7 @@ class _Sequence:
 class Scheduler:
     """First come, first served; a request is admitted when a slot is free and its pages can be reserved.
 
-    It is admitted no earlier than its first chunk can be sent, and not while a chunk that is about to be sent would
+    It is admitted when its first chunk can be sent and no earlier, and not while a chunk that is about to be sent would
     give it more of its prefix: prompts that begin alike and arrive together read their common part once.
     """
 
@@ -231,7 +232,11 @@ class Scheduler:
         self._allocator.free(request_id)
 
     def schedule(self) -> Work:
-        """Admit what fits, and say what to send next; counts it as sent."""
+        """Admit what fits, and say what to send next; counts it as sent.
+
+        The works must be sent, completely and in this order: pages of requests that end, and prefixes of prompts, are
+        given to other requests at once, whose works come later. A work that cannot be sent is a device error.
+        """
         group = self._gather_chunks()
         prefill, copies = self._send_chunks(group) if group else (None, ())
         return Work(prefill, copies, self._send_blocks())

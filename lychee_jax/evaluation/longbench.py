@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.prompts import LONGBENCH
 from lychee_jax.evaluation.report import Style
+from lychee_jax.files import parse_json_lines, read_text
+from lychee_jax.text.chat import ChatOptions
 from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("longbench", "% of the task's metric", "task", average=True)
@@ -55,7 +56,7 @@ class LongBench:
     tokenizer: Tokenizer
     name: str
     data: Path
-    chat: bool = False
+    chat: ChatOptions | None = None
 
     def __post_init__(self) -> None:
         """Refuse what there is not."""
@@ -71,11 +72,11 @@ class LongBench:
         """
         path = self.data / f"{self.name}.jsonl"
         try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); {_SOURCE}") from error
+            text = read_text(path)
+        except UserError as error:
+            raise UserError(f"{error}; {_SOURCE}") from error
         try:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = parse_json_lines(text, path)
             for line in found:
                 if not (isinstance(line["context"], str) and isinstance(line["input"], str) and line["answers"]):
                     raise TypeError
@@ -126,5 +127,6 @@ class LongBench:
         raise UserError(f"{self.name}: a length of {length} tokens has no room for a prompt")
 
     def _encode(self, text: str) -> list[int]:
-        chat = self.chat and self.name not in _FEW_SHOT
-        return self.tokenizer.encode_chat(text) if chat else self.tokenizer.encode(text)
+        if self.chat is None or self.name in _FEW_SHOT:
+            return self.tokenizer.encode(text)
+        return self.tokenizer.encode_messages(self.chat.conversation(text), self.chat.template_kwargs)

@@ -15,6 +15,7 @@ from lychee_jax.data import facts as data
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.report import Style
+from lychee_jax.text.chat import ChatOptions
 from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("passkey", "% exact match", "depth")
@@ -35,6 +36,7 @@ class Passkey:
     facts: int = 16
     seed: int = 0
     max_new_tokens: int = 48
+    chat: ChatOptions | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
@@ -59,7 +61,7 @@ class Passkey:
                 prompt = data.prompt(rng, self.name, pieces, self.facts, depth=depth)
             except ValueError as error:
                 raise UserError(f"{self.name} at length {length}: {error}") from error
-            tokens = self.tokenizer.encode(prompt.text)
+            tokens = self._encode(prompt.text)
             if len(tokens) <= length and (best is None or len(tokens) > len(best[0])):
                 best = tokens, prompt
             if len(tokens) == length:
@@ -69,6 +71,11 @@ class Passkey:
             raise UserError(f"no prompt of {length} tokens found; this tokenizer needs more for {self.facts} facts")
         tokens, prompt = best
         return Case(prompt.text, tokens, [prompt.answer], self.max_new_tokens)
+
+    def _encode(self, text: str) -> list[int]:
+        if self.chat is None:
+            return self.tokenizer.encode(text)
+        return self.tokenizer.encode_messages(self.chat.conversation(text), self.chat.template_kwargs)
 
     def score(self, case: Case, answer: str, logprobs: list[float]) -> float:
         """1 for the hidden answer, else 0."""

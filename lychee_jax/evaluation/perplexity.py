@@ -18,6 +18,7 @@ from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.report import Style
+from lychee_jax.files import read_text
 from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("perplexity", "token perplexity, lower is better", "length", shown=math.exp, digits=4)
@@ -47,12 +48,7 @@ class FilePerplexity:
         Raises:
             UserError: it cannot be read, or is no UTF-8 text.
         """
-        try:
-            return self.tokenizer.encode(self.path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        return self.tokenizer.encode(read_text(self.path).replace("\r\n", "\n"))
 
     def case(self, length: int, depth: float | None, index: int) -> Case:
         """The window of this index; what the tokenizer puts in front of every text stands in front of it too.

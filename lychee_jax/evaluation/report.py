@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lychee_jax.files import json_text
 from lychee_jax.plotting.scores import plot_heatmaps, plot_panels
 from lychee_jax.run_folder import Record
 
@@ -41,7 +41,7 @@ class Style:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class CellScore:
     """One cell in one variant: the mean score of its samples, its standard error, and the share of the cache read."""
 
     task: str
@@ -55,15 +55,15 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """All results of a folder; `about` says which model, which settings, which machine."""
 
     style: Style
     about: Record
-    results: list[Result]
+    results: list[CellScore]
 
     @classmethod
-    def of(cls, style: Style, about: Record, records: Sequence[Record]) -> Report:
+    def of(cls, style: Style, about: Record, records: Sequence[Record]) -> EvaluationReport:
         """Sum up the records, in the order in which cells and variants first came."""
         groups: dict[tuple[Any, ...], list[Record]] = {}
         for record in records:
@@ -74,7 +74,9 @@ class Report:
             stderr = float(scores.std(ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else math.nan
             shares = [record["kv_read_share"] for record in group]
             results.append(
-                Result(task, length, depth, variant, len(group), float(scores.mean()), stderr, float(np.mean(shares)))
+                CellScore(
+                    task, length, depth, variant, len(group), float(scores.mean()), stderr, float(np.mean(shares))
+                )
             )
         return cls(style, about, results)
 
@@ -95,7 +97,7 @@ class Report:
         columns = list(dict.fromkeys(getattr(each, style.columns) for each in self.results))
         if style.columns != "task":
             columns.sort(key=lambda value: -1.0 if value is None else value)
-        rows: dict[tuple[Any, ...], dict[Any, Result]] = {}
+        rows: dict[tuple[Any, ...], dict[Any, CellScore]] = {}
         for result in self.results:
             row = tuple(getattr(result, name) for name in names)
             rows.setdefault(row, {})[getattr(result, style.columns)] = result
@@ -118,7 +120,7 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """Write `results.json`, `results.md` and `results.png`."""
-        content = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        content = json_text(self.to_json(), indent=1)
         (folder / RESULTS).write_text(content + "\n", encoding="utf-8")
         (folder / TABLE).write_text(self.markdown() + "\n", encoding="utf-8")
         values = {(r.task, r.length, r.depth, r.variant): self.style.shown(r.score) for r in self.results}
@@ -128,6 +130,10 @@ class Report:
         else:
             at_most = 100.0 if self.style.unit.startswith("%") else None
             plot_panels(values, folder / PICTURE, title=title, unit=self.style.unit, at_most=at_most)
+
+
+Report = EvaluationReport
+"""The former name, for one release."""
 
 
 def _text(name: str, value: Any) -> str:

@@ -26,6 +26,7 @@ from lychee_jax.evaluation import ruler_data as texts
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.prompts import DOCUMENT, NEEDLE, NOISE, RULER, Wording
 from lychee_jax.evaluation.report import Style
+from lychee_jax.text.chat import ChatOptions
 from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("ruler", "% of the answers found", "task", average=True)
@@ -358,7 +359,7 @@ class Ruler:
     name: str
     files: texts.Files
     seed: int = 42
-    chat: bool = False
+    chat: ChatOptions | None = None
 
     def __post_init__(self) -> None:
         """Refuse what there is not."""
@@ -377,11 +378,11 @@ class Ruler:
         def tokens(size: int) -> int:
             rng = random.Random(f"{self.seed}/{self.name}/{length}/{index}")
             draft = recipe.draft(rng, size, index)
-            encoded = (
-                self.tokenizer.encode_chat(draft.body, answer=draft.answer)
-                if self.chat
-                else self.tokenizer.encode(draft.body + draft.answer)
-            )
+            if self.chat is None:
+                encoded = self.tokenizer.encode(draft.body + draft.answer)
+            else:
+                conversation, keywords = self.chat.conversation(draft.body), self.chat.template_kwargs
+                encoded = self.tokenizer.encode_messages(conversation, keywords, answer=draft.answer)
             drafts[size] = draft, encoded
             return len(encoded)
 

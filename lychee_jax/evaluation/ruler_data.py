@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import read_json
 
 _SCRIPTS = "https://github.com/NVIDIA/RULER/tree/main/scripts/data/synthetic/json"
 ESSAYS = ("PaulGrahamEssays.json", f"download_paulgraham_essay.py in {_SCRIPTS} makes it")
@@ -73,7 +73,7 @@ class Files:
             raise UserError(f"{reader} reads {name}: {where}; {source}")
         path = self.folder / name
         try:
-            parsed = parse(json.loads(path.read_text(encoding="utf-8")))
+            parsed = parse(read_json(path))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not the file that {reader} reads; {source}") from error
         if not (parsed.questions if isinstance(parsed, Questionnaire) else parsed):

@@ -16,11 +16,12 @@ from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.variants import Variant
 from lychee_jax.llm import LLM
+from lychee_jax.text.streaming import text_of
 from lychee_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is run.
 
     Attributes:
@@ -56,6 +57,10 @@ class Plan:
         return len(self.variants) * sum(cell.samples for cell in self.cells)
 
 
+Plan = EvaluationPlan
+"""The former name, for one release."""
+
+
 def tokenizer_of(model: LLM) -> Tokenizer:
     """The model's tokenizer.
 
@@ -67,7 +72,7 @@ def tokenizer_of(model: LLM) -> Tokenizer:
     return model.tokenizer
 
 
-def run(model: LLM, plan: Plan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
+def run(model: LLM, plan: EvaluationPlan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
     """Answer everything that the journal lacks; `on_progress(cell, answers)`, those at hand counted first."""
     for cell in plan.cells:
         groups: dict[tuple[Variant, ...], list[int]] = {}
@@ -83,7 +88,7 @@ def run(model: LLM, plan: Plan, journal: Journal, on_progress: Callable[[Cell, i
 
 def _batch(
     model: LLM,
-    plan: Plan,
+    plan: EvaluationPlan,
     journal: Journal,
     cell: Cell,
     variants: Sequence[Variant],
@@ -124,7 +129,7 @@ def _answer(model: LLM, cases: list[Case], options: GenerateOptions) -> list[dic
         held = result.pages_held[row]
         records.append(
             {
-                "answer": tokenizer.decode(new),
+                "answer": text_of(tokenizer, new, eos_ids=options.eos_ids),
                 "references": case.references,
                 "prompt_tokens": len(case.tokens) + count,
                 "new_tokens": len(new),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.journal import Journal
-from lychee_jax.evaluation.report import Report, Style
-from lychee_jax.evaluation.runner import Plan, run
+from lychee_jax.evaluation.report import EvaluationReport, Style
+from lychee_jax.evaluation.runner import EvaluationPlan, run
+from lychee_jax.files import json_text
 from lychee_jax.llm import LLM
 from lychee_jax.run_folder import Record
 
@@ -24,11 +24,11 @@ from lychee_jax.run_folder import Record
 def evaluate(
     model: LLM,
     style: Style,
-    plan: Plan,
+    plan: EvaluationPlan,
     output: Path,
     settings: Record,
     on_progress: Callable[[Cell, int], None] = lambda cell, answers: None,
-) -> Report:
+) -> EvaluationReport:
     """Run a plan in the folder `output`, which is made, or resumed if it holds a run with the same settings.
 
     Tasks, lengths, samples, attentions and budgets may grow from run to run; the report is about all of the folder.
@@ -62,7 +62,7 @@ def evaluate(
     journal = Journal(output, fixed)
     run(model, plan, journal, on_progress)
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    report = Report.of(style, {**about, **machine, "settings": fixed}, journal.records)
+    report = EvaluationReport.of(style, {**about, **machine, "settings": fixed}, journal.records)
     report.save(output)
     return report
 
@@ -75,7 +75,7 @@ def _attention(model: LLM, options: GenerateOptions) -> Record:
     return {
         "dtype": str(model.dtype),
         "heads": f"{heads.num_retrieval} of {heads.num_layers * heads.num_kv_heads} retrieve",
-        "heads_sha256": hashlib.sha256(json.dumps(heads.retrieval).encode()).hexdigest()[:16],
+        "heads_sha256": hashlib.sha256(json_text(heads.retrieval).encode()).hexdigest()[:16],
         "page_size": options.page_size,
         **policy,
         "correct_every": options.correct_every,

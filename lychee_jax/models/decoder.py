@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from lychee_jax.attention.backend import AttentionBackend, Full
 from lychee_jax.config import ModelConfig
-from lychee_jax.models.layers import MLP, Embedding, Projection, RMSNorm, logits_from
+from lychee_jax.models.layers import MLP, Embedding, Linear, RMSNorm
 from lychee_jax.models.rope import apply_rotary
+from lychee_jax.parallel import axes
 
 
 class DecoderLayer(nnx.Module):
@@ -46,11 +47,9 @@ class Decoder(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Projection((config.hidden_size,), (config.vocab_size,), bias=False, dtype=dtype, rngs=rngs)
-        )
+        width, vocab, by_vocab = config.hidden_size, config.vocab_size, (axes.VOCAB, axes.EMBED)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(width, vocab, axes=by_vocab, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -92,25 +91,25 @@ class Decoder(nnx.Module):
         """Float32 logits of hidden states."""
         if self.lm_head is None:
             return self.embed.attend(hidden)
-        return logits_from(hidden, self.lm_head.kernel[...], vocab_axis=1)
+        return self.lm_head(hidden, jnp.float32)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention: project, normalise (Qwen3), rotate, attend in the given backend, project back."""
+    """Grouped-query attention: project, normalise (Qwen3), rotate, attend in the given backend, project back.
+
+    Rows of `qkv_proj`: the query heads, the key heads, the value heads, `head_dim` rows each.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         embed, head_dim = config.hidden_size, config.head_dim
-
-        def heads(count: int) -> Projection:
-            return Projection((embed,), (count, head_dim), bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-
-        self.q_proj = heads(config.num_heads)
-        self.k_proj = heads(config.num_kv_heads)
-        self.v_proj = heads(config.num_kv_heads)
-        self.o_proj = Projection((config.num_heads, head_dim), (embed,), bias=config.o_bias, dtype=dtype, rngs=rngs)
+        queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        self.head_dim, self.splits = head_dim, (queries, queries + keys)
+        self.qkv_proj = Linear(
+            embed, queries + 2 * keys, axes=(axes.HEADS, axes.EMBED), bias=config.qkv_bias, dtype=dtype, rngs=rngs
+        )
+        self.o_proj = Linear(queries, embed, axes=(axes.EMBED, axes.HEADS), bias=config.o_bias, dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
-        self.kv_heads = config.num_kv_heads
 
     def __call__(
         self,
@@ -122,11 +121,12 @@ class Attention(nnx.Module):
         state: Any,
     ) -> tuple[Float[Array, "B T E"], Any]:
         """Attend as layer `index`; query head n belongs to KV head n // G."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        batch, length, _ = x.shape
+        parts = jnp.split(self.qkv_proj(x), self.splits, axis=-1)
+        q, k, v = (part.reshape(batch, length, -1, self.head_dim) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        batch, length, heads, head_dim = q.shape
-        grouped = q.reshape(batch, length, self.kv_heads, heads // self.kv_heads, head_dim)
+        grouped = q.reshape(batch, length, k.shape[2], -1, self.head_dim)
         out, state = backend(index, grouped, k, v, state)
-        return self.o_proj(out.reshape(batch, length, heads, head_dim)), state
+        return self.o_proj(out.reshape(batch, length, -1)), state

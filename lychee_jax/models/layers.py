@@ -1,34 +1,63 @@
-"""The layers that every Llama-like decoder shares: projection, RMSNorm, gated MLP, embedding."""
+"""The layers that every Llama-like decoder shares: Linear, RMSNorm, gated MLP, embedding."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int, Shaped
+
+from lychee_jax.parallel import axes
 
 # What a fresh model is drawn from; checkpoints overwrite it.
 _INIT_STD = 0.02
 
 
-class Projection(nnx.Module):
-    """A linear map from the trailing axes `inputs` to `outputs`, its kernel stored as `[*inputs, *outputs]`."""
+class Linear(nnx.Module):
+    """`y = x · kernelᵀ · scale + bias`: beside the embedding's read-out the only multiplication by weights.
+
+    The kernel is stored output-major, so that the contracted axis lies last in both operands: only then does XLA fuse
+    the conversion of 8-bit weights into the product.
+
+    Attributes:
+        axes: the logical axes of the kernel, of `parallel.axes`.
+        kernel: `[out, in]`.
+        scale: a float32 number per output channel `[out]`, for kernels that are stored scaled; None: all are 1.
+        bias: `[out]`, or None.
+    """
 
     def __init__(
-        self, inputs: tuple[int, ...], outputs: tuple[int, ...], *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+        self, inputs: int, outputs: int, *, axes: tuple[str, str], bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
     ):
-        self.kernel = nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (*inputs, *outputs), dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
-        self.num_inputs = len(inputs)
+        self.axes = axes
+        self.kernel = nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (outputs, inputs), dtype))
+        self.scale: nnx.Param | None = nnx.data(None)
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Contract the last `num_inputs` axes of `x` with the kernel; the result has the dtype of `x`."""
-        kernel = self.kernel[...].astype(x.dtype)
-        inner = tuple(range(x.ndim - self.num_inputs, x.ndim))
-        out = jax.lax.dot_general(x, kernel, ((inner, tuple(range(self.num_inputs))), ((), ())))
-        if self.bias is not None:
-            bias = self.bias[...].astype(x.dtype)
-            out = out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
-        return out
+    def __call__(
+        self, x: Float[Array, "*lead inputs"], dtype: DTypeLike | None = None
+    ) -> Float[Array, "*lead outputs"]:
+        """Map the last axis of `x`; the result has the dtype of `x`, or `dtype`, in which sums are then accumulated."""
+        result = x.dtype if dtype is None else jnp.dtype(dtype)
+        if self.scale is None:
+            out = contract(x, self.kernel[...], dtype)
+        else:
+            # Not rounded before it is scaled: float16 could not hold what 8-bit numbers add up to.
+            out = contract(x, self.kernel[...], jnp.float32)
+            out = (out * _channels(self.scale[...], out.ndim)).astype(result)
+        return out if self.bias is None else out + _channels(self.bias[...].astype(result), out.ndim)
+
+
+def contract(
+    x: Float[Array, "*lead inputs"], kernel: Shaped[Array, "outputs inputs"], dtype: DTypeLike | None = None
+) -> Float[Array, "*lead outputs"]:
+    """`x · kernelᵀ` from operands in the dtype of `x`, accumulated in `dtype` (no float32 copy of a large kernel)."""
+    return jax.lax.dot_general(
+        x, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
+    )
+
+
+def _channels(vector: Float[Array, " outputs"], ndim: int) -> Float[Array, "..."]:
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
 class RMSNorm(nnx.Module):
@@ -48,38 +77,29 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+    """SwiGLU: down(silu(gate(x)) · up(x)); rows of `gate_up_proj`: gate, then up."""
 
     def __init__(self, embed: int, inner: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate_proj = Projection((embed,), (inner,), bias=bias, dtype=dtype, rngs=rngs)
-        self.up_proj = Projection((embed,), (inner,), bias=bias, dtype=dtype, rngs=rngs)
-        self.down_proj = Projection((inner,), (embed,), bias=bias, dtype=dtype, rngs=rngs)
+        self.gate_up_proj = Linear(embed, 2 * inner, axes=(axes.MLP, axes.EMBED), bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(inner, embed, axes=(axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
         """Apply the block at every position."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Embedding(nnx.Module):
     """Token vectors; with tied embeddings the same table also reads logits out."""
 
     def __init__(self, vocab: int, embed: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.axes = (axes.VOCAB, axes.EMBED)
         self.embedding = nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (vocab, embed), dtype))
 
     def __call__(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead E"]:
         """Look tokens up."""
         return self.embedding[...][tokens]
 
-    def attend(self, x: Float[Array, "*lead E"]) -> Float[Array, "*lead V"]:
+    def attend(self, x: Float[Array, "*lead E"]) -> Float32[Array, "*lead V"]:
         """Float32 logits of every token of the vocabulary."""
-        return logits_from(x, self.embedding[...], vocab_axis=0)
-
-
-def logits_from(x: Float[Array, "*lead E"], table: Float[Array, "..."], *, vocab_axis: int) -> Float[Array, "*lead V"]:
-    """Logits accumulated in float32 from operands kept in their storage dtype (no float32 copy of a large table)."""
-    return jax.lax.dot_general(
-        x,
-        table.astype(x.dtype),
-        (((x.ndim - 1,), (1 - vocab_axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+        return contract(x, self.embedding[...], jnp.float32)

@@ -47,7 +47,7 @@ def rotary_tables(
     else:
         frequencies = inverse_frequencies(rope, head_dim)
     angles = positions[..., None].astype(np.float64) * frequencies
-    scale = attention_scale(rope)
+    scale = yarn_attention_factor(rope)
     return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
 
 
@@ -78,7 +78,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float64[np.ndarray, 
             return plain
 
 
-def attention_scale(rope: RopeConfig) -> float:
+def yarn_attention_factor(rope: RopeConfig) -> float:
     """What yarn multiplies queries and keys with (arXiv 2309.00071, section 3.4: 0.1 ln(factor) + 1); else 1."""
     if rope.kind != "yarn":
         return 1.0

@@ -16,11 +16,11 @@ _COLOURS = ("#33272a", "#b3202f", "#d9863f", "#4f7f6b", "#5b6fa8", "#8a5a8f")
 _MARKERS = "osD^vP"
 _SCALE = "RdYlGn"
 
-type Key = tuple[str, int, float | None, str]
+type ScoreKey = tuple[str, int, float | None, str]
 """Task, length, depth, variant."""
 
 
-def plot_panels(values: Mapping[Key, float], path: Path, *, title: str, unit: str, at_most: float | None) -> None:
+def plot_panels(values: Mapping[ScoreKey, float], path: Path, *, title: str, unit: str, at_most: float | None) -> None:
     """One panel a task: score over length, a line for each variant."""
     tasks, variants = _unique(values, 0), _unique(values, 3)
     columns = min(4, len(tasks))
@@ -55,7 +55,7 @@ def plot_panels(values: Mapping[Key, float], path: Path, *, title: str, unit: st
     figure.savefig(path, format="png")
 
 
-def plot_heatmaps(values: Mapping[Key, float], path: Path, *, title: str, unit: str) -> None:
+def plot_heatmaps(values: Mapping[ScoreKey, float], path: Path, *, title: str, unit: str) -> None:
     """One map for each task and variant: length to the right, depth downwards; scores from 0 to 100."""
     tasks, variants = _unique(values, 0), _unique(values, 3)
     lengths = sorted({key[1] for key in values})
@@ -89,7 +89,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _unique(values: Mapping[Key, float], part: int) -> list[str]:
+def _unique(values: Mapping[ScoreKey, float], part: int) -> list[str]:
     return list(dict.fromkeys(str(key[part]) for key in values))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.files import parse_json_lines, read_text
 
 _RETRIEVAL, _SPARSE, _OTHER, _INK = "#b3202f", "#d98c7e", "#2b5d8c", "#33272a"
 UNDECIDED = (0.05, 0.95)
@@ -31,7 +31,7 @@ class History:
     @classmethod
     def read(cls, path: Path) -> History:
         """Read a metrics file of `learn_heads`."""
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = parse_json_lines(read_text(path), path)
         columns = {name: np.array([line[name] for line in lines], np.float64) for name in lines[0]}
         return cls(columns.pop("step"), columns, columns.pop("expected"))
 

@@ -10,7 +10,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +26,7 @@ from lychee_jax.config import ModelConfig, RopeConfig
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import Functional, Params
 from lychee_jax.run_folder import MetricsFile, claim
@@ -81,7 +81,7 @@ RECIPE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PretrainingPlan:
     """Everything that decides the result of a run."""
 
     config: ModelConfig = CONFIG
@@ -107,7 +107,7 @@ class Plan:
         raise IndexError("past the last step")
 
 
-def make_batch(plan: Plan, step: int) -> tuple[np.ndarray, np.ndarray]:
+def make_batch(plan: PretrainingPlan, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and answer marks `[B, T]` of a step: a function of the plan and the step alone."""
     stage = plan.stage_at(step)
     rng = np.random.default_rng([plan.seed, step])
@@ -121,7 +121,7 @@ def make_batch(plan: Plan, step: int) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def optimizer(plan: Plan) -> optax.GradientTransformation:
+def optimizer(plan: PretrainingPlan) -> optax.GradientTransformation:
     """AdamW; the rate falls linearly with the share of all *tokens* seen, for late steps are long ones."""
     ends = np.cumsum([0, *(stage.steps for stage in plan.stages)])
     share = np.cumsum([0, *(stage.tokens for stage in plan.stages)]) / sum(stage.tokens for stage in plan.stages)
@@ -144,7 +144,7 @@ def _loss(
     angles: tuple[jax.Array, jax.Array],
     *,
     model: Functional,
-    plan: Plan,
+    plan: PretrainingPlan,
     stage: Stage,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     decoder = model.bind(params, jnp.dtype(plan.dtype))
@@ -160,7 +160,7 @@ def _train_step(
     angles: tuple[jax.Array, jax.Array],
     *,
     model: Functional,
-    plan: Plan,
+    plan: PretrainingPlan,
     stage: Stage,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     loss = functools.partial(_loss, model=model, plan=plan, stage=stage)
@@ -173,7 +173,7 @@ def _train_step(
 class _Steps:
     """The compiled step of every stage; all are compiled from the start, behind the training of the first ones."""
 
-    def __init__(self, plan: Plan, model: Functional, state: Any, stages: list[Stage]) -> None:
+    def __init__(self, plan: PretrainingPlan, model: Functional, state: Any, stages: list[Stage]) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
@@ -200,7 +200,7 @@ def angles(config: ModelConfig, length: int) -> tuple[jax.Array, jax.Array]:
 
 
 def pretrain(
-    output: Path, plan: Plan, *, workers: int = 0, minutes: float | None = None, log_every: int = 20
+    output: Path, plan: PretrainingPlan, *, workers: int = 0, minutes: float | None = None, log_every: int = 20
 ) -> Params | None:
     """Train, or resume, in the folder `output`; returns the parameters, or None if the time was up before the end.
 
@@ -252,7 +252,7 @@ def pretrain(
 
 
 def exact_match(
-    plan: Plan, params: Params, *, length: int, samples: int, facts: int, batch: int = 8
+    plan: PretrainingPlan, params: Params, *, length: int, samples: int, facts: int, batch: int = 8
 ) -> dict[str, float]:
     """For every kind of fact, the share of fresh prompts of `length` tokens answered exactly, EOS included.
 
@@ -292,7 +292,7 @@ def main(
     # The top floor, which may leave the house; all above trains without it.
     from lychee_jax.loading import save
 
-    plan = Plan(seed=seed)
+    plan = PretrainingPlan(seed=seed)
     params = pretrain(output, plan, workers=workers, minutes=minutes)
     if params is None:
         typer.echo(f"not finished: the same command goes on from {output}", err=True)
@@ -301,7 +301,7 @@ def main(
     save_tokenizer(output / "model", plan.config.max_position_embeddings)
     for length in (2048, 16384, 32768):
         scores = exact_match(plan, params, length=length, samples=200, facts=16)
-        typer.echo(f"exact match at {length} tokens: {json.dumps(scores)}")
+        typer.echo(f"exact match at {length} tokens: {json_text(scores)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ the head that is missed least becomes sparse, one by one, until the answers suff
 way, and the one of arXiv 2602.04541; this one needs no gradient.)
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.data import facts as data
 from lychee_jax.data import language
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.studies.scorer import Scorer
 
@@ -99,7 +99,7 @@ def eliminate(
             progress.advance(bar)
     meta = {"fingerprint": config.fingerprint(), "method": "elimination", "tolerance": tolerance}
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in best)
-    return HeadMap(config.num_layers, config.num_kv_heads, retrieval, model="bundled", meta=json.dumps(meta)), way
+    return HeadMap(config.num_layers, config.num_kv_heads, retrieval, model="bundled", meta=json_text(meta)), way
 
 
 def run(
@@ -120,7 +120,7 @@ def run(
     judge = Judge(loaded.config, loaded.model, policy, length=length, samples=samples, facts=facts, seed=seed)
     head_map, way = eliminate(judge, loaded.config, tolerance)
     for step in way:
-        typer.echo(json.dumps(step))
+        typer.echo(json_text(step))
     output = output or loaded.path / "heads.json"
     head_map.save(output)
     total = head_map.num_layers * head_map.num_kv_heads

@@ -56,7 +56,7 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class ProgramKey:
     """What decides which program scores: everything that is no array. `weighs`: it gives masses, not verdicts."""
 
     rows: int
@@ -77,13 +77,13 @@ class Scorer:
         self._layer_graph, self._layers = layers[0][0], [weights for _, weights in layers]
         self._dtype = jax.tree.leaves(self._weights)[0].dtype
         self._workers = concurrent.futures.ThreadPoolExecutor(workers)
-        self._programs: dict[Kind, concurrent.futures.Future[Any]] = {}
+        self._programs: dict[ProgramKey, concurrent.futures.Future[Any]] = {}
 
     def close(self) -> None:
         """Let go of the threads; what they have not begun is not compiled."""
         self._workers.shutdown(cancel_futures=True)
 
-    def prepare(self, kinds: Iterable[Kind]) -> None:
+    def prepare(self, kinds: Iterable[ProgramKey]) -> None:
         """Compile programs in the background, in this order."""
         for kind in kinds:
             if kind not in self._programs:
@@ -112,7 +112,7 @@ class Scorer:
         page_size: int,
     ) -> Verdict:  # fmt: skip
         """Score `answers`, padded with −1, in hybrid decoding with these roles (layer 0 all True)."""
-        layer = self._program(Kind(memory.last.shape[0], memory.length, answers.shape[1], policy, page_size))
+        layer = self._program(ProgramKey(memory.last.shape[0], memory.length, answers.shape[1], policy, page_size))
         fed = jnp.asarray(answers[:, 1:] >= 0)
         with self._precision():
             x, below, reads = self._start(memory, answers, page_size)
@@ -139,7 +139,9 @@ class Scorer:
 
         Positions after the one that is fed count as −∞.
         """
-        layer = self._program(Kind(memory.last.shape[0], memory.length, answers.shape[1], policy, page_size, True))
+        layer = self._program(
+            ProgramKey(memory.last.shape[0], memory.length, answers.shape[1], policy, page_size, True)
+        )
         with self._precision():
             x, below, _ = self._start(memory, answers, page_size)
         for index, weights in enumerate(self._layers):
@@ -175,11 +177,11 @@ class Scorer:
         # As in decoding: accelerators would round the factors of float32 products.
         return jax.default_matmul_precision("highest") if self._dtype == jnp.float32 else contextlib.nullcontext()
 
-    def _program(self, kind: Kind) -> Any:
+    def _program(self, kind: ProgramKey) -> Any:
         self.prepare([kind])
         return self._programs[kind].result()
 
-    def _compile(self, kind: Kind) -> Any:
+    def _compile(self, kind: ProgramKey) -> Any:
         config, steps = self.config, kind.answer - 1
         rows, kv_heads, total = kind.rows, config.num_kv_heads, kind.length + steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable
 
-from lychee_jax.errors import UserError
+from lychee_jax.arguments import as_stops
 from lychee_jax.text.tokenizer import Tokenizer
 
 
@@ -51,75 +51,125 @@ class StopStrings:
     The result does not depend on how the text is cut into pieces: the string that is complete first stops; of several
     complete at the same character, the longest.
 
+    Special tokens make no text, but people name them as stops: `"<|im_end|>"`. So their names may be pushed as *hidden*
+    text. Stop strings with such a name in them are looked for in all of the text, the others in what shows.
+
     Raises:
-        UserError: an empty stop string.
+        UserError: stops that are no texts, or an empty one.
     """
 
-    def __init__(self, stops: Iterable[str] = ()) -> None:
-        self._stops = tuple(stops)
-        if "" in self._stops:
-            raise UserError("a stop string must not be empty")
-        self._held = ""
+    def __init__(self, stops: str | Iterable[str] | None = (), hidden: Iterable[str] = ()) -> None:
+        """Look for `stops`; `hidden` are the names of tokens that do not show."""
+        self._stops = as_stops(stops)
+        names = tuple(name for name in hidden if name) if self._stops else ()
+        self._with_hidden = tuple(stop for stop in self._stops if any(name in stop for name in names))
+        self._held = ""  # with hidden text
+        self._shown: list[int] = []  # which characters of it show
         self.hit = False
 
-    def push(self, text: str) -> str:
-        """Take more text; returns what surely comes before any stop string. After a hit: nothing."""
+    def push(self, text: str, *, hidden: bool = False) -> str:
+        """Take more text; returns what shows of it and surely comes before any stop string. After a hit: nothing."""
         if self.hit:
             return ""
+        if not hidden:
+            self._shown += range(len(self._held), len(self._held) + len(text))
         self._held += text
-        found = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        visible = self._visible(len(self._held))
+        # Where a stop ends and where it starts, in the held text.
+        found = [(start + len(stop), start) for stop in self._with_hidden if (start := self._held.find(stop)) >= 0] + [
+            (self._shown[start + len(stop) - 1] + 1, self._shown[start])
+            for stop in self._stops
+            if (start := visible.find(stop)) >= 0
+        ]
         if found:
             self.hit = True
             keep = min(found)[1]
         else:
-            keep = len(self._held) - self._undecided()
-        final, self._held = self._held[:keep], "" if self.hit else self._held[keep:]
+            keep = len(self._held) - _begun(self._held, self._with_hidden)
+            if begun := _begun(visible, self._stops):
+                keep = min(keep, self._shown[-begun])
+        final = self._visible(keep)
+        self._held = "" if self.hit else self._held[keep:]
+        self._shown = [place - keep for place in self._shown if place >= keep] if self._held else []
         return final
 
     def flush(self) -> str:
         """The end of the stream: the text held back that became no stop string."""
-        final, self._held = self._held, ""
+        final = self._visible(len(self._held))
+        self._held, self._shown = "", []
         return final
 
-    def _undecided(self) -> int:
-        """Length of the longest end of the text that begins some stop string."""
-        longest = max(map(len, self._stops), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            end = self._held[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+    def _visible(self, end: int) -> str:
+        """What shows of the held text before a place."""
+        return "".join(self._held[place] for place in self._shown if place < end)
+
+
+def _begun(text: str, stops: tuple[str, ...]) -> int:
+    """Length of the longest end of the text that begins some stop string."""
+    longest = max(map(len, stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
 
 
 class TextStream:
-    """The text of one generated row: ids in, text out, ended by the first stop string."""
+    """The text of one generated row as it comes: token ids in, text out, ended by an eos or by the first stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
+    What was streamed is the row's text: `text` is all pieces that `push` and `finish` returned. A token in `eos_ids`
+    ends the row and is never text, whether or not the tokenizer calls it special.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: str | Iterable[str] | None = (), eos_ids: Iterable[int] = ()
+    ) -> None:
+        """Follow a row that ends at `stops` or `eos_ids`; give no eos ids where they do not end it (`ignore_eos`)."""
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer)
-        self._stops = StopStrings(stops)
-        self._ids: list[int] = []
+        self._eos_ids = frozenset(map(int, eos_ids))
+        hidden = map(tokenizer.token_text, tokenizer.special_ids | self._eos_ids)
+        self._stops = StopStrings(stops, hidden)
+        self._ended = False
         self._pieces: list[str] = []
 
     def push(self, index: int) -> str:
-        """Take the next token; returns the text that is now final."""
-        self._ids.append(index)
+        """Take the next token; returns the text that is now final. After the end: nothing."""
+        if self.stopped:
+            return ""
+        self._ended = index in self._eos_ids
+        if self._ended or index in self._tokenizer.special_ids:
+            return self._keep(self._stops.push(self._tokenizer.token_text(index), hidden=True))
         return self._keep(self._stops.push(self._decoder.push(index)))
 
-    def flush(self) -> str:
-        """The end of the row: the text that was held back until now."""
+    def finish(self) -> str:
+        """The end of the row, also where it ended by its length: the text that was held back until now."""
         return self._keep(self._stops.push(self._decoder.flush()) + self._stops.flush())
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has been seen: the row is over."""
-        return self._stops.hit
+        """Whether an eos or a stop string has been seen: the row is over."""
+        return self._ended or self._stops.hit
 
     @property
     def text(self) -> str:
-        """The whole row: what the tokenizer makes of all its ids, or what comes before the stop string."""
-        return "".join(self._pieces) if self.stopped else self._tokenizer.decode(self._ids)
+        """What has been streamed: after `finish`, the text of the whole row."""
+        return "".join(self._pieces)
 
     def _keep(self, piece: str) -> str:
         self._pieces.append(piece)
         return piece
+
+
+def text_of(
+    tokenizer: Tokenizer,
+    tokens: Iterable[int],
+    *,
+    stops: str | Iterable[str] | None = (),
+    eos_ids: Iterable[int] = (),
+) -> str:
+    """The text of a whole row: what `TextStream` makes of its tokens."""
+    stream = TextStream(tokenizer, stops, eos_ids)
+    for token in tokens:
+        stream.push(token)
+    stream.finish()
+    return stream.text

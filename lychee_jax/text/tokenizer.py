@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+from lychee_jax.text.chat import Message, check_messages, check_template_kwargs, close_thinking, refuse_reserved
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(128, 256)}
@@ -52,27 +53,36 @@ class Tokenizer:
         """Token ids without special tokens: a part of a longer text."""
         return self._encode(text, add_special_tokens=False)
 
-    def encode_chat(self, messages: str | Sequence[Mapping[str, str]], *, answer: str = "") -> list[int]:
-        """Token ids of a chat, up to where the assistant's answer begins, or goes on after `answer`.
+    def encode_messages(
+        self,
+        messages: str | Sequence[Message],
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        answer: str = "",
+    ) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins, or goes on after `answer`.
 
         The template writes BOS itself where the model wants one, so the tokenizer adds none.
 
         Args:
             messages: `[{"role": "user", "content": …}, …]`, or the text of one message of the user.
-            answer: words that are put into the assistant's mouth.
+            template_kwargs: keywords for the template, such as `{"enable_thinking": False}`.
+            answer: words that are put into the assistant's mouth; thoughts that the template opened are closed first.
 
         Raises:
-            UserError: the checkpoint has no chat template, or its template refuses the messages.
+            UserError: the checkpoint has no chat template, its template refuses the messages, or a keyword is not the
+                user's to set.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
+        messages = check_messages([{"role": "user", "content": messages}] if isinstance(messages, str) else messages)
+        keywords = check_template_kwargs(template_kwargs or {})
         if not self._backend.chat_template:
             raise UserError("the checkpoint has no chat template; give the prompt without --chat")
+        refuse_reserved(keywords, frozenset(self._backend.special_tokens_map))
         try:
-            text = self._backend.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            text = self._backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **keywords)
         except Exception as error:  # templates are programs: they fail in their own ways
             raise UserError(f"the chat template refused the messages: {_first_line(error)}") from error
-        return self._encode(text + answer, add_special_tokens=False)
+        return self._encode(close_thinking(text) + answer if answer else text, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -92,7 +102,16 @@ class Tokenizer:
 
     def is_silent(self, index: int) -> bool:
         """Whether a token never shows in text: special ones, and ids that the model has but the tokenizer lacks."""
-        return index in self._special or self._backend.convert_ids_to_tokens(index) is None
+        return index in self.special_ids or self._backend.convert_ids_to_tokens(index) is None
+
+    def token_text(self, index: int) -> str:
+        """The text of a single token; of a special one, which makes none in a text, its name, such as `<|im_end|>`."""
+        return self._backend.convert_ids_to_tokens(index) if index in self.special_ids else self.decode([index])
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are marked as special, and never show in text."""
+        return frozenset(index for index, token in self._backend.added_tokens_decoder.items() if token.special)
 
     @functools.cached_property
     def anchor(self) -> int:
@@ -108,10 +127,6 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens))
-
-    @functools.cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset(index for index, token in self._backend.added_tokens_decoder.items() if token.special)
 
     @functools.cached_property
     def _byte_level(self) -> bool:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,9 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
-from lychee_jax.data.questions import Source, Writer, make_source
+from lychee_jax.data.questions import QuestionSource, Writer, make_source
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
@@ -41,7 +41,7 @@ from lychee_jax.training.lagrangian import Lagrangian
 from lychee_jax.training.loop import Checkpoints, Patience
 
 type State = dict[str, Any]
-type Report = Callable[[int, dict[str, float]], None]
+type OnStep = Callable[[int, dict[str, float]], None]
 
 METRICS, HEADS, GATES, CHECKPOINTS = "metrics.jsonl", "heads.json", "gates.json", "checkpoints"
 ROLES, TRAINING = "heads.png", "training.png"
@@ -55,7 +55,7 @@ _POLICY = SelectionPolicy(budget=1 << 20, rule="ratio", ratio=0.3)
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """Everything that decides the result of a run, the model aside. The defaults are the paper's recipe.
 
     `retrieval_heads` counts layer 0. `policy` is what sparse heads read while training; its budget is only a cap.
@@ -127,6 +127,10 @@ class Plan:
         return -(-(-(-length // step) * step + self.room) // 64) * 64
 
 
+Plan = TrainingPlan
+"""The former name, for one release."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """`tokens [B, S]`, `starts [B]` of the first answers, `answers [B, room]` as `distill.departures` reads them."""
@@ -145,7 +149,7 @@ class Learned:
     above_half: int
 
 
-def make_batch(plan: Plan, source: Source, step: int) -> Batch:
+def make_batch(plan: TrainingPlan, source: QuestionSource, step: int) -> Batch:
     """The rows of a step: a function of the plan and the step alone. All have about the same random length."""
     rng = np.random.default_rng([plan.seed, step])
     length = int(rng.integers(plan.min_length, plan.max_length + 1))
@@ -161,7 +165,7 @@ def make_batch(plan: Plan, source: Source, step: int) -> Batch:
     return Batch(tokens, starts, answers)
 
 
-def schedule(plan: Plan) -> optax.Schedule:
+def schedule(plan: TrainingPlan) -> optax.Schedule:
     """The learning rate: linear up over the first fifth of the steps, and down over the last, from a tenth of it."""
     ramp = max(1, int(_RAMP * plan.steps))
     low = _FLOOR * plan.learning_rate
@@ -182,7 +186,7 @@ class Learner:
     devices.
     """
 
-    def __init__(self, loaded: LLM, plan: Plan, source: Source | None = None) -> None:
+    def __init__(self, loaded: LLM, plan: TrainingPlan, source: QuestionSource | None = None) -> None:
         config = loaded.config
         plan.check(config)
         self.plan, self.config, self.family = plan, config, gates.FAMILIES[plan.family]
@@ -279,8 +283,8 @@ class Learner:
 
 
 def learn(
-    loaded: LLM, plan: Plan, output: str | Path, *, checkpoint_every: int = 100, keep: int = 3,
-    on_step: Report | None = None,
+    loaded: LLM, plan: TrainingPlan, output: str | Path, *, checkpoint_every: int = 100, keep: int = 3,
+    on_step: OnStep | None = None,
 ) -> Learned:  # fmt: skip
     """Train the gates, or go on, in the folder `output`; leaves the head map, E[z] and pictures there.
 
@@ -372,7 +376,7 @@ class _Run:
             del self._on_the_way[0]
 
 
-def _described(loaded: LLM, plan: Plan) -> dict[str, Any]:
+def _described(loaded: LLM, plan: TrainingPlan) -> dict[str, Any]:
     """What a run must agree with to go on in a folder: the model, its weights by a sample, the plan, its files."""
     model = loaded.model
     sample = [np.asarray(part, np.float32) for part in (model.norm.scale[...], model.embed.embedding[:4])]
@@ -386,7 +390,7 @@ def _described(loaded: LLM, plan: Plan) -> dict[str, Any]:
     return described
 
 
-def _conclude(loaded: LLM, plan: Plan, output: Path, expected: Float32[np.ndarray, "L K"]) -> Learned:
+def _conclude(loaded: LLM, plan: TrainingPlan, output: Path, expected: Float32[np.ndarray, "L K"]) -> Learned:
     roles = gates.harden(expected, plan.retrieval_heads)
     above_half = int(gates.harden(expected).sum())
     meta = {
@@ -396,14 +400,14 @@ def _conclude(loaded: LLM, plan: Plan, output: Path, expected: Float32[np.ndarra
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
     config, label = loaded.config, loaded.path.resolve().name
     head_map = HeadMap(
-        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json.dumps(meta, sort_keys=True)
+        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json_text(meta, sort_keys=True)
     )
     head_map.save(output / HEADS)
     described = {
         "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,
         "expected": [[round(float(z), 6) for z in layer] for layer in expected],
     }  # fmt: skip
-    (output / GATES).write_text(json.dumps(described) + "\n", encoding="utf-8")
+    (output / GATES).write_text(json_text(described) + "\n", encoding="utf-8")
     plot_heads(head_map, output / ROLES)
     plot_training(output / METRICS, head_map, output / TRAINING)
     return Learned(head_map, expected, above_half)

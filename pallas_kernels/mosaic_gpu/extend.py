@@ -30,6 +30,7 @@ from pallas_kernels.mosaic_gpu.common import (
     remainder,
     store,
 )  # fmt: skip
+from pallas_kernels.mosaic_gpu.config import ExtendConfig
 from pallas_kernels.xla.decode import MASKED
 
 # Warpgroups that compute, and the queries of each: more of either do not fit into the registers at head_dim 128.
@@ -39,15 +40,9 @@ ROWS = 64
 BLOCK = WARPGROUPS * ROWS
 # Tokens of a tile of keys and values.
 TILE = 128
-# Shared memory for tiles in flight: three of them at head_dim 128.
-_TILE_BYTES = 192 * 1024
-_MOST_STAGES = 6
-# Registers a thread; 168 are there for each, and the fetching warpgroup leaves most of its own to the others.
-_COMPUTE_REGISTERS = 232
-_FETCH_REGISTERS = 40
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "target"))
+@functools.partial(jax.jit, static_argnames=("scale", "config", "target"))
 def extend(
     q: jax.Array,
     kv_pages: jax.Array,
@@ -56,6 +51,7 @@ def extend(
     counts: jax.Array,
     *,
     scale: float,
+    config: ExtendConfig,
     target: Any,
 ) -> jax.Array:
     """Attend with `q [B, T, N, H]`, T whole blocks → `[B, T, N, H]`.
@@ -66,8 +62,8 @@ def extend(
     del target
     batch, length, heads, head_dim = q.shape
     num_pages, kv_heads, page_size, _ = kv_pages.shape
-    stages = min(_MOST_STAGES, _TILE_BYTES // (TILE * 2 * head_dim * kv_pages.dtype.itemsize))
-    shape = _Shape(
+    stages = min(config.max_stages, config.tile_bytes // (TILE * 2 * head_dim * kv_pages.dtype.itemsize))
+    shape = ChunkShape(
         blocks=length // BLOCK, kv_heads=kv_heads, groups=heads // kv_heads, head_dim=head_dim, page_size=page_size,
         num_pages=num_pages, capacity=page_table.shape[1], stages=stages,
     )  # fmt: skip
@@ -85,17 +81,17 @@ def extend(
 
     def body(*args: Any, **named: Any) -> None:
         refs = Refs(dict(zip(names, args, strict=True)) | named)
-        work = _Work.of(shape, refs, jax.lax.axis_index("block").astype(jnp.int32))
+        work = BlockWork.of(shape, refs, jax.lax.axis_index("block").astype(jnp.int32))
         thread = jax.lax.axis_index("warpgroup")
 
         @pl.when(thread < WARPGROUPS)
         def _():
-            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(config.compute_registers, action="increase")
             _compute(shape, refs, work, thread, scale)
 
         @pl.when(thread == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(_FETCH_REGISTERS, action="decrease")
+            plgpu.set_max_registers(config.fetch_registers, action="decrease")
             _fetch(shape, refs, work)
 
     return plgpu.kernel(
@@ -106,8 +102,8 @@ def extend(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
-    """What is static about a call."""
+class ChunkShape:
+    """What is static about a prefill call."""
 
     blocks: int
     kv_heads: int
@@ -125,7 +121,7 @@ class _Shape:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Work:
+class BlockWork:
     """What a block does: the queries from `first` on of one query head, over `steps` tiles.
 
     `position` is the place of query `first` in the row; from `seen` on no query of the block sees anything.
@@ -140,7 +136,7 @@ class _Work:
     steps: jax.Array
 
     @classmethod
-    def of(cls, shape: _Shape, refs: Refs, rest: jax.Array) -> "_Work":
+    def of(cls, shape: ChunkShape, refs: Refs, rest: jax.Array) -> "BlockWork":
         """The work of a block by its number.
 
         Blocks that run side by side should read the same keys, so that they come from the second-level cache: all
@@ -161,7 +157,7 @@ def _tiles(tokens: jax.Array) -> jax.Array:
     return jax.lax.div(tokens, jnp.int32(TILE))
 
 
-def physical_pages(shape: _Shape, page_table: Any, work: _Work, tile: jax.Array) -> tuple[jax.Array, ...]:
+def physical_pages(shape: ChunkShape, page_table: Any, work: BlockWork, tile: jax.Array) -> tuple[jax.Array, ...]:
     """The pool pages of a tile. Wrong ids are never followed: every one of these lies inside the pool."""
     first = tile * shape.pages_per_tile
     pages = [first + k for k in range(shape.pages_per_tile)]
@@ -171,7 +167,7 @@ def physical_pages(shape: _Shape, page_table: Any, work: _Work, tile: jax.Array)
     return tuple(jnp.clip(i, 0, shape.num_pages - 1) for i in ids)
 
 
-def _fetch(shape: _Shape, refs: Refs, work: _Work) -> None:
+def _fetch(shape: ChunkShape, refs: Refs, work: BlockWork) -> None:
     """Copy tiles to shared memory, as far ahead of the computing warpgroups as there are slots."""
     last = work.steps - 1
 
@@ -201,7 +197,7 @@ def _fetch(shape: _Shape, refs: Refs, work: _Work) -> None:
         jax.lax.fori_loop(jnp.maximum(work.steps - shape.stages, 0), work.steps, drain, None)
 
 
-def _compute(shape: _Shape, refs: Refs, work: _Work, thread: jax.Array, scale: float) -> None:
+def _compute(shape: ChunkShape, refs: Refs, work: BlockWork, thread: jax.Array, scale: float) -> None:
     """Running top, total and weighted sum of values of one warpgroup's queries."""
     head_dim, factor = shape.head_dim, scale * LOG2E
     rows = refs.rows.at[thread]

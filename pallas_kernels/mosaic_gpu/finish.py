@@ -5,7 +5,7 @@ its pieces are many, one of its query heads; those that merge a sparse head and 
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,89 +19,83 @@ from pallas_kernels.mosaic_gpu.common import (
     let_successor_start,
     wait_for_predecessor,
 )
-from pallas_kernels.mosaic_gpu.merge import (
-    WARPGROUPS,
-    find_pieces,
-    merge_heads,
-    merge_scratch,
-    merge_together,
-    together,
-)
-from pallas_kernels.mosaic_gpu.plan import Tiling
+from pallas_kernels.mosaic_gpu.merge import find_pieces, merge_heads, merge_scratch, merge_together, together
 from pallas_kernels.mosaic_gpu.select import SIDE, Selector, chunking, hand_on, make_triangles, select_scratch
+from pallas_kernels.mosaic_gpu.split import SplitPlan
+from pallas_kernels.types import Selection, SelectionSpec
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("tiling", "shape", "dtype", "selected", "sink_pages", "recent_pages", "target"),
-)
+class Finished(NamedTuple):
+    """What was asked for: output `[B, K, G, H]`, log-sum-exp `[B, K, G]`, pages `[B, K, M]`, counts `[B, K]`."""
+
+    out: jax.Array | None
+    lse: jax.Array | None
+    pages: jax.Array | None
+    counts: jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "shape", "dtype", "return_lse", "spec", "target"))
 def finish(
     lengths: jax.Array,
     order: jax.Array | None,
     *,
-    tiling: Tiling,
+    plan: SplitPlan,
+    named: jax.Array | None = None,
+    dense_rows: jax.Array | None = None,
     pieces: tuple[jax.Array, jax.Array] | None = None,
     shape: tuple[int, ...] = (),
     dtype: Any = None,
+    return_lse: bool = False,
+    spec: SelectionSpec | None = None,
     scores: jax.Array | None = None,
     limits: jax.Array | None = None,
-    selection: tuple[jax.Array, jax.Array] | None = None,
-    selected: int = 0,
-    sink_pages: int = 0,
-    recent_pages: int = 0,
+    selection: Selection | None = None,
     target: Any = None,
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+) -> Finished:
     """Merge `pieces` (sums, stats) to an output of `shape` and `dtype`, select by `scores`, or both.
 
-    Selects by `scores [B, dense, pages]`, whole chunks of them: `selected` pages where they exist, or
-    `limits [B, dense]`. Heads that do not select hand on their entry of `selection`.
-    Returns the attention's output `[B, K, G, H]`, pages `[B, K, selected]` and counts `[B, K]`.
+    Selects by `scores [B, dense_heads, pages]`, whole chunks of them: `spec.budget_pages` where they exist, or
+    `limits [B, dense_heads]`. Heads that do not select hand on their entry of `selection`, and so do dense rows.
+    `order` says where in the output a head lies; `named` and `dense_rows`: see `TileList`.
     """
     del target
-    batch, dense, sparse = tiling.batch, tiling.dense, tiling.sparse
-    names, inputs, outputs, scratch = ["lengths"], [lengths], [], {}
-    if order is not None:
-        names, inputs = [*names, "order"], [*inputs, order]
-    out_names = []
+    batch, dense, sparse = plan.batch, plan.dense_heads, plan.sparse_heads
+    given = {"lengths": lengths, "order": order, "named": named, "dense_rows": dense_rows}
+    outputs, scratch = {}, {}
     selects = merges = groups = 0
+    warpgroups = plan.config.merge_warpgroups
     if pieces is not None:
-        names += ["sums", "stats"]
-        inputs += list(pieces)
-        out_names.append("out")
-        outputs.append(jax.ShapeDtypeStruct(shape, dtype))
-        scratch |= merge_scratch(shape[3])
+        given |= dict(zip(("sums", "stats"), pieces, strict=True))
+        outputs["out"] = jax.ShapeDtypeStruct(shape, dtype)
+        if return_lse:
+            outputs["lse"] = jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+        scratch |= merge_scratch(warpgroups, shape[3])
         groups = shape[2]
-        merges = batch * (dense * groups if together(tiling) else dense)
-    blocks_a_head = groups if together(tiling) else 1
+        merges = batch * (dense * groups if together(plan) else dense)
+    blocks_a_head = groups if together(plan) else 1
     chunks = 1
     if scores is not None:
+        assert spec is not None
         chunks, columns = chunking(scores.shape[2])
-        names += ["scores", "flat_scores"]
-        inputs += [scores.reshape(batch, tiling.dense, chunks * SIDE, columns), scores]
-        if limits is not None:
-            names.append("limits")
-            inputs.append(limits)
-        padded = -(-selected // SIDE) * SIDE
+        given |= {"scores": scores.reshape(batch, dense, chunks * SIDE, columns), "flat_scores": scores}
+        given["limits"] = limits
+        padded = -(-spec.budget_pages // SIDE) * SIDE
         if selection is not None:
-            names += ["old_pages", "old_counts"]
             old, counts = selection
             if old.shape[2] < padded:
                 old = jnp.pad(old, ((0, 0), (0, 0), (0, padded - old.shape[2])), constant_values=-1)
-            inputs += [old, counts]
-        out_names += ["new_pages", "new_counts"]
-        heads = tiling.heads
-        outputs += [
-            jax.ShapeDtypeStruct((batch, heads, padded), jnp.int32),
-            jax.ShapeDtypeStruct((batch, heads), jnp.int32),
-        ]
+            given |= {"old_pages": old, "old_counts": counts}
+        outputs["new_pages"] = jax.ShapeDtypeStruct((batch, plan.heads, padded), jnp.int32)
+        outputs["new_counts"] = jax.ShapeDtypeStruct((batch, plan.heads), jnp.int32)
         scratch |= select_scratch(columns)
         selects = batch * dense
-    names += out_names
+    inputs = {name: array for name, array in given.items() if array is not None}
+    names = [*inputs, *outputs]
     # A block that only selects is one warpgroup, and may have more registers.
-    threads = 1 if pieces is None else WARPGROUPS
+    threads = 1 if pieces is None else warpgroups
 
-    def body(*args: Any, **named: Any) -> None:
-        refs = Refs(dict(zip(names, args, strict=True)) | named)
+    def body(*args: Any, **held: Any) -> None:
+        refs = Refs(dict(zip(names, args, strict=True)) | held)
         block = jax.lax.axis_index("block").astype(jnp.int32)
         warpgroup = jax.lax.axis_index("warpgroup")
         selecting, reads_all = block < selects, block < selects + merges
@@ -118,41 +112,51 @@ def finish(
                 make_triangles(refs)
 
         # Before waiting: the blocks of `attend`, which comes before every merge, let this launch start only after
-        # their own wait, so that lengths and order, which `attend` reads too, were complete by then.
-        found = None if pieces is None else find_pieces(tiling, refs, row, index)
+        # their own wait, so that what `find_pieces` reads, which `attend` reads too, was complete by then.
+        found = None if pieces is None else find_pieces(plan, refs, row, index)
         wait_for_predecessor()
         let_successor_start()
 
         if selects:
 
-            @pl.when(selecting & (warpgroup == 0))
-            def _():
+            def select() -> None:
+                assert spec is not None
                 Selector(
-                    refs, chunks=chunks, page_size=tiling.page_size, sink_pages=sink_pages,
-                    recent_pages=recent_pages, budget_pages=None if limits is not None else selected,
+                    refs, chunks=chunks, page_size=plan.page_size, sink_pages=spec.sink_pages,
+                    recent_pages=spec.recent_pages, budget_pages=spec.budget_pages if limits is None else None,
                 ).run(row, index, index if found is None else found.head)  # fmt: skip
+
+            mine = selecting & (warpgroup == 0)
+            if found is None or found.selects is None:
+                pl.when(mine)(select)
+            else:
+                pl.when(mine & found.selects)(select)
+                pl.when(mine & ~found.selects)(lambda: hand_on(refs, row, found.head))
 
         if found is None:
             return
 
         @pl.when(reads_all & ~selecting)
         def _():
-            if together(tiling):
-                merge_together(tiling, refs, found, group)
+            if together(plan):
+                merge_together(plan, refs, found, group)
             elif dense:
-                merge_heads(tiling, refs, found, True, groups)
+                merge_heads(plan, refs, found, True, groups)
 
         @pl.when(~reads_all)
         def _():
-            merge_heads(tiling, refs, found, False, groups)
+            merge_heads(plan, refs, found, False, groups)
             if selection is not None:
-                pl.when(warpgroup == WARPGROUPS - 1)(lambda: hand_on(refs, row, found.head))
+                pl.when(warpgroup == warpgroups - 1)(lambda: hand_on(refs, row, found.head))
 
     blocks = selects + merges + (0 if pieces is None else batch * sparse)
     results = plgpu.kernel(
-        body, out_type=outputs, scratch_types=scratch, grid=(blocks,), grid_names=("block",), num_threads=threads,
-        thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(), kernel_name="finish",
-    )(*inputs)  # fmt: skip
-    named = dict(zip(out_names, results, strict=True))
-    new_pages = named.get("new_pages")
-    return named.get("out"), new_pages if new_pages is None else new_pages[:, :, :selected], named.get("new_counts")
+        body, out_type=list(outputs.values()), scratch_types=scratch, grid=(blocks,), grid_names=("block",),
+        num_threads=threads, thread_name="warpgroup", compiler_params=compiler_params(), interpret=interpreter(),
+        kernel_name="finish",
+    )(*inputs.values())  # fmt: skip
+    made = dict(zip(outputs, results, strict=True))
+    pages = made.get("new_pages")
+    if pages is not None and spec is not None:
+        pages = pages[:, :, : spec.budget_pages]
+    return Finished(made.get("out"), made.get("lse"), pages, made.get("new_counts"))

@@ -8,14 +8,18 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from pallas_kernels.mosaic_tpu import chip
-
-_QUERY_BLOCK = 512
-_KEY_BLOCK = 1024
-_LANES = 128
+from pallas_kernels.mosaic_tpu.chip import LANES
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 
 
 def block_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, *, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array | None,
+    *,
+    scale: float,
+    config: TpuConfig = TpuConfig(),
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of queries `[B, K, G, T, H]` over one block of keys and values `[B, K, S, H]`, and its natural
     log-sum-exps `[B, K, G, T]`, by which blocks are merged.
@@ -29,14 +33,15 @@ def block_attention(
         raise NotImplementedError("mosaic_tpu reads blocks of bfloat16: splash attention rounds float32 products")
     if head_dim not in (64, 128):
         raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {head_dim}")
-    if queries % _LANES or keys % _LANES or queries % min(queries, _QUERY_BLOCK) or keys % min(keys, _KEY_BLOCK):
+    query_block, key_block = min(queries, config.prefill_query_block), min(keys, config.prefill_key_block)
+    if queries % LANES or keys % LANES or queries % query_block or keys % key_block:
         raise NotImplementedError(f"mosaic_tpu takes whole blocks, not {queries} queries and {keys} keys")
-    return _launch(q, k, v, valid, scale)
+    return _launch(q, k, v, valid, scale, splash.BlockSizes(block_q=query_block, block_kv=key_block))
 
 
-@functools.partial(jax.jit, static_argnums=4)  # layers share one trace
+@functools.partial(jax.jit, static_argnums=(4, 5))  # layers share one trace
 def _launch(
-    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, scale: float, blocks: splash.BlockSizes
 ) -> tuple[jax.Array, jax.Array]:
     batch, kv_heads, groups, queries, head_dim = q.shape
     keys = k.shape[2]
@@ -44,8 +49,7 @@ def _launch(
     mask = masks.CausalMask(shape) if valid is None else masks.FullMask(shape)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * (kv_heads * groups)),
-        block_sizes=splash.BlockSizes(block_q=min(queries, _QUERY_BLOCK), block_kv=min(keys, _KEY_BLOCK)),
-        head_shards=1, q_seq_shards=1, save_residuals=True,
+        block_sizes=blocks, head_shards=1, q_seq_shards=1, save_residuals=True,
     )  # fmt: skip
     query = (q.astype(jnp.float32) * scale).astype(q.dtype).reshape(batch, kv_heads * groups, queries, head_dim)
     outs, sums = [], []

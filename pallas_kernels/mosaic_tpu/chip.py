@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+LANES = 128
+SUBLANES = 8  # of float32
+
 _simulated: contextvars.ContextVar[int | None] = contextvars.ContextVar("_simulated", default=None)
 
 

@@ -3,6 +3,7 @@
 import jax
 
 from pallas_kernels.mosaic_tpu.attend import attend
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.types import Heads, KVPages, PageScore
 
 
@@ -16,8 +17,11 @@ def dense_decode(
     scale: float,
     page_scores: PageScore | None = None,
     return_lse: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
+    config: TpuConfig = TpuConfig(),
+) -> tuple[jax.Array, jax.Array | None] | tuple[jax.Array, jax.Array | None, jax.Array]:
     """See `xla.decode.dense_decode`."""
-    if return_lse:
-        raise NotImplementedError("mosaic_tpu returns no log-sum-exp")
-    return attend(q, kv.data, page_table, lengths, None, heads, scale=scale, page_scores=page_scores)
+    out, scores, lse = attend(
+        q, kv, page_table, lengths, None, heads, scale=scale, page_scores=page_scores, return_lse=return_lse,
+        config=config,
+    )  # fmt: skip
+    return (out, scores) if lse is None else (out, scores, lse)

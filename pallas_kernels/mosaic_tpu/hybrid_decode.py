@@ -5,20 +5,27 @@ A TensorCore runs one program at a time and each launch streams without a gap, s
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.mosaic_tpu.dense_decode import dense_decode
 from pallas_kernels.mosaic_tpu.select import select_pages
 from pallas_kernels.mosaic_tpu.sparse_decode import sparse_decode
 from pallas_kernels.types import Heads, KVPages, Selection, SelectionSpec
 
 
-def _others(heads: Heads, kv_heads: int) -> jax.Array:
-    """The KV heads that `heads` does not name, ascending; without a sort, which TPUs are slow at."""
+def _roles(heads: Heads, kv_heads: int) -> tuple[Heads, Heads]:
+    """`heads` and the KV heads that it does not name, both ascending and, where they are known, without −1."""
+    if not isinstance(heads, Tracer):
+        every = np.arange(kv_heads, dtype=np.int32)
+        named = np.isin(every, np.asarray(heads))
+        return every[named], every[~named]
+    # K entries padded with −1, since nobody knows how many are named; without a sort, which TPUs are slow at.
     ids = jnp.arange(kv_heads, dtype=jnp.int32)
     free = jnp.all(ids[:, None] != heads[None, :], axis=1)
     rank = jnp.sum(free[None, :] & (ids[None, :] < ids[:, None]), axis=1, dtype=jnp.int32)
-    places = jnp.arange(kv_heads - heads.shape[0], dtype=jnp.int32)
-    return jnp.sum(jnp.where(free & (rank == places[:, None]), ids, 0), axis=1, dtype=jnp.int32)
+    return heads, jnp.sum(jnp.where(free & (rank == ids[:, None]), ids + 1, 0), axis=1, dtype=jnp.int32) - 1
 
 
 def _put(whole: jax.Array, heads: Heads, some: jax.Array) -> jax.Array:
@@ -40,20 +47,21 @@ def hybrid_decode(
     *,
     scale: float,
     dense: jax.Array | None = None,
+    config: TpuConfig = TpuConfig(),
 ) -> tuple[jax.Array, Selection]:
     """See `xla.decode.hybrid_decode`."""
-    if dense is not None:
-        raise NotImplementedError("mosaic_tpu has no dense rows beside hybrid ones")
-    kv_heads = q.shape[1]
+    retrieval, sparse = _roles(heads, q.shape[1])
     out = jnp.zeros_like(q)
-    if heads.shape[0] < kv_heads:
-        others = _others(heads, kv_heads)
-        sparse = sparse_decode(q, kv, page_table, lengths, selection, others, scale=scale)
-        out = _put(out, others, sparse)
-    if heads.shape[0] > 0:
-        full, scores = dense_decode(q, kv, page_table, lengths, heads, scale=scale, page_scores=spec.page_score)
+    if sparse.shape[0] > 0:
+        read = sparse_decode(q, kv, page_table, lengths, selection, sparse, scale=scale, dense=dense, config=config)
+        assert isinstance(read, jax.Array)
+        out = _put(out, sparse, read)
+    if retrieval.shape[0] > 0:
+        read, scores, *_ = dense_decode(
+            q, kv, page_table, lengths, retrieval, scale=scale, page_scores=spec.page_score, config=config
+        )
         assert scores is not None
-        pages, counts = select_pages(scores, lengths, spec, page_size=kv.page_size)
-        out = _put(out, heads, full)
-        selection = Selection(_put(selection.pages, heads, pages), _put(selection.counts, heads, counts))
+        pages, counts = select_pages(scores, lengths, spec, page_size=kv.page_size, config=config)
+        out = _put(out, retrieval, read)
+        selection = Selection(_put(selection.pages, retrieval, pages), _put(selection.counts, retrieval, counts))
     return out, selection

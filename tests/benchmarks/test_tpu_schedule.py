@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lychee_jax.benchmarks import tpu_compiler, tpu_schedule
-from lychee_jax.benchmarks.tpu_schedule import Row, Schedule
+from lychee_jax.benchmarks.tpu_schedule import Schedule, ScheduleRow
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "tpu_schedule.json"
 # Issue time over DMA time of dense and of sparse decoding, and predicted over roofline, for a layer of Llama-3-8B.
@@ -74,7 +74,7 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
         tpu_schedule.select_cycles(Schedule(PRINTED), [3, 4])
 
 
-def check_targets(rows: list[Row]) -> None:
+def check_targets(rows: list[ScheduleRow]) -> None:
     for row in rows:
         dense, sparse, ratio = TARGETS[row.chip]
         if row.op == "select_pages":
@@ -84,12 +84,12 @@ def check_targets(rows: list[Row]) -> None:
         assert row.ratio <= ratio, row
 
 
-def of_target(row: Row) -> bool:
+def of_target(row: ScheduleRow) -> bool:
     return (row.model, row.dtype, row.page_size, row.context) == ("llama-3-8b", "bfloat16", 64, 131072)
 
 
 def test_the_published_schedules_meet_the_targets() -> None:
-    rows = [Row(**row) for row in json.loads(RESULTS.read_text())["rows"]]
+    rows = [ScheduleRow(**row) for row in json.loads(RESULTS.read_text())["rows"]]
     shown = [row for row in rows if of_target(row)]
     assert {(row.chip, row.op) for row in shown} == {
         (chip, op) for chip in TARGETS for op in ("dense_decode", "sparse_decode", "select_pages")

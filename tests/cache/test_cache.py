@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lychee_jax.cache.allocator import CacheLayout, pages_for
-from lychee_jax.cache.pages import append_pages, append_token, append_tokens
+from lychee_jax.cache.pages import append_pages, append_token, append_tokens, copy_pages
 from pallas_kernels import KVPages
 
 KV_HEADS, PAGE, WIDTH = 2, 4, 6
@@ -95,3 +95,45 @@ def test_whole_pages_are_written_up_to_the_count_only():
     for row, pages in written.items():
         others = [page for index, page in enumerate(layout.page_table[row]) if index not in pages]
         assert np.isnan(np.asarray(pool.data)[others]).all()
+
+
+def _random_pools(num_pages, layers=2):
+    rng = np.random.default_rng(2)
+    return tuple(
+        KVPages(
+            jnp.asarray(rng.normal(size=(num_pages, KV_HEADS, PAGE, WIDTH)), jnp.float32),
+            jnp.asarray(rng.normal(size=(num_pages, KV_HEADS, 2 * PAGE)), jnp.float32),
+        )
+        for _ in range(layers)
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "copied"),
+    [
+        ([(2, 4), (1, 6)], {4: 2, 6: 1}),
+        ([(2, 4), (-1, 0), (5, -1), (3, 8), (8, 3), (0, 7)], {4: 2, 7: 0}),  # only ids of the pool count
+        ([(0, 1), (1, 0)], {0: 1, 1: 0}),  # all are read before one is written
+        ([(3, 3), (3, 5)], {5: 3}),
+        ([(-1, -1)], {}),
+    ],
+    ids=str,
+)
+def test_copied_pages_and_no_others_change(pairs, copied):
+    before = [jax.tree.map(np.array, pool) for pool in _random_pools(8)]
+    sources, targets = (jnp.asarray(ids, jnp.int32) for ids in zip(*pairs, strict=True))
+    after = jax.jit(copy_pages, donate_argnums=0)(_random_pools(8), sources, targets)
+    for old, new in zip(before, after, strict=True):
+        for index in range(8):
+            for was, now in zip(old, new, strict=True):
+                np.testing.assert_array_equal(now[index], was[copied.get(index, index)])
+
+
+def test_pages_are_copied_in_place():
+    pools = _random_pools(512)
+    ids = jax.ShapeDtypeStruct((3,), jnp.int32)
+    compiled = jax.jit(copy_pages, donate_argnums=0).lower(pools, ids, ids).compile()
+    memory = compiled.memory_analysis()
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(pools))
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size // 8

@@ -4,15 +4,13 @@ import json
 import subprocess
 import sys
 
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
 from checkpoints_convert import convert, store
-from checkpoints_convert.keys import keys
 from checkpoints_convert.verify import verify
-from checkpoints_convert.weights import Weights
+from checkpoints_convert.weights import NOT_FINITE, Weights
 from lychee_jax.cli import main as cli
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
@@ -28,21 +26,35 @@ def read_all(folder):
 
 
 def expected(raw, tensors, dtype):
-    """The converted weights by our paths, transposed and cast with nothing of the package but its names."""
-    heads, kv_heads = raw["num_attention_heads"], raw["num_key_value_heads"]
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    result = {}
-    for key in keys(ModelConfig.from_hf(raw)):
-        array = tensors[key.name]
-        module, leaf = key.path.split(".")[-2:]
-        if leaf == "kernel":
-            array = array.T
-        if module in ("q_proj", "k_proj", "v_proj"):
-            array = array.reshape(*array.shape[:-1], heads if module == "q_proj" else kv_heads, head_dim)
-        if module == "o_proj" and leaf == "kernel":
-            array = array.reshape(heads, head_dim, -1)
-        result[key.path] = array.astype(tiny_checkpoints.NUMPY_DTYPES[dtype])
-    return result
+    """The converted weights by our paths, put together and cast with nothing of the package."""
+    dtype = tiny_checkpoints.NUMPY_DTYPES[dtype]
+    result = {
+        "embed.embedding": tensors["model.embed_tokens.weight"],
+        "norm.scale": tensors["model.norm.weight"],
+    }
+    if not raw.get("tie_word_embeddings", False):
+        result["lm_head.kernel"] = tensors["lm_head.weight"]
+    for layer in range(raw["num_hidden_layers"]):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        for path, modules in (
+            ("attention.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("attention.o_proj", ("self_attn.o_proj",)),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+            ("mlp.down_proj", ("mlp.down_proj",)),
+        ):
+            for leaf, kind in (("kernel", "weight"), ("bias", "bias")):
+                parts = [tensors[name] for module in modules if (name := f"{theirs}.{module}.{kind}") in tensors]
+                if parts:
+                    result[f"{ours}.{path}.{leaf}"] = np.concatenate(parts)
+        for path, module in (
+            ("input_norm", "input_layernorm"),
+            ("post_attention_norm", "post_attention_layernorm"),
+            ("attention.q_norm", "self_attn.q_norm"),
+            ("attention.k_norm", "self_attn.k_norm"),
+        ):
+            if f"{theirs}.{module}.weight" in tensors:
+                result[f"{ours}.{path}.scale"] = tensors[f"{theirs}.{module}.weight"]
+    return {path: array.astype(dtype) for path, array in result.items()}
 
 
 def assert_same(found, wanted):
@@ -107,8 +119,8 @@ def test_the_weights_are_an_ordinary_orbax_checkpoint(tmp_path):
     convert(tmp_path / "hf", tmp_path / "out")
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree = checkpointer.restore(tmp_path / "out" / "weights")
-    kernel = tree["layers"]["1"]["mlp"]["up_proj"]["kernel"]
-    np.testing.assert_array_equal(kernel, tensors["model.layers.1.mlp.up_proj.weight"].T)
+    kernel = tree["layers"]["1"]["mlp"]["down_proj"]["kernel"]
+    np.testing.assert_array_equal(kernel, tensors["model.layers.1.mlp.down_proj.weight"])
 
 
 def rewrite(folder, tensors):
@@ -129,7 +141,7 @@ def test_tied_with_another_head_keeps_both(tmp_path):
     head[-1, -1] += 1
     rewrite(tmp_path / "hf", tensors | {"lm_head.weight": head})
     assert not convert(tmp_path / "hf", tmp_path / "out", verify=True).tied
-    np.testing.assert_array_equal(read_all(tmp_path / "out")["lm_head.kernel"], head.T)
+    np.testing.assert_array_equal(read_all(tmp_path / "out")["lm_head.kernel"], head)
     assert not ModelConfig.from_folder(tmp_path / "out").tie_word_embeddings
 
 
@@ -173,7 +185,7 @@ def test_text_files_come_along_and_nothing_else(tmp_path):
     assert found == {*texts, "config.json", "lychee.json", "weights"}
     for name, text in texts.items():
         assert (tmp_path / "out" / name).read_text(encoding="utf-8") == text
-    assert json.loads((tmp_path / "out" / "lychee.json").read_text()) == {"format": "lychee-checkpoint/1"}
+    assert json.loads((tmp_path / "out" / "lychee.json").read_text()) == {"format": "lychee-checkpoint/2"}
 
 
 def test_the_config_keeps_what_it_said(tmp_path):
@@ -192,7 +204,7 @@ def test_verify_finds_what_differs(tmp_path):
         verify(Weights(tmp_path / "hf"), tmp_path / "out", "float16")
     tensors["model.layers.1.mlp.up_proj.weight"].view(np.uint16)[5, 7] ^= 1
     rewrite(tmp_path / "hf", tensors)
-    with pytest.raises(UserError, match=r": different: layers\.1\.mlp\.up_proj\.kernel$"):
+    with pytest.raises(UserError, match=r": different: model\.layers\.1\.mlp\.up_proj\.weight$"):
         verify(Weights(tmp_path / "hf"), tmp_path / "out", "bfloat16")
 
 
@@ -204,15 +216,15 @@ def chunk(folder, path):
 def test_verify_finds_damaged_and_lost_files(tmp_path):
     tiny_checkpoints.write_checkpoint(tmp_path / "hf", LLAMA, dtype="bfloat16")
     convert(tmp_path / "hf", tmp_path / "out")
-    damaged, lost = "layers.0.mlp.up_proj.kernel", "layers.1.attention.o_proj.kernel"
+    damaged, lost = "layers.0.mlp.gate_up_proj.kernel", "layers.1.attention.o_proj.kernel"
     content = bytearray(chunk(tmp_path / "out", damaged).read_bytes())
     content[100] ^= 1
     chunk(tmp_path / "out", damaged).write_bytes(content)
     chunk(tmp_path / "out", lost).unlink()
     with pytest.raises(UserError, match="differs from the checkpoint") as error:
         verify(Weights(tmp_path / "hf"), tmp_path / "out", "bfloat16")
-    assert damaged in str(error.value)
-    assert lost in str(error.value)
+    assert "different: model.layers.0.mlp.gate_proj.weight" in str(error.value)
+    assert f"unreadable: {lost}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -223,10 +235,31 @@ def test_verify_compares_bits(tmp_path):
     rewrite(tmp_path / "hf", tensors)
     weights = Weights(tmp_path / "hf")
     array = weights.read("norm.scale", "float32")
-    assert weights.equal("norm.scale", array)  # NaN is equal to itself here
+    assert weights.compare("norm.scale", array).keys() == {NOT_FINITE}  # NaN is equal to itself here
     array[1] = 0.0
-    assert not weights.equal("norm.scale", array)
-    assert not weights.equal("norm.scale", array.astype(ml_dtypes.bfloat16))
+    assert weights.compare("norm.scale", array) == {key: ["model.norm.weight"] for key in ("different", NOT_FINITE)}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_verify_refuses_what_is_not_finite(tmp_path, value):
+    tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", LLAMA)
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 5] = value
+    rewrite(tmp_path / "hf", tensors)
+    with pytest.raises(UserError) as error:
+        convert(tmp_path / "hf", tmp_path / "out", dtype="bfloat16", verify=True)
+    expected = "not finite (NaN or infinity): model.layers.1.self_attn.v_proj.weight"
+    assert str(error.value) == f"{tmp_path / 'hf'}: {expected}"
+    assert [file.name for file in tmp_path.iterdir()] == ["hf"]
+    assert not convert(tmp_path / "hf", tmp_path / "out").verified
+
+
+def test_verify_refuses_what_the_new_dtype_makes_infinite(tmp_path):
+    tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", LLAMA)
+    tensors["model.norm.weight"][0] = np.finfo(np.float32).max
+    rewrite(tmp_path / "hf", tensors)
+    with pytest.raises(UserError, match=r"not finite .*: model\.norm\.weight$"):
+        convert(tmp_path / "hf", tmp_path / "out", dtype="bfloat16", verify=True)
+    assert convert(tmp_path / "hf", tmp_path / "out", verify=True).verified
 
 
 def test_progress_is_told_for_both_stages(tmp_path):
@@ -235,7 +268,10 @@ def test_progress_is_told_for_both_stages(tmp_path):
     convert(tmp_path / "hf", tmp_path / "out", verify=True, progress=lambda *told: heard.append(told))
     for stage in ("convert", "verify"):
         steps = [told[1:] for told in heard if told[0] == stage]
-        assert steps == [(done, len(tensors)) for done in range(len(tensors) + 1)]
+        done = [step for step, _ in steps]
+        assert done == sorted(set(done))
+        assert (done[0], done[-1], len(done)) == (0, len(tensors), len(expected(LLAMA, tensors, "float32")) + 1)
+        assert {total for _, total in steps} == {len(tensors)}
 
 
 def test_both_command_lines_convert(tmp_path, capsys):

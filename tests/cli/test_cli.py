@@ -124,10 +124,105 @@ def test_a_ragged_batch_without_tokenizer(as_json, bare, tmp_path):
 def test_chat_goes_through_the_template(as_json, folder):
     tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer is not None
-    wanted = tokenizer.encode_chat("the dog")
+    wanted = tokenizer.encode_messages("the dog")
     answer = as_json("--chat", "--prompt", "the dog")
     assert answer["prompt_tokens"] == [len(wanted)]
     assert answer["tokens"] == as_json("--prompt-ids", "-", stdin=json.dumps(wanted))["tokens"]
+
+
+@pytest.fixture
+def prompts_of(lychee, tmp_path_factory, monkeypatch):
+    """Runs `lychee generate` up to the engine with a tokenizer that speaks ChatML: the prompt with its special tokens."""
+    folder = tmp_path_factory.mktemp("chat_ml")
+    tiny_checkpoints.write_checkpoint(folder, RAW)
+    tiny_tokenizers.write_tokenizer(folder, tiny_tokenizers.chat_ml(), chat_template=tiny_tokenizers.THINKING_TEMPLATE)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer is not None
+    caught = []
+
+    def stream(engine, prompts, options, on_prefill=None):
+        caught.extend("".join(map(tokenizer.token_text, prompt)) for prompt in prompts)
+        raise UserError("seen")
+
+    monkeypatch.setattr(Engine, "stream", stream)
+
+    def run(*argv, stdin=""):
+        caught.clear()
+        _, _, err = lychee("generate", "--model", folder, *SMALL, *argv, stdin=stdin)
+        return caught[0] if caught else err
+
+    return run
+
+
+def test_system_messages_conversations_and_template_keywords(prompts_of, tmp_path):
+    file = tmp_path / "messages.json"
+    turns = [
+        {"role": "user", "content": "is"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "é"},
+    ]
+    file.write_text("\ufeff" + json.dumps(turns), encoding="utf-8")
+    spoken = "<|im_start|>user\nis<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n<|im_start|>user\né<|im_end|>\n"
+    spoken, end = spoken.replace("é", "Ã©"), "<|im_start|>assistant\n<think>\n"
+
+    def shown(text):
+        return text.encode().decode("utf-8", "replace")
+
+    wanted = spoken + end
+    assert prompts_of("--messages", file).replace("\N{REPLACEMENT CHARACTER}" * 2, "Ã©") == shown(wanted)
+    assert prompts_of("--messages", "-", "--chat", stdin=json.dumps(turns)) == prompts_of("--messages", file)
+    with_system = prompts_of("--messages", file, "--system", "stop")
+    assert with_system == "<|im_start|>system\nstop<|im_end|>\n" + prompts_of("--messages", file)
+    asked = ["--chat", "-p", "the", "--system", "no", "--template-kwargs", '{"enable_thinking": false}']
+    assert prompts_of(*asked) == (
+        "<|im_start|>system\nno<|im_end|>\n<|im_start|>user\nthe<|im_end|>\n" + end + "\n</think>\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "culprit"),
+    [
+        (["--messages", "-", "-p", "a"], "exactly one"),
+        (["-p", "a", "--system", "s"], "system message without a chat"),
+        (["-p", "a", "--template-kwargs", "{}"], "template keywords without a chat"),
+        (["-p", "a", "--chat", "--template-kwargs", "{"], "--template-kwargs is not valid JSON"),
+        (["-p", "a", "--chat", "--template-kwargs", "[1]"], "template keywords are [1]"),
+        (["-p", "a", "--chat", "--template-kwargs", '{"tools": []}'], "'tools'"),
+        (["-p", "a", "--chat", "--template-kwargs", '{"tokenize": true}'], "'tokenize'"),
+        (["-p", "a", "--chat", "--template-kwargs", '{"bos_token": "x"}'], "'bos_token'"),
+        (["--messages", "-"], "at least one"),
+        (["--messages", "none.json"], "none.json"),
+    ],
+    ids=str,
+)
+def test_chat_options_that_cannot_be_are_refused(prompts_of, argv, culprit):
+    error = prompts_of(*argv, stdin="[]")
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert culprit in error
+
+
+def test_special_tokens_stop_and_the_token_that_ends_a_row_is_no_text(as_json, tmp_path):
+    """Every id beyond the tokenizer's becomes a special token, so that a random model soon says one."""
+    known = tiny_tokenizers.byte_level()
+    known.add_special_tokens([f"<|{index}|>" for index in range(known.get_vocab_size(), RAW["vocab_size"])])
+    tiny_checkpoints.write_checkpoint(tmp_path, RAW)
+    tiny_tokenizers.write_tokenizer(tmp_path, known)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer is not None
+    warm = ["--prompt", TEXT, "--temperature", 2, "--max-new-tokens", 40]
+    free = as_json(*warm, "--ignore-eos", model=tmp_path)["tokens"][0]
+    special = next(token for token in free[2:] if token in tokenizer.special_ids and token > 1)
+    answer = as_json(*warm, "--ignore-eos", "--stop", tokenizer.token_text(special), model=tmp_path)
+    assert answer["tokens"] == [free[: free.index(special) + 1]]
+    assert answer["text"] == [tokenizer.decode(free[: free.index(special)])]
+    # An eos that the tokenizer does not call special.
+    plain = next(token for token in free[2:] if token not in tokenizer.special_ids)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": plain}))
+    answer = as_json(*warm, model=tmp_path)
+    assert answer["tokens"] == [free[: free.index(plain) + 1]]
+    assert answer["text"] == [tokenizer.decode(free[: free.index(plain)])]
+    assert as_json(*warm, "--ignore-eos", model=tmp_path)["text"] == [tokenizer.decode(free)]
 
 
 def test_plain_output_is_the_text_alone(lychee, as_json, folder):

@@ -21,7 +21,7 @@ from lychee_jax.cli.train import train_heads
 from lychee_jax.data import language
 from lychee_jax.loading import BUNDLED, load, read_config
 from lychee_jax.training import learn_heads
-from lychee_jax.training.learn_heads import FILES, Plan
+from lychee_jax.training.learn_heads import FILES, TrainingPlan
 from tests.support import tiny_checkpoints, tiny_tokenizers
 
 RAW = tiny_checkpoints.TINY["llama"] | {
@@ -100,7 +100,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(learned, model, lychee, monke
     command = ["train-heads", "--model", model, "--output", tmp_path / "run", *SMALL]
     original = learn_heads.make_batch
 
-    def interrupted(plan: Plan, source: Any, step: int) -> Any:
+    def interrupted(plan: TrainingPlan, source: Any, step: int) -> Any:
         if step == 2:
             raise KeyboardInterrupt
         return original(plan, source, step)
@@ -247,7 +247,7 @@ def test_any_models_tokens_and_a_text(lychee, tmp_path):
 
 def test_defaults_are_the_plans():
     given = {name: parameter.default for name, parameter in inspect.signature(train_heads).parameters.items()}
-    plan = Plan(retrieval_heads=1)
+    plan = TrainingPlan(retrieval_heads=1)
     names = {"gates": "family", "questions_file": "file"}
     for name in ("steps", "seed", "gates", "loss", "data", "facts", "questions", "text", "questions_file", "min_length",
                  "max_length", "room", "learning_rate", "multiplier", "multiplier_rate", "page_size"):  # fmt: skip
@@ -257,7 +257,7 @@ def test_defaults_are_the_plans():
     assert given["top_p_mass"] == plan.policy.top_p
     learn = inspect.signature(learn_heads.learn).parameters
     assert all(given[name] == learn[name].default for name in ("checkpoint_every", "keep"))
-    fields = {field.name for field in dataclasses.fields(Plan)} - {"policy"}
+    fields = {field.name for field in dataclasses.fields(TrainingPlan)} - {"policy"}
     assert fields <= {names.get(name, name) for name in given}  # every field has its option
 
 

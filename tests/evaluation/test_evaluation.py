@@ -14,8 +14,8 @@ from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
 from lychee_jax.evaluation.passkey import STYLE, Passkey
-from lychee_jax.evaluation.report import Report, Style
-from lychee_jax.evaluation.runner import Plan
+from lychee_jax.evaluation.report import EvaluationReport, Style
+from lychee_jax.evaluation.runner import EvaluationPlan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.variants import Budget, variants_of
 from lychee_jax.llm import LLM
@@ -41,14 +41,14 @@ def model(folder: Path) -> LLM:
     return load(folder)
 
 
-def plan_of(model: LLM, *, samples: int = 5, batch: int = 2, decode_last: int = 0) -> Plan:
+def plan_of(model: LLM, *, samples: int = 5, batch: int = 2, decode_last: int = 0) -> EvaluationPlan:
     assert model.tokenizer is not None
     task = Passkey(model.tokenizer, facts=2, max_new_tokens=6)
     cells = [Cell(task, 300, samples, depth) for depth in (0.0, 1.0)]
     options = GenerateOptions(
         heads=HeadMap.none(model.config), policy=SelectionPolicy(64, 16, 16), page_size=16, eos_ids=model.eos_ids
     )
-    return Plan(cells, variants_of(["dense", "hybrid"], ["1/3"]), options, batch, decode_last)
+    return EvaluationPlan(cells, variants_of(["dense", "hybrid"], ["1/3"]), options, batch, decode_last)
 
 
 def answers(folder: Path) -> list[dict]:
@@ -138,7 +138,7 @@ def record(task: str, variant: str, score: float, length: int = 1024) -> dict:
 def test_the_table_and_the_json_say_what_was_scored():
     records = [record("a", "dense", s) for s in (1.0, 0.0, 1.0, 1.0)] + [record("b", "dense", 0.5)]
     records += [record("a", "hybrid@64", 0.25)]
-    report = Report.of(Style("bench", "%", "task", average=True), {"model": "tiny"}, records)
+    report = EvaluationReport.of(Style("bench", "%", "task", average=True), {"model": "tiny"}, records)
     lines = report.markdown().splitlines()
     assert lines[2] == "| length | variant | a | b | mean | KV cache read | samples |"
     assert lines[4] == "| 1,024 | dense | 75.0 | 50.0 | 62.5 | 50% | 1 to 4 |"
@@ -164,17 +164,21 @@ class Refusing:
 def test_bad_plans_are_refused_before_they_run(model, tmp_path):
     good = plan_of(model)
     with pytest.raises(UserError, match="given twice"):
-        evaluate(model, STYLE, Plan([*good.cells, good.cells[0]], good.variants, good.options), tmp_path / "a", {})
+        evaluate(
+            model, STYLE, EvaluationPlan([*good.cells, good.cells[0]], good.variants, good.options), tmp_path / "a", {}
+        )
     with pytest.raises(UserError, match="nothing to evaluate"):
-        evaluate(model, STYLE, Plan([], good.variants, good.options), tmp_path / "a", {})
+        evaluate(model, STYLE, EvaluationPlan([], good.variants, good.options), tmp_path / "a", {})
     with pytest.raises(UserError, match="multiple of the page size"):
-        Plan(good.cells, variants_of(["hybrid"], ["70"]), good.options)
+        EvaluationPlan(good.cells, variants_of(["hybrid"], ["70"]), good.options)
     with pytest.raises(UserError, match="batch is 0"):
-        Plan(good.cells, good.variants, good.options, batch=0)
+        EvaluationPlan(good.cells, good.variants, good.options, batch=0)
     with pytest.raises(UserError, match="samples is 0"):
-        Plan([Cell(Refusing(), 64, 0)], good.variants, good.options)
+        EvaluationPlan([Cell(Refusing(), 64, 0)], good.variants, good.options)
     with pytest.raises(UserError, match="no room"):
-        evaluate(model, STYLE, Plan([Cell(Refusing(), 64, 1)], good.variants, good.options), tmp_path / "b", {})
+        evaluate(
+            model, STYLE, EvaluationPlan([Cell(Refusing(), 64, 1)], good.variants, good.options), tmp_path / "b", {}
+        )
 
 
 SMALL = ["--page-size", "16", "--sink", "16", "--recent", "16", "--heads", "none"]

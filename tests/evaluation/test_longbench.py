@@ -14,6 +14,7 @@ from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.longbench import EXTRA_TASKS, TASKS, LongBench
 from lychee_jax.evaluation.perplexity import FilePerplexity, OwnPerplexity
 from lychee_jax.loading import BUNDLED, load
+from lychee_jax.text.chat import ChatOptions
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 
@@ -102,16 +103,17 @@ def test_few_shot_tasks_stay_without_a_chat_template(folder, tmp_path_factory):
     tiny_tokenizers.write_tokenizer(other, tiny_tokenizers.byte_level(), chat_template=tiny_tokenizers.CHAT_TEMPLATE)
     tokenizer = Tokenizer.from_folder(other)
     assert tokenizer is not None
-    plain, chat = (LongBench(tokenizer, "hotpotqa", folder, chat=chat).case(3000, None, 0) for chat in (False, True))
+    chats = (None, ChatOptions())
+    plain, chat = (LongBench(tokenizer, "hotpotqa", folder, chat=chat).case(3000, None, 0) for chat in chats)
     assert len(plain.tokens) <= 3000
     assert len(chat.tokens) <= 3000
-    assert chat.tokens == tokenizer.encode_chat(chat.prompt)
-    few = [LongBench(tokenizer, "triviaqa", folder, chat=chat).case(3000, None, 0) for chat in (False, True)]
+    assert chat.tokens == tokenizer.encode_messages(chat.prompt)
+    few = [LongBench(tokenizer, "triviaqa", folder, chat=chat).case(3000, None, 0) for chat in chats]
     assert few[0] == few[1]
 
 
 def test_files_that_are_missing_or_others_are_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"qasper\.jsonl cannot be read .*huggingface"):
+    with pytest.raises(UserError, match=r"qasper\.jsonl cannot be read: .*huggingface"):
         LongBench(tokenizer, "qasper", tmp_path).case(600, None, 0)
     (tmp_path / "qasper.jsonl").write_text('{"text": 1}\n')
     with pytest.raises(UserError, match="each line needs context, input and answers"):

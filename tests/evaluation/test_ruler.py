@@ -11,6 +11,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.evaluation.ruler import NEED_NO_DATA, TASKS, Ruler, fit
 from lychee_jax.evaluation.ruler_data import Files, adjectives, nouns
 from lychee_jax.loading import BUNDLED
+from lychee_jax.text.chat import ChatOptions
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 
@@ -186,10 +187,10 @@ def test_scores_count_what_is_found(tokenizer, files):
 
 
 def test_a_chat_ends_with_the_beginning_of_the_answer(chat_tokenizer, files):
-    case = Ruler(chat_tokenizer, "niah_single_1", files, chat=True).case(3000, None, 0)
+    case = Ruler(chat_tokenizer, "niah_single_1", files, chat=ChatOptions()).case(3000, None, 0)
     text = chat_tokenizer.decode(case.tokens)
     assert text.endswith("mentioned in the provided text is")
-    assert case.tokens == chat_tokenizer.encode_chat(
+    assert case.tokens == chat_tokenizer.encode_messages(
         case.prompt[: case.prompt.index(" The special magic")],
         answer=case.prompt[case.prompt.index(" The special magic") :],
     )

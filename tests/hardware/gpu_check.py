@@ -5,16 +5,19 @@ that was poisoned before the call, and every call twice: it must give the same b
 what the compiler or the hardware makes of a kernel.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels as ops
+from pallas_kernels.mosaic_gpu.common import multiprocessors
 from tests.support import oracle
 
 KV_HEADS, BUDGET = 3, 12
@@ -26,6 +29,19 @@ CASES = [
     (128, 128, 8, "bfloat16", [0, 1, 2]),
     (128, 64, 1, "float16", []),
     (64, 64, 2, "bfloat16", [0]),
+]
+# The same with one row, with dense rows, and with heads that only the device knows; −1 stands for none.
+VARIANTS: list[tuple[Any, dict[str, Any]]] = [
+    (CASES[0], {"lone": True}),
+    (CASES[0], {"lone": True, "dense": [True]}),
+    (CASES[0], {"dense": [True, True, False, False, True, False]}),
+    ((128, 64, 8, "float16", [2, -1]), {"known": False}),
+    ((16, 128, 4, "bfloat16", [-1, 0]), {"known": False, "dense": [False, False, True, True, False, True]}),
+]
+PARTS: list[tuple[Any, dict[str, Any]]] = [
+    ((64, 128, 4, "bfloat16", [2, -1, 0]), {"known": False}),
+    ((16, 64, 7, "float16", [-1, 1]), {"known": True}),
+    ((64, 128, 8, "bfloat16", [1]), {"known": True, "lone": True}),
 ]
 # Chunks of every width, full or padded, one and several.
 CAPACITIES = [64, 1024, 2048, 2112, 3072, 4096, 4160, 8192, 20000]
@@ -72,10 +88,38 @@ def check_chunk(page: int, head_dim: int, groups: int, dtype: str, length: int, 
     return error, finite, np.array_equal(results[0], results[1])
 
 
-def check(
-    page: int, head_dim: int, groups: int, dtype: str, heads: list[int], seed: int, lone: bool = False
-) -> tuple[float, bool, bool]:
-    """Largest error of the output, whether the selection is exact, and whether two calls agree to the bit."""
+@dataclasses.dataclass
+class Layer:
+    """A ragged batch over a paged cache, and the pages that every head inherits."""
+
+    q: np.ndarray
+    pool: np.ndarray
+    table: np.ndarray
+    lengths: np.ndarray
+    pages: list[list[list[int]]]
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What `sparse_decode` takes before the heads; `dense_decode` takes all but the last."""
+        return (
+            jnp.asarray(self.q), ops.KVPages(jnp.asarray(self.pool)), jnp.asarray(self.table),
+            jnp.asarray(self.lengths), ops.Selection(*map(jnp.asarray, padded(self.pages))),
+        )  # fmt: skip
+
+    @property
+    def cache(self) -> tuple[np.ndarray, ...]:
+        """The same for the oracle."""
+        return self.q, self.pool, self.table, self.lengths
+
+
+def padded(pages: list[list[list[int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of pages as the two arrays of a selection."""
+    rows = [[head + [-1] * (BUDGET - len(head)) for head in row] for row in pages]
+    return np.array(rows, np.int32), np.array([[len(head) for head in row] for row in pages], np.int32)
+
+
+def make_layer(page: int, head_dim: int, groups: int, dtype: str, seed: int, lone: bool = False) -> Layer:
+    """Random data; NaN in every slot that is not read, garbage in the table's entries behind a row's end."""
     rng = np.random.default_rng(seed)
     # The pieces of a lone head are so many that all warpgroups of a block merge them together.
     lengths = [63 * page + 1] if lone else [0, 1, page - 1, 20 * page + page // 2, 33 * page, 129]
@@ -94,38 +138,77 @@ def check(
         pages.append([sorted(rng.permutation(used)[:BUDGET].tolist()) for _ in range(KV_HEADS)])
     q = 2 * rng.standard_normal((len(lengths), KV_HEADS, groups, head_dim))
     q, pool = (np.asarray(jnp.asarray(x, dtype)) for x in (q, pool))
-    padded = np.array([[row + [-1] * (BUDGET - len(row)) for row in rows] for rows in pages], np.int32)
-    counts = np.array([[len(row) for row in rows] for rows in pages], np.int32)
-    scale = head_dim**-0.5
-    decode = functools.partial(
-        ops.hybrid_decode,
-        heads=np.array(heads, np.int32),
-        spec=ops.SelectionSpec(BUDGET, 1, 2),
-        scale=scale,
-        implementation="mosaic_gpu",
-    )
-    call = jax.jit(decode)
-    args = (
-        jnp.asarray(q),
-        ops.KVPages(jnp.asarray(pool)),
-        *map(jnp.asarray, (table, np.array(lengths, np.int32))),
-        ops.Selection(*map(jnp.asarray, (padded, counts))),
-    )
+    return Layer(q, pool, table, np.array(lengths, np.int32), pages)
+
+
+def twice(call: Any, *args: Any) -> tuple[list[np.ndarray], bool]:
+    """What a call gives, after its memory was poisoned, and whether it gives the same bits again."""
     results = []
     for _ in range(2):
         poison = [jnp.full((1 << 22,), jnp.nan) for _ in range(8)]
         jax.block_until_ready(poison)
         del poison
-        out, selection = call(*args)
-        results.append((np.asarray(out), np.asarray(selection.pages), np.asarray(selection.counts)))
-    want, handed, margin = oracle.hybrid_decode(
-        q, pool, table, np.array(lengths), pages, heads, oracle.Rule(BUDGET, 1, 2), scale=scale
-    )
-    error = float(np.abs(results[0][0].astype(np.float64) - want).max())
-    expected = np.array([[row + [-1] * (BUDGET - len(row)) for row in rows] for rows in handed], np.int32)
-    exact = bool((results[0][1] == expected).all()) or margin < 1e-4
+        results.append([np.asarray(x) for x in jax.tree.leaves(call(*args))])
     same = all(np.array_equal(a, b) for a, b in zip(*results, strict=True))
+    return results[0], same
+
+
+def call_with(op: Any, heads: list[int], known: bool, **options: Any) -> Any:
+    """The op as a program of its other arguments; `known`: the kernels need not count the heads that are not −1."""
+    named = np.array(heads, np.int32)
+    call = functools.partial(op, implementation="mosaic_gpu", **options)
+    if known:
+        return jax.jit(functools.partial(call, heads=named))
+    return functools.partial(jax.jit(lambda heads, *args: call(*args, heads=heads)), jnp.asarray(named))
+
+
+def check(
+    page: int, head_dim: int, groups: int, dtype: str, heads: list[int], seed: int, *, lone: bool = False,
+    known: bool = True, dense: list[bool] | None = None,
+) -> tuple[float, bool, bool]:  # fmt: skip
+    """Largest error of `hybrid_decode`, whether the selection is exact, and whether two calls agree to the bit."""
+    layer = make_layer(page, head_dim, groups, dtype, seed, lone)
+    scale = head_dim**-0.5
+    flags = None if dense is None else jnp.array(dense)
+    call = call_with(ops.hybrid_decode, heads, known, spec=ops.SelectionSpec(BUDGET, 1, 2), scale=scale, dense=flags)
+    (out, pages, counts), same = twice(call, *layer.arrays)
+    named = [head for head in heads if head >= 0]
+    want, handed, margin = oracle.hybrid_decode(
+        *layer.cache, layer.pages, named, oracle.Rule(BUDGET, 1, 2), scale=scale
+    )
+    if dense is not None:
+        full, _ = oracle.dense_decode(*layer.cache, range(KV_HEADS), scale=scale)
+        for b in np.flatnonzero(dense):  # such a row hands on what it got
+            want[b], handed[b] = full[b], layer.pages[b]
+    error = float(np.abs(out.astype(np.float64) - want).max())
+    expected = padded(handed)
+    exact = bool((pages == expected[0]).all() and (counts == expected[1]).all()) or margin < 1e-4
     return error, exact, same
+
+
+def check_parts(
+    page: int, head_dim: int, groups: int, dtype: str, heads: list[int], seed: int, *, known: bool, lone: bool = False
+) -> tuple[float, float, bool]:
+    """Largest errors of the outputs and of the log-sum-exps of `dense_decode` and `sparse_decode`, and repeats."""
+    layer = make_layer(page, head_dim, groups, dtype, seed, lone)
+    scale = head_dim**-0.5
+    *arrays, selection = layer.arrays
+    dense = call_with(ops.dense_decode, heads, known, scale=scale, page_scores="max", return_lse=True)
+    sparse = call_with(ops.sparse_decode, heads, known, scale=scale, return_lse=True)
+    (full, _, full_lse), same = twice(dense, *arrays)
+    (some, some_lse), again = twice(sparse, *arrays, selection)
+    error = lse_error = 0.0
+    for b, place in np.ndindex(full.shape[:2]):
+        head = heads[place]
+        k, v = oracle.read_cache(*layer.cache[1:3], b, int(layer.lengths[b]), max(head, 0))
+        for out, lse, pages in ((full, full_lse, range(64)), (some, some_lse, layer.pages[b][head])):
+            read = [j for j in range(len(k)) if head >= 0 and j // page in set(pages)]
+            q = layer.q[b, max(head, 0)].astype(np.float64)
+            want = oracle.attend(q, k[read], v[read], scale)
+            want_lse = oracle.log_sum_exps(q, k[read], scale) if read else np.full(groups, ops.MASKED)
+            error = max(error, float(np.abs(out[b, place].astype(np.float64) - want).max()))
+            lse_error = max(lse_error, float(np.abs(lse[b, place] / want_lse - 1.0).max()))
+    return error, lse_error, same and again
 
 
 def check_select(capacity: int, ties: bool, seed: int) -> bool:
@@ -155,17 +238,31 @@ def check_select(capacity: int, ties: bool, seed: int) -> bool:
 
 
 def main() -> int:
-    """Check every case with a seed from the clock."""
+    """Check every case with a seed from the clock; 2 without a Hopper GPU."""
+    try:
+        multiprocessors()
+    except NotImplementedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     seed = int(time.time())
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, seed {seed}")
     bad = 0
-    for case, lone in [*((case, False) for case in CASES), (CASES[0], True)]:
-        error, exact, same = check(*case, seed=seed, lone=lone)
+    for case, options in [*((case, {}) for case in CASES), *VARIANTS]:
+        error, exact, same = check(*case, seed=seed, **options)
         good = error < 2e-2 and exact and same
         bad += not good
         print(
-            f"{'ok ' if good else 'BAD'} {case}{', one row' if lone else ''}: error {error:.1e}, "
-            f"selection exact {exact}, repeats equal {same}",
+            f"{'ok ' if good else 'BAD'} {case} {options or ''}: error {error:.1e}, selection exact {exact}, "
+            f"repeats equal {same}",
+            flush=True,
+        )
+    for case, options in PARTS:
+        error, lse_error, same = check_parts(*case, seed=seed, **options)
+        good = error < 2e-2 and lse_error < 1e-3 and same
+        bad += not good
+        print(
+            f"{'ok ' if good else 'BAD'} dense and sparse {case} {options}: error {error:.1e}, "
+            f"log-sum-exp {lse_error:.1e}, repeats equal {same}",
             flush=True,
         )
     for capacity, ties in itertools.product(CAPACITIES, (False, True)):

@@ -13,10 +13,12 @@ from flax import nnx
 from checkpoints_convert import convert
 from lychee_jax import loading
 from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load
+from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.tokenizer import Tokenizer
-from tests.support import tiny_checkpoints, tiny_tokenizers
+from tests.support import first_format, tiny_checkpoints, tiny_tokenizers
 from tests.support.golden import CASES, GOLDEN, golden_model
 
 LLAMA, QWEN3 = (tiny_checkpoints.TINY[family] | {"num_hidden_layers": 2} for family in ("llama", "qwen3"))
@@ -70,6 +72,31 @@ def test_golden_checkpoints_load_as_they_were_placed_by_hand(tmp_path, case):
         assert_same(load(tmp_path / "converted", "float32").model, golden_model(case))
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [LLAMA | {"attention_bias": True, "mlp_bias": True}, tiny_checkpoints.TINY["qwen2"], QWEN3],
+    ids=["llama-biases", "qwen2-tied", "qwen3"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folders_of_the_first_format_are_still_read(tmp_path, raw, dtype):
+    rng = np.random.default_rng(0)
+    shapes = first_format.shapes(ModelConfig.from_hf(raw))
+    weights = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
+    first_format.write(tmp_path / "old", raw | {"dtype": "float32"}, weights)
+    spec, found = ModelSpec.split(load(tmp_path / "old", dtype).model)
+    wanted = first_format.fused(weights)
+    assert set(spec.names) == set(wanted)
+    for name, array in zip(spec.names, found, strict=True):
+        assert array.dtype == dtype, name
+        np.testing.assert_array_equal(array, wanted[name].astype(array.dtype), err_msg=name)
+
+    shutil.rmtree(tmp_path / "old" / "weights")
+    lost, strange = "layers.1.mlp.up_proj.kernel", "layers.1.mlp.gate_up_proj.kernel"
+    weights[strange] = weights.pop(lost)
+    first_format.write_weights(tmp_path / "old", weights)
+    assert refused(tmp_path / "old") == f"{tmp_path / 'old'}: missing: {lost}; extra: {strange}"
+
+
 def test_tied_with_another_head_loads_both(tmp_path):
     raw = LLAMA | {"tie_word_embeddings": True}
     tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", raw)
@@ -79,7 +106,7 @@ def test_tied_with_another_head_loads_both(tmp_path):
     for folder in ("hf", "converted"):
         loaded = load(tmp_path / folder)
         assert not loaded.config.tie_word_embeddings
-        np.testing.assert_array_equal(leaves(loaded.model)["lm_head", "kernel"], head.T)
+        np.testing.assert_array_equal(leaves(loaded.model)["lm_head", "kernel"], head)
 
 
 def test_without_a_path_the_bundled_model_is_loaded(tmp_path, monkeypatch):
@@ -150,7 +177,7 @@ def test_damaged_converted_folders(tmp_path):
 
     folder = copy("format")
     (folder / "lychee.json").write_text('{"format": "lychee-checkpoint/9"}')
-    assert "this version reads lychee-checkpoint/1" in refused(folder)
+    assert "this version reads lychee-checkpoint/1 and lychee-checkpoint/2" in refused(folder)
     (folder / "lychee.json").write_text("nonsense")
     assert "cannot be read as JSON" in refused(folder)
 
@@ -168,10 +195,10 @@ def test_damaged_converted_folders(tmp_path):
     assert "extra: layers.1" in refused(folder)
 
     folder = copy("lost")
-    shutil.rmtree(folder / "weights" / "layers.1.mlp.up_proj.kernel")
+    shutil.rmtree(folder / "weights" / "layers.1.mlp.gate_up_proj.kernel")
     assert "no whole Orbax checkpoint" in refused(folder)
     folder = copy("lost numbers")
-    shutil.rmtree(folder / "weights" / "layers.1.mlp.up_proj.kernel" / "c")
+    shutil.rmtree(folder / "weights" / "layers.1.mlp.gate_up_proj.kernel" / "c")
     assert "is damaged" in refused(folder)
     folder = copy("changed")
     chunk = next(file for file in (folder / "weights" / "norm.scale" / "c").rglob("*") if file.is_file())
@@ -199,7 +226,7 @@ def test_generate_takes_texts_and_ids(textual):
     assert several.tokens[0] == one.tokens[0]
     assert several.prompt_tokens == [len(ids), len(textual.tokenizer.encode("the dog"))]
     chat = textual.generate("the dog", chat=True, **NEW)
-    assert chat.tokens == textual.generate([textual.tokenizer.encode_chat("the dog")], **NEW).tokens
+    assert chat.tokens == textual.generate([textual.tokenizer.encode_messages("the dog")], **NEW).tokens
 
 
 def test_stream_yields_the_text_of_generate(textual):
@@ -259,4 +286,4 @@ def test_a_converted_folder_keeps_its_tokenizer(textual, tmp_path):
     convert(textual.path, tmp_path / "converted")
     tokenizer = Tokenizer.from_folder(tmp_path / "converted")
     assert tokenizer is not None
-    assert tokenizer.encode_chat("the dog") == textual.tokenizer.encode_chat("the dog")
+    assert tokenizer.encode_messages("the dog") == textual.tokenizer.encode_messages("the dog")

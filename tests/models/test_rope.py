@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lychee_jax.config import RopeConfig
-from lychee_jax.models.rope import apply_rotary, attention_scale, rotary_tables
+from lychee_jax.models.rope import apply_rotary, rotary_tables, yarn_attention_factor
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803")
 MAX_POSITION = 8192
@@ -87,7 +87,7 @@ def test_tables_are_right_to_a_millionth_at_two_million(rope, head_dim):
     with decimal.localcontext(prec=60):
         frequencies = decimal_frequencies(rope, head_dim, length)
         pairs = np.array([[decimal_cos_sin(int(p) * f) for f in frequencies] for p in FAR[0]])
-    scale = attention_scale(rope)
+    scale = yarn_attention_factor(rope)
     np.testing.assert_allclose(cos[0] / scale, pairs[..., 0], rtol=0, atol=1e-6)
     np.testing.assert_allclose(sin[0] / scale, pairs[..., 1], rtol=0, atol=1e-6)
     assert cos.dtype == sin.dtype == np.float32
@@ -157,7 +157,7 @@ def test_rows_do_not_know_of_each_other(rope):
 )
 def test_yarn_scales_attention(options, expected):
     rope = RopeConfig("yarn", **({"factor": 4.0} | options))
-    assert attention_scale(rope) == pytest.approx(expected, rel=1e-12)
+    assert yarn_attention_factor(rope) == pytest.approx(expected, rel=1e-12)
     cos, sin = rotary_tables(rope, 8, 64, np.array([[0, 7]]), np.array([8]))
     np.testing.assert_allclose(cos**2 + sin**2, expected**2, rtol=1e-6)
 

@@ -3,7 +3,6 @@
 Lengths sit at the borders of pages and of tiles; NaN is in every slot that must not be read.
 """
 
-import functools
 import re
 from typing import Any
 
@@ -17,7 +16,10 @@ import pallas_kernels as ops
 from pallas_kernels import KVPages, SelectionSpec
 from pallas_kernels.mosaic_gpu import attend
 from pallas_kernels.mosaic_gpu.common import Refs, compiler_params, targeting
-from pallas_kernels.mosaic_gpu.plan import Rows, Tiling
+from pallas_kernels.mosaic_gpu.config import DecodeConfig
+from pallas_kernels.mosaic_gpu.merge import find_pieces
+from pallas_kernels.mosaic_gpu.split import SplitPlan, TileList
+from pallas_kernels.mosaic_gpu.walk import Fetch, Piece
 from tests.support import oracle
 from tests.support.gpu import interpreted, kernels, lower, run, unsigned
 from tests.support.paged_caches import Cache, Shape, make_cache, padded, some_pages, spec_of
@@ -25,40 +27,62 @@ from tests.support.paged_caches import Cache, Shape, make_cache, padded, some_pa
 BF16, F16 = "bfloat16", "float16"
 
 
-def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None) -> None:
-    with ops.recorded() as calls:
-        out, scores = run(
-            ops.dense_decode, *cache.arrays, jnp.array(heads, jnp.int32), scale=shape.scale, page_scores=kind
-        )
-    assert calls == [("dense_decode", "mosaic_gpu")]
+def as_heads(heads: list[int], known: bool) -> Any:
+    """Known while tracing, or not: then the kernels count the heads that are not −1."""
+    return np.array(heads, np.int32) if known else jnp.array(heads, jnp.int32)
+
+
+def log_sum_exp(cache: Cache, row: int, head: int, scale: float, pages: list[int] | None = None) -> np.ndarray:
+    """Of the scaled scores of every query head over its cache, or over some pages of it."""
+    k, _ = oracle.read_cache(cache.kv_pages, cache.page_table, row, int(cache.lengths[row]), head)
+    if pages is not None:
+        k = k[[j for j in range(len(k)) if j // cache.kv_pages.shape[2] in pages]]
+    q = cache.q[row, head].astype(np.float64)
+    return oracle.log_sum_exps(q, k, scale) if len(k) else np.full(len(q), ops.MASKED)
+
+
+def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None, known: bool = True) -> None:
+    out, scores, lse = run(
+        ops.dense_decode, *cache.arrays, heads=as_heads(heads, known), scale=shape.scale, page_scores=kind,
+        return_lse=True,
+    )  # fmt: skip
+    real = [place for place, head in enumerate(heads) if head >= 0]
+    named = [heads[place] for place in real]
     want, want_scores = oracle.dense_decode(
-        cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads, scale=shape.scale, score=kind or "max"
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, named, scale=shape.scale, score=kind or "max"
     )
     assert out.dtype == cache.q.dtype
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    assert out.shape == (len(cache.lengths), len(heads), *cache.q.shape[2:])
+    np.testing.assert_allclose(np.asarray(out[:, real], np.float64), want, atol=shape.tolerance)
+    others = np.setdiff1d(range(len(heads)), real)
+    assert not np.asarray(out[:, others]).any()
+    np.testing.assert_array_equal(lse[:, others], np.float32(ops.MASKED))
+    for b in range(len(cache.lengths)):
+        for place, head in zip(real, named, strict=True):
+            np.testing.assert_allclose(lse[b, place], log_sum_exp(cache, b, head, shape.scale), atol=5e-5, rtol=1e-5)
     if kind is None:
         assert scores is None
         return
     assert scores.dtype == jnp.float32
     assert scores.shape == (len(cache.lengths), len(heads), cache.page_table.shape[1])
     for b, row in enumerate(want_scores):
-        for r, head in enumerate(row):
-            np.testing.assert_allclose(scores[b, r, : len(head)], head, atol=5e-5, rtol=1e-5)
+        for place, head in zip(real, row, strict=True):
+            np.testing.assert_allclose(scores[b, place, : len(head)], head, atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("shape", "heads", "kind"),
+    ("shape", "heads", "kind", "known"),
     [
-        (Shape(16, 64, 4, BF16), [2, 0], "max"),
-        (Shape(32, 128, 7, F16), [1], "lse"),
-        (Shape(64, 128, 8, BF16), [0, 2, 1], "max"),
-        (Shape(128, 64, 1, BF16), [2], "lse"),
-        (Shape(64, 64, 2, F16), [0, 1, 2], None),
+        (Shape(16, 64, 4, BF16), [2, -1, 0], "max", False),
+        (Shape(32, 128, 7, F16), [1], "lse", True),
+        (Shape(64, 128, 8, BF16), [0, 2, 1], "max", True),
+        (Shape(128, 64, 1, BF16), [-1, 2], "lse", True),
+        (Shape(64, 64, 2, F16), [0, 1, 2], None, True),
     ],
     ids=str,
 )
-def test_dense_decode_at_every_border_of_a_page(shape: Shape, heads: list[int], kind: str | None) -> None:
-    check_dense(shape, make_cache(shape), heads, kind)
+def test_dense_decode_at_every_border_of_a_page(shape: Shape, heads: list[int], kind: str | None, known: bool) -> None:
+    check_dense(shape, make_cache(shape), heads, kind, known)
 
 
 @pytest.mark.parametrize("heads", [[1], [0, 1, 2]], ids=["a head over all blocks", "heads share blocks"])
@@ -91,7 +115,7 @@ def test_a_row_of_another_cache_does_not_leak_in() -> None:
     shape = Shape(16, 64, 2, BF16)
     cache = make_cache(shape, lengths=[16 * 40, 5])
     cache.kv_pages[cache.page_table[0, 3]] = np.inf
-    out, _ = run(ops.dense_decode, *cache.arrays, jnp.array([1], jnp.int32), scale=shape.scale)
+    out, _ = run(ops.dense_decode, *cache.arrays, heads=as_heads([1], known=False), scale=shape.scale)
     assert not np.isfinite(np.asarray(out[0], np.float32)).all()
     want, _ = oracle.dense_decode(
         cache.q[1:], cache.kv_pages, cache.page_table[1:], cache.lengths[1:], [1], scale=shape.scale
@@ -100,16 +124,16 @@ def test_a_row_of_another_cache_does_not_leak_in() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "heads", "budget"),
+    ("shape", "heads", "budget", "known"),
     [
-        (Shape(16, 64, 4, BF16), [1, 2], 4),
-        (Shape(64, 128, 8, BF16), [0], 4),
-        (Shape(128, 128, 7, F16), [0, 1, 2], 9),
-        (Shape(32, 64, 1, BF16), [2, 0], 21),
+        (Shape(16, 64, 4, BF16), [1, 2], 4, True),
+        (Shape(64, 128, 8, BF16), [0], 4, True),
+        (Shape(128, 128, 7, F16), [0, 1, 2], 9, True),
+        (Shape(32, 64, 1, BF16), [2, -1, 0], 21, False),
     ],
     ids=str,
 )
-def test_sparse_decode_reads_the_selected_pages_only(shape: Shape, heads: list[int], budget: int) -> None:
+def test_sparse_decode_reads_the_selected_pages_only(shape: Shape, heads: list[int], budget: int, known: bool) -> None:
     """Selections shorter and longer than a tile, some empty, with and without the row's last page."""
     lengths = None if budget == 4 else [shape.page_size * budget + 1, shape.page_size * 3 - 1, 0]
     cache = make_cache(shape, lengths=lengths)
@@ -118,12 +142,23 @@ def test_sparse_decode_reads_the_selected_pages_only(shape: Shape, heads: list[i
         for p in set(range(oracle.page_count(int(cache.lengths[b]), shape.page_size))).difference(*row):
             if b + 2 < len(pages):  # the last two rows share a page
                 cache.kv_pages[cache.page_table[b, p]] = np.nan
-    got = run(ops.sparse_decode, *cache.arrays, padded(pages, budget), jnp.array(heads, jnp.int32), scale=shape.scale)
-    want = oracle.sparse_decode(
-        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, scale=shape.scale
-    )
+    got, lse = run(
+        ops.sparse_decode, *cache.arrays, padded(pages, budget), heads=as_heads(heads, known), scale=shape.scale,
+        return_lse=True,
+    )  # fmt: skip
     assert got.dtype == cache.q.dtype
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=shape.tolerance)
+    for place, head in enumerate(heads):
+        if head < 0:
+            assert not np.asarray(got[:, place]).any()
+            np.testing.assert_array_equal(lse[:, place], np.float32(ops.MASKED))
+            continue
+        want = oracle.sparse_decode(
+            cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, [head], scale=shape.scale
+        )
+        np.testing.assert_allclose(np.asarray(got[:, place], np.float64), want[:, 0], atol=shape.tolerance)
+        for b, row in enumerate(pages):
+            want_lse = log_sum_exp(cache, b, head, shape.scale, row[head])
+            np.testing.assert_allclose(lse[b, place], want_lse, atol=5e-5, rtol=1e-5)
 
 
 def check_select(scores: np.ndarray, counts: list[int], rule: oracle.Rule, page_size: int = 16) -> None:
@@ -197,75 +232,100 @@ def test_select_pages_by_every_rule(name: str, amount: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "heads", "rule", "known"),
+    ("shape", "heads", "rule", "known", "dense"),
     [
-        (Shape(16, 64, 4, BF16), [1], oracle.Rule(4, 1, 1), True),
-        (Shape(64, 128, 8, BF16), [2, 0], oracle.Rule(4, 1, 1), False),
-        (Shape(32, 64, 2, F16), [], oracle.Rule(4, 1, 1), True),
-        (Shape(16, 128, 7, F16), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), True),
+        (Shape(16, 64, 4, BF16), [1], oracle.Rule(4, 1, 1), True, None),
+        (Shape(64, 128, 8, BF16), [2, -1], oracle.Rule(4, 1, 1), False, None),
+        (Shape(32, 64, 2, F16), [-1], oracle.Rule(4, 1, 1), True, None),
+        (Shape(16, 128, 7, F16), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), True, None),
+        (Shape(16, 64, 2, BF16), [1], oracle.Rule(4, 1, 1), True, [True, False, True, True, False]),
+        (Shape(64, 64, 4, F16), [2, -1], oracle.Rule(4, 1, 1), False, [False, True, False, False, True]),
     ],
     ids=str,
 )
 def test_hybrid_decode_mixes_the_roles_of_a_layer(
-    shape: Shape, heads: list[int], rule: oracle.Rule, known: bool
+    shape: Shape, heads: list[int], rule: oracle.Rule, known: bool, dense: list[bool] | None
 ) -> None:
+    """And dense rows beside the others; what these hand up is what they were given."""
     page = shape.page_size
     cache = make_cache(shape, seed=1, lengths=[0, 1, page, 4 * page + page // 2 + 1, 6 * page])
     pages = some_pages(cache, shape.page_size, rule.budget)
-    numbers: dict[str, Any] = {"spec": spec_of(rule), "scale": shape.scale}
     inherited = padded(pages, rule.budget)
-    with ops.recorded() as calls:
-        if known:
-            call = functools.partial(ops.hybrid_decode, heads=np.array(heads, np.int32))
-            out, selection = run(call, *cache.arrays, inherited, **numbers)
-        else:
-            out, selection = run(ops.hybrid_decode, *cache.arrays, inherited, jnp.array(heads, jnp.int32), **numbers)
-    assert calls == [("hybrid_decode", "mosaic_gpu")]
-    want, handed, margin = oracle.hybrid_decode(
-        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, rule, scale=shape.scale
-    )
+    options: dict[str, Any] = {"heads": as_heads(heads, known), "spec": spec_of(rule), "scale": shape.scale}
+    if dense is not None:
+        options["dense"] = jnp.array(dense)
+    out, selection = run(ops.hybrid_decode, *cache.arrays, inherited, **options)
+    named = [head for head in heads if head >= 0]
+    arrays = cache.q, cache.kv_pages, cache.page_table, cache.lengths
+    want, handed, margin = oracle.hybrid_decode(*arrays, pages, named, rule, scale=shape.scale)
     assert margin > 1e-4, "another seed: this one decides by rounding"
+    full, _ = oracle.dense_decode(*arrays, range(3), scale=shape.scale)
+    for b in np.flatnonzero(dense or []):
+        want[b], handed[b] = full[b], pages[b]
     np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
     expected = padded(handed, rule.budget)
     np.testing.assert_array_equal(selection.pages, expected.pages)
     np.testing.assert_array_equal(selection.counts, expected.counts)
 
 
-@pytest.mark.parametrize("batch", [1, 5, 40])
-def test_pieces_cover_every_tile_once_and_have_numbers_of_their_own(batch: int) -> None:
-    """The walk of all blocks, in plain numbers."""
+@pytest.mark.parametrize(
+    ("batch", "call"),
+    [(1, "hybrid"), (5, "hybrid"), (20, "dense rows"), (9, "dense rows"), (5, "dense"), (5, "sparse")],
+)
+def test_pieces_cover_every_tile_once_and_have_numbers_of_their_own(batch: int, call: str) -> None:
+    """The walk of all blocks, in plain numbers: five of eight heads are named where not all are known."""
     rng = np.random.default_rng(batch)
-    lengths = jnp.asarray(rng.integers(0, 5000, batch), jnp.int32)
-    tiling = Tiling(batch, 8, 2, 6, 12, 64, 13)
+    lengths = rng.integers(0, 5000, batch)
+    flags = rng.integers(0, 2, batch) if call == "dense rows" else np.zeros(batch, int)
+    slots, selected = {"dense": ((8, 0), 0), "sparse": ((0, 8), 12)}.get(call, ((2, 6), 12))
+    plan = SplitPlan(batch, 8, *slots, selected, 64, 13, DecodeConfig(), padded=call in ("dense", "sparse"))
+    given = {"lengths": jnp.asarray(lengths, jnp.int32)}
+    if call == "dense rows":
+        given["dense_rows"] = jnp.asarray(flags, jnp.int32)
+    if plan.padded:
+        given["named"] = jnp.array([5], jnp.int32)
 
     @jax.jit
-    def facts(lengths: Any) -> Any:
-        rows = Rows(tiling, lengths)
+    def facts(given: dict[str, jax.Array]) -> Any:
+        tiles = TileList(plan, Refs(given))
         every = jnp.arange(batch, dtype=jnp.int32)
-        tiles = jax.vmap(lambda b: jnp.stack([rows.tiles(lengths[b]), rows.start(b)]))(every)
-        found = jax.vmap(rows.locate)(jnp.arange(0, 4000, 7, dtype=jnp.int32))
-        segments = jnp.stack([tiling.dense_tiles(lengths), tiling.sparse_tiles(lengths)])
-        return rows.share, rows.total, tiles, found, segments
+        starts = jax.vmap(lambda b: tiles.row(b).start)(every)
+        found = jax.vmap(lambda tile: tiles.locate(tile)[:4])(jnp.arange(0, 4000, 7, dtype=jnp.int32))
+        pieces = jax.vmap(lambda b: jax.vmap(lambda j: pieces_of(b, j))(jnp.arange(8)))(every)
+        return tiles.share, tiles.total, starts, found, pieces
 
-    share, total, tiles, located, per_head = jax.tree.map(np.asarray, facts(lengths))
-    assert share * tiling.blocks >= total > share * (tiling.blocks - 1) - tiling.blocks
-    starts = np.cumsum([0, *tiles[:, 0]])
-    assert tiles[:, 1].tolist() == starts[:-1].tolist()
-    for tile, row, start, length in zip(range(0, 4000, 7), *located, strict=True):
+    def pieces_of(row: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = find_pieces(plan, Refs(given), row, index.astype(jnp.int32))
+        return found.first, found.count
+
+    share, total, starts, located, pieces = jax.tree.map(np.asarray, facts(given))
+    assert share * plan.blocks >= total > share * (plan.blocks - 1) - plan.blocks
+    dense_heads = np.where(flags, 8, {"dense": 5, "sparse": 0}.get(call, 2))
+    per_head = [
+        [
+            -(-length // 64) if head < reading else 0 if call != "hybrid" and plan.padded and head >= 5
+            else min(-(-length // 64), selected)
+            for head in range(8)
+        ]
+        for length, reading in zip(lengths.tolist(), dense_heads.tolist(), strict=True)
+    ]  # fmt: skip
+    ends = np.cumsum([sum(row) for row in per_head])
+    assert starts.tolist() == [0, *ends[:-1]]
+    for tile, row, start, length, reading in zip(range(0, 4000, 7), *located, strict=True):
         if tile < total:
-            assert starts[row] == start <= tile < starts[row + 1]
-            assert length == lengths[row]
-    numbers = set()
-    segments = [(b, h) for b in range(batch) for h in range(tiling.heads)]
+            assert starts[row] == start <= tile < ends[row]
+            assert (length, reading) == (lengths[row], dense_heads[row])
+    numbers: set[int] = set()
     end = 0
-    for b, h in segments:
-        first = end
-        end += int(per_head[0 if h < tiling.dense else 1, b])
-        for block in {tile // share for tile in range(first, end)}:
-            number = b * tiling.heads + h + block
-            assert number not in numbers
-            assert number < tiling.pieces
-            numbers.add(number)
+    for b, row in enumerate(per_head):
+        for head, tiles in enumerate(row):
+            blocks = sorted({tile // share for tile in range(end, end + tiles)})
+            end += tiles
+            own = [b * 8 + head + block for block in blocks]
+            assert not numbers.intersection(own)
+            numbers.update(own)
+            assert pieces[1][b, head] == len(own)
+            assert not own or (pieces[0][b, head] == own[0] and own[-1] < plan.pieces)
     assert end == total
 
 
@@ -275,21 +335,21 @@ def test_pieces_cover_every_tile_once_and_have_numbers_of_their_own(batch: int) 
 def test_rows_of_one_length_have_no_more_pieces_than_are_merged_at_once(
     batch: int, dense: int, sparse: int, pages: int
 ) -> None:
-    tiling = Tiling(batch, 8, dense, sparse, 64, 64, 132)
+    plan = SplitPlan(batch, 8, dense, sparse, 64, 64, 132, DecodeConfig())
     most = {True: 0, False: 0}
     for used in [*range(1, 140), *range(pages - 9, pages)]:
         length = jnp.int32(64 * used)
-        heads = [int(tiling.dense_tiles(length))] * dense + [int(tiling.sparse_tiles(length))] * sparse
+        heads = [int(plan.dense_tiles(length))] * dense + [int(plan.sparse_tiles(length))] * sparse
         ends = np.cumsum(heads * batch)
-        share = -(-int(ends[-1]) // tiling.blocks)
+        share = -(-int(ends[-1]) // plan.blocks)
         pieces = (ends - 1) // share - (ends - heads * batch) // share + 1
         for number, found in enumerate(pieces):
-            is_dense = number % tiling.heads < dense
+            is_dense = number % plan.heads < dense
             most[is_dense] = max(most[is_dense], found)
     for is_dense, found in most.items():
-        assert found <= tiling.pieces_of(is_dense)
+        assert found <= plan.pieces_of(is_dense)
         if found and (is_dense or not dense):  # beside dense heads, sparse ones have fewer tiles than the bound thinks
-            assert found >= 0.75 * tiling.pieces_of(is_dense), "no bound to load by"
+            assert found >= 0.75 * plan.pieces_of(is_dense), "no bound to load by"
 
 
 def test_wrong_page_ids_are_never_followed() -> None:
@@ -298,13 +358,11 @@ def test_wrong_page_ids_are_never_followed() -> None:
     selected = jnp.array([[[-1, 2, 5, 7, 2**31 - 1, -(2**31)]]], jnp.int32)
     refs = Refs({"page_table": wrong, "pages": selected})
     for sparse in (0, 1):
-        tiling = Tiling(1, 1, 1 - sparse, sparse, 6, 64, 4)
-        fetch = attend._Fetch(tiling, refs, 9, 6, 2)
+        fetch = Fetch(SplitPlan(1, 1, 1 - sparse, sparse, 6, 64, 4, DecodeConfig()), refs, 9, 6, 2)
         number = jnp.int32(0)
         for length in (1, 64 * 6):
-            piece = attend._Piece(
-                number, number, number, jnp.bool_(not sparse), number, number, jnp.int32(length), number
-            )
+            dense = jnp.bool_(not sparse)
+            piece = Piece(number, number, number, dense, dense, number, number, jnp.int32(length), number)
             logical = [fetch.logical(piece, jnp.int32(tile)) for tile in range(6)]
             assert all(0 <= int(page) < 9 for pages in logical for page in fetch.physical(piece, pages))
             if sparse:  # none of the wrong ones counts as a page, not even one whose first token is beyond int32
@@ -316,14 +374,14 @@ def test_wrong_page_ids_are_never_followed() -> None:
 def test_nothing_is_asked_for(batch: int, heads: list[int]) -> None:
     q = jnp.ones((batch, 3, 4, 64), jnp.bfloat16)
     pool, table = KVPages(jnp.ones((9, 3, 16, 128), jnp.bfloat16)), jnp.zeros((batch, 4), jnp.int32)
-    lengths, named = jnp.full((batch,), 40, jnp.int32), jnp.array(heads, jnp.int32)
+    lengths, named = jnp.full((batch,), 40, jnp.int32), {"heads": as_heads(heads, known=True)}
     selection = ops.Selection(jnp.zeros((batch, 3, 2), jnp.int32), jnp.ones((batch, 3), jnp.int32))
-    out, scores = run(ops.dense_decode, q, pool, table, lengths, named, scale=1.0, page_scores="max")
+    out, scores = run(ops.dense_decode, q, pool, table, lengths, **named, scale=1.0, page_scores="max")
     assert (out.shape, scores.shape) == ((batch, len(heads), 4, 64), (batch, len(heads), 4))
-    out = run(ops.sparse_decode, q, pool, table, lengths, selection, named, scale=1.0)
+    out = run(ops.sparse_decode, q, pool, table, lengths, selection, **named, scale=1.0)
     assert out.shape == (batch, len(heads), 4, 64)
     spec = SelectionSpec(2, 0, 0)
-    out, handed = run(ops.hybrid_decode, q, pool, table, lengths, selection, named, spec=spec, scale=1.0)
+    out, handed = run(ops.hybrid_decode, q, pool, table, lengths, selection, **named, spec=spec, scale=1.0)
     assert (out.shape, handed.pages.shape) == (q.shape, selection.pages.shape)
 
 
@@ -378,7 +436,9 @@ def test_kernels_lower_for_cuda(
             scale=0.1, implementation="mosaic_gpu",
         )  # fmt: skip
 
-    code = kernels(call, *shapes)
+    with ops.recorded() as calls:
+        code = kernels(call, *shapes)
+    assert set(calls) == {("hybrid_decode", "mosaic_gpu")}
     assert len(code) == 2, "two launches"
     assert unsigned(code) == []
 

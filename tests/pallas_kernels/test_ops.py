@@ -1,6 +1,7 @@
 """The ops against the float64 oracle, over pools that hold NaN wherever nothing was ever written."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import pytest
 
 import pallas_kernels as ops
 from pallas_kernels import KVPages, Selection, SelectionSpec, dispatch
+from pallas_kernels.xla import decode
+from pallas_kernels.xla.config import XlaConfig
 from tests.support import oracle
 from tests.support.paged_caches import (
     BUDGET,
@@ -72,6 +75,89 @@ def test_sparse_decode_reads_the_selected_pages_only(shape: Shape) -> None:
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=shape.tolerance)
 
 
+def check_lse(lse: np.ndarray, cache: Cache, shape: Shape, b: int, head: int, pages: list[int]) -> None:
+    """Of the query heads of one KV head over some pages; MASKED where there are no positions."""
+    length = int(cache.lengths[b])
+    k, _ = oracle.read_cache(cache.kv_pages, cache.page_table, b, length, head)
+    k = k[[j for j in range(length) if j // shape.page_size in pages]]
+    if len(k) == 0:
+        np.testing.assert_array_equal(lse, np.float32(ops.MASKED))
+    else:
+        np.testing.assert_allclose(
+            lse, oracle.log_sum_exp(cache.q[b, head].astype(np.float64), k, shape.scale), atol=5e-5
+        )
+
+
+@pytest.mark.parametrize("heads", [[2, -1, 0], [-1, 1, -1]], ids=str)
+def test_log_sum_exps_and_heads_of_nothing(heads: list[int]) -> None:
+    """At length 0, at every edge of a page, for the whole cache and for selected pages."""
+    shape = SHAPES[1]
+    cache = make_cache(shape, seed=2)
+    pages, named = some_pages(cache, shape.page_size), jnp.array(heads, jnp.int32)
+    out, scores, lse = run(
+        ops.dense_decode, *cache.arrays, named, scale=shape.scale, page_scores="max", return_lse=True
+    )
+    assert lse.dtype == jnp.float32
+    assert lse.shape == out.shape[:3]
+    real = [head for head in heads if head >= 0]
+    want, want_scores = oracle.dense_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, real, scale=shape.scale
+    )
+    picked, picked_lse = run(
+        ops.sparse_decode, *cache.arrays, padded(pages, BUDGET), named, scale=shape.scale, return_lse=True
+    )
+    want_picked = oracle.sparse_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, real, scale=shape.scale
+    )
+    for r, head in enumerate(heads):
+        if head < 0:
+            for zero in (out[:, r], picked[:, r]):
+                np.testing.assert_array_equal(zero, 0.0)
+            for nothing in (lse[:, r], picked_lse[:, r]):
+                np.testing.assert_array_equal(nothing, np.float32(ops.MASKED))
+            continue
+        index = real.index(head)
+        np.testing.assert_allclose(out[:, r], want[:, index], atol=shape.tolerance)
+        np.testing.assert_allclose(picked[:, r], want_picked[:, index], atol=shape.tolerance)
+        for b in range(len(cache.lengths)):
+            found = want_scores[b][index]
+            np.testing.assert_allclose(scores[b, r, : len(found)], found, atol=5e-5, rtol=1e-5)
+            check_lse(lse[b, r], cache, shape, b, head, list(range(PAGES)))
+            check_lse(picked_lse[b, r], cache, shape, b, head, pages[b][head])
+
+
+def test_two_halves_of_a_cache_merge_to_the_whole() -> None:
+    shape, half = SHAPES[1], PAGES // 2
+    q, kv, table, lengths = make_cache(shape, seed=3).arrays
+    heads, first = np.arange(KV_HEADS, dtype=np.int32), half * shape.page_size
+    call = functools.partial(ops.dense_decode, heads=heads, scale=shape.scale, return_lse=True, implementation="xla")
+    dense = functools.partial(jax.jit(call), q, kv)
+    whole, _, whole_lse = dense(table, lengths)
+    parts = [
+        dense(table[:, :half], jnp.minimum(lengths, first)),
+        dense(table[:, half:], jnp.maximum(lengths - first, 0)),
+    ]
+    lse = jnp.logaddexp(parts[0][2], parts[1][2])
+    merged = sum(out * jnp.exp(part - lse)[..., None] for out, _, part in parts)
+    np.testing.assert_allclose(merged, whole, atol=1e-5)
+    np.testing.assert_allclose(lse, whole_lse, rtol=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_the_size_of_a_block_changes_nothing(block: int) -> None:
+    shape = SHAPES[1]
+    cache, heads = make_cache(shape, seed=4), np.array([2, 0], np.int32)
+    want, want_scores = oracle.dense_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads.tolist(), scale=shape.scale
+    )
+    out, scores = decode.dense_decode(
+        *cache.arrays, heads, scale=shape.scale, page_scores="max", config=XlaConfig(decode_block=block)
+    )
+    np.testing.assert_allclose(out, want, atol=shape.tolerance)
+    for b, row in enumerate(want_scores):
+        np.testing.assert_allclose(scores[b, :, : len(row[0])], np.array(row), atol=5e-5, rtol=1e-5)
+
+
 def check_hybrid(shape: Shape, cache: Cache, heads: list[int], rule: oracle.Rule) -> None:
     pages = some_pages(cache, shape.page_size, rule.budget)
     out, selection = run(
@@ -79,7 +165,7 @@ def check_hybrid(shape: Shape, cache: Cache, heads: list[int], rule: oracle.Rule
         *cache.arrays,
         padded(pages, rule.budget),
         jnp.array(heads, jnp.int32),
-        spec_of(rule),
+        spec=spec_of(rule),
         scale=shape.scale,
     )
     want, handed, margin = oracle.hybrid_decode(
@@ -120,6 +206,56 @@ def test_hybrid_decode_over_more_pages_than_one_pass_holds() -> None:
     shape = Shape(64, 8, 2)
     cache = make_cache(shape, lengths=[18 * 64 + 5, 39 * 64, 64])
     check_hybrid(shape, cache, [1], oracle.Rule(20, 1, 2))
+
+
+def test_hybrid_decode_with_padded_heads_in_every_position() -> None:
+    """Known while tracing or not, heads of −1 change nothing: the layer is that of the heads beside them."""
+    shape, rule = SHAPES[1], oracle.Rule(BUDGET, 1, 1)
+    cache = make_cache(shape, seed=1)
+    pages = some_pages(cache, shape.page_size)
+    inherited = padded(pages, BUDGET)
+    layer = functools.partial(ops.hybrid_decode, spec=spec_of(rule), scale=shape.scale, implementation="xla")
+    traced = jax.jit(layer)
+    for heads in ([1, -1, -1], [-1, 1, -1], [-1, -1, 1], [2, -1, 0], [-1, 0, 2], [-1, -1, -1], [2, 0, 1]):
+        real = [head for head in heads if head >= 0]
+        want, handed, margin = oracle.hybrid_decode(
+            cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, real, rule, scale=shape.scale
+        )
+        assert margin > 1e-4, "another seed: this one decides by rounding"
+        results = [traced(*cache.arrays, inherited, jnp.array(heads, jnp.int32))]
+        if heads == [2, -1, 0]:
+            results.append(layer(*cache.arrays, inherited, np.array(heads, np.int32)))
+        for out, selection in results:
+            np.testing.assert_allclose(out, want, atol=shape.tolerance)
+            expected = padded(handed, BUDGET)
+            np.testing.assert_array_equal(selection.pages, expected.pages)
+            np.testing.assert_array_equal(selection.counts, expected.counts)
+
+
+@pytest.mark.parametrize("heads", [[1], [], [0, 1, 2]], ids=["one retrieves", "none retrieves", "all retrieve"])
+def test_dense_rows_beside_hybrid_ones(heads: list[int]) -> None:
+    """Every combination of flags: a dense row is `dense_decode`'s to the bit, no row depends on another's flag."""
+    shape, spec = SHAPES[1], SelectionSpec(BUDGET, 1, 1)
+    page = shape.page_size
+    cache = make_cache(shape, lengths=[0, page + 1, 6 * page, 5 * page - 1])
+    inherited = padded(some_pages(cache, page), BUDGET)
+    every = np.arange(KV_HEADS, dtype=np.int32)
+    full, _ = run(ops.dense_decode, *cache.arrays, heads=every, scale=shape.scale)
+    call = functools.partial(
+        ops.hybrid_decode, heads=np.array(heads, np.int32), spec=spec, scale=shape.scale, implementation="xla"
+    )
+    plain, handed = jax.jit(call)(*cache.arrays, inherited)
+    flagged = jax.jit(lambda dense: call(*cache.arrays, inherited, dense=dense))
+    for flags in itertools.product([False, True], repeat=len(cache.lengths)):
+        dense = np.array(flags)
+        out, selection = flagged(jnp.asarray(dense))
+        np.testing.assert_array_equal(out[dense], full[dense])
+        np.testing.assert_array_equal(out[~dense], plain[~dense])
+        np.testing.assert_array_equal(selection.pages[~dense], handed.pages[~dense])
+        np.testing.assert_array_equal(selection.counts[~dense], handed.counts[~dense])
+        ids, used = np.asarray(selection.pages), -(-cache.lengths // page)
+        assert ((ids >= -1) & (ids < used[:, None, None])).all()
+        np.testing.assert_array_equal((ids >= 0).sum(axis=-1), selection.counts)
 
 
 def test_a_named_implementation_runs_or_raises() -> None:

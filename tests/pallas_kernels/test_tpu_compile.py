@@ -10,21 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 import pallas_kernels as ops
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
-from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for, sharding
+from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for
 from lychee_jax.cache.allocator import pages_for
 from lychee_jax.engine import programs
 from lychee_jax.engine.options import max_pages
 from lychee_jax.engine.programs import DecodePlan, make_rows
-from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import weight_format
 from pallas_kernels import KVPages, Selection, SelectionSpec
 
 pytestmark = [
@@ -134,13 +131,9 @@ def test_the_dense_decode_loop_compiles_and_fits(chip: str, model: str, batch: i
 
 
 def abstract(chip: Chip, model: str, batch: int, context: int) -> tuple[ModelSpec, Any, Any, Any]:
-    """A model with its weights laid out as on a TPU, its pools and its page table, as shapes."""
+    """A model, its weights, its pools and its page table, as shapes."""
     config = MODELS[model]
-    spec, weights = ModelSpec.split(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))))
-    weights = tuple(
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=weight_format(config, leaf.shape, sharding(chip)))
-        for leaf in weights
-    )
+    spec, weights = ModelSpec.abstract(config, jnp.bfloat16)
     num_pages = batch * (pages_for(context, PAGE) + 1)
     pool = array(num_pages, config.num_kv_heads, PAGE, 2 * config.head_dim, dtype=jnp.dtype("bfloat16"))
     return spec, weights, (KVPages(pool),) * config.num_layers, array(batch, max_pages(context, PAGE))

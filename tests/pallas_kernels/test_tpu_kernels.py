@@ -25,6 +25,7 @@ from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.llm import LLM
 from lychee_jax.models.decoder import Decoder
 from pallas_kernels import KVPages
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 from tests.support import oracle
 from tests.support.paged_caches import KV_HEADS, Cache, Shape, make_cache, padded, some_pages, spec_of
 from tests.support.tpu import interpreted, run
@@ -37,29 +38,63 @@ def steps(shape: Shape, *tokens: int) -> list[int]:
     return [4096 * 2, *tokens, shape.page_size * 3]
 
 
-def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None, cores: int = 1) -> None:
-    out, scores = run(
-        ops.dense_decode, *cache.arrays, jnp.array(heads, jnp.int32), scale=shape.scale, page_scores=kind, cores=cores
-    )
-    want, want_scores = oracle.dense_decode(
-        cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads, scale=shape.scale, score=kind or "max"
-    )
+# Several steps where there would be one.
+SMALL = TpuConfig(
+    block_tokens=128, block_pages=4, step_blocks=2, dma_unroll=2, select_chunk=128, select_places=8, select_bits=4
+)
+
+
+def check_dense(
+    shape: Shape,
+    cache: Cache,
+    heads: list[int],
+    kind: str | None,
+    cores: int = 1,
+    config: TpuConfig | None = None,
+) -> None:
+    """Everything that `dense_decode` gives, against the oracle; without page scores, without log-sum-exps, too."""
+    out, scores, *lse = run(
+        ops.dense_decode, *cache.arrays, jnp.array(heads, jnp.int32), scale=shape.scale, page_scores=kind,
+        return_lse=kind is not None, cores=cores, config=config,
+    )  # fmt: skip
     assert out.dtype == cache.q.dtype
-    np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
+    assert not np.asarray(out)[:, [r for r, head in enumerate(heads) if head < 0]].any()
+    named = [r for r, head in enumerate(heads) if head >= 0]
+    want, want_scores = oracle.dense_decode(
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, [heads[r] for r in named], scale=shape.scale,
+        score=kind or "max",
+    )  # fmt: skip
+    np.testing.assert_allclose(np.asarray(out, np.float64)[:, named], want, atol=shape.tolerance)
     if kind is None:
         assert scores is None
+        assert not lse
         return
     assert scores.dtype == jnp.float32
     assert scores.shape == (len(cache.lengths), len(heads), cache.page_table.shape[1])
     for b, row in enumerate(want_scores):
-        for r, head in enumerate(row):
+        for r, head in zip(named, row, strict=True):
             np.testing.assert_allclose(scores[b, r, : len(head)], head, atol=5e-5, rtol=1e-5)
+    check_lse(shape, cache, heads, lse[0])
+
+
+def check_lse(
+    shape: Shape, cache: Cache, heads: list[int], lse: jax.Array, pages: list[list[list[int]]] | None = None
+) -> None:
+    """`lse [B, R, G]` over all that a head may read, or over `pages` of it; masked where nothing was read."""
+    assert lse.dtype == jnp.float32
+    for b, length in enumerate(cache.lengths.tolist()):
+        for r, head in enumerate(heads):
+            keys, _ = oracle.read_cache(cache.kv_pages, cache.page_table, b, length if head >= 0 else 0, head)
+            if pages is not None:
+                keys = keys[[j for j in range(len(keys)) if j // shape.page_size in pages[b][head]]]
+            want = oracle.log_sum_exp(cache.q[b, head].astype(np.float64), keys, shape.scale)
+            np.testing.assert_allclose(lse[b, r], np.maximum(want, ops.MASKED), atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("shape", "heads", "kind"),
     [
-        (Shape(16, 64, 4), [2, 0], "max"),
+        (Shape(16, 64, 4), [2, -1, 0], "max"),
         (Shape(32, 128, 7, BF16), [1], "lse"),
         (Shape(64, 128, 8, BF16), [0, 2, 1], "max"),
         (Shape(128, 64, 1), [2], "lse"),
@@ -81,7 +116,17 @@ def test_dense_decode_over_several_steps(shape: Shape, heads: list[int], kind: s
     check_dense(shape, make_cache(shape, lengths=steps(shape, 4096 + shape.page_size, 4096 + 1)), heads, kind)
 
 
-@pytest.mark.parametrize("heads", [[1], [2, 0], [0, 1, 2]], ids=["split context", "a head each", "split contexts"])
+def test_tiles_of_other_sizes_give_the_same() -> None:
+    shape = Shape(32, 64, 2)
+    cache = make_cache(shape, lengths=[600, 0, 256, 257, 33])
+    check_dense(shape, cache, [-1, 1], "lse", config=SMALL)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [[1], [2, 0], [0, -1, 2]],
+    ids=["split KV", "a head each", "split KVs"],
+)
 def test_two_cores_share_the_work(heads: list[int]) -> None:
     """v4 and v5p: cores take turns with the heads, or share each head's context where heads do not come out even."""
     shape = Shape(64, 64, 4)
@@ -106,7 +151,7 @@ def test_a_row_of_another_cache_does_not_leak_in() -> None:
     ("shape", "heads", "budget"),
     [
         (Shape(16, 64, 4), [1, 2], 4),
-        (Shape(64, 128, 8, BF16), [0], 4),
+        (Shape(64, 128, 8, BF16), [-1, 0], 4),
         (Shape(128, 128, 7, BF16), [0, 1, 2], 40),
         (Shape(64, 64, 1), [2, 0], 70),
     ],
@@ -121,18 +166,26 @@ def test_sparse_decode_reads_the_selected_pages_only(shape: Shape, heads: list[i
         for p in set(range(oracle.page_count(int(cache.lengths[b]), shape.page_size))).difference(*row):
             if b + 2 < len(pages):  # the last two rows share a page
                 cache.kv_pages[cache.page_table[b, p]] = np.nan
-    got = run(
+    got, lse = run(
         ops.sparse_decode, *cache.arrays, padded(pages, budget), jnp.array(heads, jnp.int32), scale=shape.scale,
-        cores=cores,
+        return_lse=True, cores=cores,
     )  # fmt: skip
     want = oracle.sparse_decode(
         cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, scale=shape.scale
     )
+    want[:, [r for r, head in enumerate(heads) if head < 0]] = 0.0
     assert got.dtype == cache.q.dtype
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=shape.tolerance)
+    check_lse(shape, cache, heads, lse, pages)
 
 
-def check_select(scores: np.ndarray, counts: list[int], rule: oracle.Rule, page_size: int = 16) -> None:
+def check_select(
+    scores: np.ndarray,
+    counts: list[int],
+    rule: oracle.Rule,
+    page_size: int = 16,
+    config: TpuConfig | None = None,
+) -> None:
     """Against the oracle; `counts` are the pages of every row, and what lies past them is NaN."""
     scores = scores.astype(np.float32)
     lengths = [max(0, count * page_size - b % page_size) for b, count in enumerate(counts)]
@@ -140,6 +193,7 @@ def check_select(scores: np.ndarray, counts: list[int], rule: oracle.Rule, page_
         scores[b, :, count:] = np.nan
     pages, got = run(
         ops.select_pages, jnp.asarray(scores), jnp.array(lengths, jnp.int32), spec=spec_of(rule), page_size=page_size,
+        config=config,
     )  # fmt: skip
     picked = [
         [oracle.pick(head[:count].astype(np.float64), rule) for head in row]
@@ -162,6 +216,11 @@ def test_select_pages_is_exact(make: str) -> None:
     check_select(scores, [300, 0, 1, 40, 41], oracle.Rule(40, 2, 3))
 
 
+def test_select_pages_in_smaller_pieces() -> None:
+    rng = np.random.default_rng(3)
+    check_select(np.round(8 * rng.standard_normal((2, 2, 300))), [300, 129], oracle.Rule(40, 2, 3), config=SMALL)
+
+
 def test_select_pages_of_the_longest_contexts() -> None:
     """More pages than one piece of the kernel's code covers, and more places than one register has lanes."""
     rng = np.random.default_rng(1)
@@ -177,34 +236,68 @@ def test_select_pages_by_every_rule(name: str, amount: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "heads", "rule", "cores"),
+    ("shape", "heads", "rule", "cores", "dense"),
     [
-        (Shape(16, 64, 4), [1], oracle.Rule(4, 1, 1), 1),
-        (Shape(64, 128, 8, BF16), [2, 0], oracle.Rule(4, 1, 1), 2),
-        (Shape(32, 64, 2), [], oracle.Rule(4, 1, 1), 1),
-        (Shape(16, 128, 7), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), 1),
+        (Shape(16, 64, 4), [-1, 1], oracle.Rule(4, 1, 1), 1, None),
+        (Shape(64, 128, 8, BF16), [2, 0], oracle.Rule(4, 1, 1), 2, [0, 3, 4, 5]),
+        (Shape(32, 64, 2), [], oracle.Rule(4, 1, 1), 1, [1, 2, 6]),
+        (Shape(16, 128, 7), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), 1, None),
     ],
     ids=str,
 )
 def test_hybrid_decode_mixes_the_roles_of_a_layer(
-    shape: Shape, heads: list[int], rule: oracle.Rule, cores: int
+    shape: Shape, heads: list[int], rule: oracle.Rule, cores: int, dense: list[int] | None
 ) -> None:
+    """Rows in `dense` read everything in every head; what they hand up is what they would without."""
     cache = make_cache(shape, seed=1)
+    flags = None if dense is None else np.isin(np.arange(len(cache.lengths)), dense)
     pages = some_pages(cache, shape.page_size, rule.budget)
     with ops.recorded() as calls:
         out, selection = run(
             ops.hybrid_decode, *cache.arrays, padded(pages, rule.budget), jnp.array(heads, jnp.int32),
-            spec=spec_of(rule), scale=shape.scale, cores=cores,
+            spec=spec_of(rule), scale=shape.scale, cores=cores, dense=None if flags is None else jnp.asarray(flags),
         )  # fmt: skip
     assert calls == [("hybrid_decode", "mosaic_tpu")]
     want, handed, margin = oracle.hybrid_decode(
-        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, heads, rule, scale=shape.scale
-    )
+        cache.q, cache.kv_pages, cache.page_table, cache.lengths, pages, [head for head in heads if head >= 0], rule,
+        scale=shape.scale,
+    )  # fmt: skip
     assert margin > 1e-4, "another seed: this one decides by rounding"
+    if flags is not None:
+        want[flags] = oracle.dense_decode(
+            cache.q, cache.kv_pages, cache.page_table, cache.lengths, list(range(KV_HEADS)), scale=shape.scale
+        )[0][flags]
     np.testing.assert_allclose(np.asarray(out, np.float64), want, atol=shape.tolerance)
     expected = padded(handed, rule.budget)
     np.testing.assert_array_equal(selection.pages, expected.pages)
     np.testing.assert_array_equal(selection.counts, expected.counts)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_dense_rows_read_everything_and_change_no_other_row(cores: int) -> None:
+    """Dense rows of several steps beside rows that still read their selections only, to the bit as without them."""
+    shape, heads, budget = Shape(64, 64, 2), [2, -1, 0], 2
+    lengths = [64 * 4 + 1, 64 * 3, 0, 64 * 8, 64 * 6 - 1, 64]
+    dense = np.array([True, False, True, True, False, True])
+    cache = make_cache(shape, lengths=lengths)
+    pages = some_pages(cache, shape.page_size, budget)
+    full, _ = oracle.dense_decode(cache.q, cache.kv_pages, cache.page_table, cache.lengths, [2, 0], scale=shape.scale)
+    for head in (2, 0):
+        for p in {0, 1, 2}.difference(pages[1][head]):
+            cache.kv_pages[cache.page_table[1, p], head] = np.nan
+
+    def decode(flags: jax.Array | None) -> np.ndarray:
+        out = run(
+            ops.sparse_decode, *cache.arrays, padded(pages, budget), scale=shape.scale, heads=np.array(heads, np.int32),
+            dense=flags, cores=cores, config=SMALL,
+        )  # fmt: skip
+        return np.asarray(out)
+
+    out, alone = decode(jnp.asarray(dense)), decode(None)
+    assert np.isfinite(out).all()
+    assert not out[:, 1].any()
+    np.testing.assert_allclose(out[dense][:, [0, 2]], full[dense], atol=shape.tolerance)
+    np.testing.assert_array_equal(out[~dense], alone[~dense])
 
 
 @pytest.mark.parametrize(

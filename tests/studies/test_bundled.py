@@ -18,7 +18,7 @@ from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Cell
 from lychee_jax.evaluation.passkey import STYLE, Passkey, is_right
-from lychee_jax.evaluation.runner import Plan
+from lychee_jax.evaluation.runner import EvaluationPlan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.variants import variants_of
 from lychee_jax.llm import LLM
@@ -101,14 +101,14 @@ def test_training_text_is_the_tokenizers(tokenizer: Tokenizer):
 
 def test_a_chat_is_the_trained_form(tokenizer: Tokenizer):
     text = "The passkey of amber falcon is 48213.\nQuestion: What is the passkey of amber falcon?"
-    assert tokenizer.encode_chat(text) == tokenizer.encode(text + "\nAnswer:")
+    assert tokenizer.encode_messages(text) == tokenizer.encode(text + "\nAnswer:")
 
 
 def test_it_answers_fresh_questions_in_text_and_hybrid_decoding_does_too(bundled: LLM, tmp_path: Path):
     assert bundled.tokenizer is not None
     task = Passkey(bundled.tokenizer, facts=10, seed=1, max_new_tokens=12)
     options = GenerateOptions(heads=bundled.heads, eos_ids=bundled.eos_ids)
-    plan = Plan([Cell(task, 1024, 4)], variants_of(["dense", "hybrid"], ["512"]), options, batch=4)
+    plan = EvaluationPlan([Cell(task, 1024, 4)], variants_of(["dense", "hybrid"], ["512"]), options, batch=4)
     report = evaluate(bundled, STYLE, plan, tmp_path, {})
     assert [result.variant for result in report.results] == ["dense", "hybrid@512"]
     assert all(result.score >= 0.75 for result in report.results), report.markdown()
@@ -140,7 +140,7 @@ def test_bad_tasks_are_refused(tokenizer: Tokenizer):
         Passkey(tokenizer, "variable").case(2048, 0.5, 0)
 
 
-TINY = pretrain.Plan(
+TINY = pretrain.PretrainingPlan(
     config=dataclasses.replace(
         pretrain.CONFIG, num_layers=2, hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=1, head_dim=16
     ),

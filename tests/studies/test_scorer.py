@@ -19,7 +19,7 @@ from lychee_jax.loading import load
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.studies.head_maps.maps import roles_of
 from lychee_jax.studies.head_maps.prompts import HELD_OUT, prompts
-from lychee_jax.studies.scorer import Kind, Memory, Scorer
+from lychee_jax.studies.scorer import Memory, ProgramKey, Scorer
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 512)
 HEADS = HeadMap(3, 2, ((0, 1), (1,), ()))
@@ -124,10 +124,10 @@ def test_programs_are_compiled_ahead_and_once(scorer: Scorer, memory: Memory, mo
     compiled = []
     compile_one = scorer._compile
     monkeypatch.setattr(scorer, "_compile", lambda kind: compiled.append(kind) or compile_one(kind))
-    scorer.prepare([Kind(ROWS, LENGTH, ANSWER, policy, 4)] * 2)
+    scorer.prepare([ProgramKey(ROWS, LENGTH, ANSWER, policy, 4)] * 2)
     for _ in range(2):
         scorer.score(memory, np.zeros((ROWS, ANSWER), np.int32), roles_of(HEADS), policy, 4)
-    assert compiled == [Kind(ROWS, LENGTH, ANSWER, policy, 4)]
+    assert compiled == [ProgramKey(ROWS, LENGTH, ANSWER, policy, 4)]
 
 
 def test_bad_shapes_are_refused(scorer: Scorer, memory: Memory):

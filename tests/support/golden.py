@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import load_file
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.spec import ModelSpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -41,33 +41,24 @@ def golden_prompts(case: str) -> list[Prompt]:
 def golden_model(case: str) -> Decoder:
     """The case's model in float32, its weights placed by hand: no code is shared with the conversion under test."""
     config = ModelConfig.from_folder(GOLDEN / case)
-    weights = load_file(GOLDEN / case / "model.safetensors")
-    heads = {
-        "q_proj": config.num_heads,
-        "k_proj": config.num_kv_heads,
-        "v_proj": config.num_kv_heads,
-    }
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    state = nnx.state(model)
-    for path, leaf in nnx.to_flat_state(state):
-        *modules, kind = (str(part) for part in path)
-        name = ".".join(["model", *modules]) if modules != ["lm_head"] else "lm_head"
-        for ours, theirs in (
-            ("attention.", "self_attn."),
-            ("input_norm", "input_layernorm"),
-            ("post_attention_norm", "post_attention_layernorm"),
-            ("model.embed", "model.embed_tokens"),
-        ):
-            name = name.replace(ours, theirs)
-        value = weights.pop(f"{name}.{'bias' if kind == 'bias' else 'weight'}")
-        if kind == "kernel":
-            value = value.T
-        if modules[-1] in heads:
-            value = value.reshape(*value.shape[:-1], heads[modules[-1]], config.head_dim)
-        if modules[-1] == "o_proj" and kind == "kernel":
-            value = value.reshape(config.num_heads, config.head_dim, -1)
-        assert value.shape == leaf.shape, name
-        leaf.set_value(jnp.asarray(value))
-    assert not weights
-    nnx.update(model, state)
-    return model
+    tensors = load_file(GOLDEN / case / "model.safetensors")
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    spec, shapes = ModelSpec.abstract(config, jnp.float32)
+    weights = []
+    for path, leaf in zip(spec.names, shapes, strict=True):
+        *modules, kind = path.split(".")
+        parts = []
+        for module in fused.get(modules[-1], modules[-1:]):
+            name = ".".join(["model", *modules[:-1], module]) if modules != ["lm_head"] else "lm_head"
+            for ours, theirs in (
+                ("attention.", "self_attn."),
+                ("input_norm", "input_layernorm"),
+                ("post_attention_norm", "post_attention_layernorm"),
+                ("model.embed", "model.embed_tokens"),
+            ):
+                name = name.replace(ours, theirs)
+            parts.append(tensors.pop(f"{name}.{'bias' if kind == 'bias' else 'weight'}"))
+        weights.append(jnp.asarray(np.concatenate(parts)))
+        assert weights[-1].shape == leaf.shape, path
+    assert not tensors
+    return spec.merge(tuple(weights))

@@ -1,6 +1,7 @@
 """GPU kernels without a GPU: JAX's interpreter with race detection, and lowering for CUDA."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,24 +13,20 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
-from pallas_kernels.mosaic_gpu import finish, merge, plan
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.mosaic_gpu.common import targeting
+from pallas_kernels.mosaic_gpu.config import DecodeConfig
+
+# Every load is a call back to Python in the interpreter, so that less is unrolled; the code is the same.
+FEW = DecodeConfig(held_rows=4, merge_warpgroups=2, merge_least=1, merge_most=2)
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Kernels traced inside run on a simulated GPU, where a race is an error, and unwritten memory is NaN.
-
-    Every load is a call back to Python here, so that less is unrolled; the code is the same.
-    """
+    """Kernels traced inside run on a simulated GPU, where a race is an error, and unwritten memory is NaN."""
     gpu_callbacks.reset_gpu_interpret_mode_state()
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
-    with pytest.MonkeyPatch.context() as patch, pallas_kernels.interpreted("mosaic_gpu", params):
-        patch.setattr(merge, "_FEWEST", 1)
-        patch.setattr(merge, "_MOST", 2)
-        for module in (merge, finish):
-            patch.setattr(module, "WARPGROUPS", 2)
-        patch.setattr(plan, "_HELD_ROWS", 4)
+    with pallas_kernels.interpreted("mosaic_gpu", params):
         try:
             yield
             found = gpu_callbacks._races is not None and gpu_callbacks.get_races().races_found
@@ -39,10 +36,15 @@ def interpreted() -> Iterator[None]:
     assert not found, "the interpreter saw a data race; it is printed above"
 
 
-def run(op: Any, *args: Any, **static: Any) -> Any:
-    """One call of an op as a GPU kernel under the interpreter."""
+def run(op: Any, *args: Any, **options: Any) -> Any:
+    """One call of an op as a GPU kernel under the interpreter; only JAX's arrays are unknown while tracing."""
+    if op is not pallas_kernels.extend_attention:
+        options["config"] = FEW
+    arrays = {name: value for name, value in options.items() if isinstance(value, jax.Array)}
+    known = {name: value for name, value in options.items() if name not in arrays}
+    call = functools.partial(getattr(mosaic_gpu, op.__name__), **known)
     with interpreted():
-        return jax.block_until_ready(jax.jit(lambda *args: op(*args, implementation="mosaic_gpu", **static))(*args))
+        return jax.block_until_ready(jax.jit(call)(*args, **arrays))
 
 
 def lower(function: Any, *args: Any) -> str:

@@ -8,16 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig, RopeConfig
 from lychee_jax.engine.options import AttentionMode, EngineConfig, GenerateOptions
 from lychee_jax.engine.outputs import Result
-from lychee_jax.llm import LoadedModel as LLM
-from lychee_jax.models.decoder import Decoder
-from tests.support import oracle
+from lychee_jax.llm import LLM
+from lychee_jax.models.spec import ModelSpec
+from tests.support import first_format, oracle
 
 VOCAB = 61
 NEW = 14
@@ -132,20 +131,18 @@ def make_model(
 ) -> tuple[LLM, dict[str, np.ndarray]]:
     """Random weights under which attention is peaked, so that the choice of pages decides the tokens."""
     rng = np.random.default_rng(case.seed + 1)
-    abstract = nnx.eval_shape(lambda: Decoder(case.config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    weights: dict[str, np.ndarray] = {}
-    leaves = nnx.to_flat_state(state)
-    for path, leaf in leaves:
-        name, value = ".".join(map(str, path)), rng.standard_normal(leaf.shape)
+    drawn: dict[str, np.ndarray] = {}
+    for name, shape in first_format.shapes(case.config).items():
+        value = rng.standard_normal(shape)
         if name.endswith("scale"):
             value = (2.0 if "attention" in name else 1.0) * (1 + 0.3 * value)
         elif name.endswith("bias"):
             value = 0.3 * value
         elif name.endswith("kernel"):
             value = (1.7 if "q_proj" in name or "k_proj" in name else 1.0) * value / np.sqrt(case.config.hidden_size)
-        weights[name] = value.astype(leaf.dtype)
-    arrays = [(path, leaf.replace(jnp.asarray(weights[".".join(map(str, path))]))) for path, leaf in leaves]
-    model = nnx.merge(graphdef, nnx.from_flat_state(arrays))
+        drawn[name] = value.astype(jnp.dtype(dtype))
+    weights = first_format.fused(drawn)
+    spec, _ = ModelSpec.abstract(case.config, dtype)
+    model = spec.merge(tuple(jnp.asarray(weights[name]) for name in spec.names))
     config = engine_config or small_chunks(case.page_size)
     return LLM(Path("tiny"), case.config, model, None, (), engine_config=config), weights

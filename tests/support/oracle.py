@@ -2,7 +2,7 @@
 
 Written from the selection rule of the project and from LycheeDecode (arXiv 2602.04541) alone. It imports nothing of
 the packages, so that a mistake would have to be made twice, in two different ways, to go unseen. A model configuration
-is read by attribute only; weights are a flat `{"layers.0.attention.q_proj.kernel": array}`.
+is read by attribute only; weights are a flat `{"layers.0.attention.qkv_proj.kernel": array}`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,11 @@ def attend(q: Array, k: Array, v: Array, scale: float) -> Array:
         p = np.exp(s - s.max())
         out[g] = (p / p.sum()) @ v
     return out
+
+
+def log_sum_exp(q: Array, k: Array, scale: float) -> Array:
+    """The natural log-sum-exp `[G]` of the scores of `q [G, H]` over `k [length, H]`; nothing to read gives −∞."""
+    return np.array([np.logaddexp.reduce(scale * (k @ q_g), initial=-math.inf) for q_g in q], dtype=np.float64)
 
 
 def attend_pages(q: Array, k: Array, v: Array, pages: Sequence[int], page_size: int, scale: float) -> Array:
@@ -392,11 +397,8 @@ class Oracle:
         """`x [E]` → rotated `q [K, G, H]`, rotated `k [K, H]`, `v [K, H]` of one token."""
         name, c = f"layers.{layer}.attention.", self.config
         x = _norm(x, self.w[f"layers.{layer}.input_norm.scale"], c.rms_norm_eps)
-        q, k, v = (
-            np.einsum("e,enh->nh", x, self.w[f"{name}{part}_proj.kernel"])
-            + (self.w[f"{name}{part}_proj.bias"] if c.qkv_bias else 0.0)
-            for part in "qkv"
-        )
+        heads = self._linear(f"{name}qkv_proj", x, c.qkv_bias).reshape(-1, c.head_dim)
+        q, k, v = np.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads])
         if c.qk_norm:
             q = _norm(q, self.w[f"{name}q_norm.scale"], c.rms_norm_eps)
             k = _norm(k, self.w[f"{name}k_norm.scale"], c.rms_norm_eps)
@@ -407,19 +409,16 @@ class Oracle:
     def _finish_layer(self, layer: int, x: Array, mixed: Array) -> Array:
         """The rest of a layer: output projection of `mixed [K, G, H]`, both residual sums, MLP."""
         name, c = f"layers.{layer}.", self.config
-        heads = mixed.reshape(c.num_heads, c.head_dim)
-        x = x + np.einsum("nh,nhe->e", heads, self.w[f"{name}attention.o_proj.kernel"])
-        if c.o_bias:
-            x = x + self.w[f"{name}attention.o_proj.bias"]
+        x = x + self._linear(f"{name}attention.o_proj", mixed.reshape(-1), c.o_bias)
         h = _norm(x, self.w[f"{name}post_attention_norm.scale"], c.rms_norm_eps)
-        gate, up = (self._linear(f"{name}mlp.{part}_proj", h, c.mlp_bias) for part in ("gate", "up"))
+        gate, up = np.split(self._linear(f"{name}mlp.gate_up_proj", h, c.mlp_bias), 2)
         return x + self._linear(f"{name}mlp.down_proj", gate / (1 + np.exp(-gate)) * up, c.mlp_bias)
 
     def _linear(self, name: str, x: Array, bias: bool) -> Array:
-        y = x @ self.w[f"{name}.kernel"]
+        y = self.w[f"{name}.kernel"] @ x
         return y + self.w[f"{name}.bias"] if bias else y
 
     def _logits(self, x: Array) -> Array:
         x = _norm(x, self.w["norm.scale"], self.config.rms_norm_eps)
         tied = self.config.tie_word_embeddings
-        return x @ (self.w["embed.embedding"].T if tied else self.w["lm_head.kernel"])
+        return self.w["embed.embedding" if tied else "lm_head.kernel"] @ x

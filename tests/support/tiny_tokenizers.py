@@ -14,6 +14,14 @@ CHAT_TEMPLATE = (
     "{{ message.role }} {{ message.content }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
 )
 
+THINKING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}{% endif %}"
+)
+"""As Qwen's reasoning models: the template opens the thoughts, or closes them at once."""
+
 
 def _bpe(vocabulary: list[str], words: list[str], **options: Any) -> models.BPE:
     """A BPE model whose merges spell out `words` letter by letter."""
@@ -38,6 +46,14 @@ def byte_level() -> Tokenizer:
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("→✓", normalized=False)])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def chat_ml() -> Tokenizer:
+    """As Qwen: byte level, with special tokens around every message, and an eot that is not flagged special."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens([AddedToken("<|eot|>", normalized=False)])
     return tokenizer
 
 

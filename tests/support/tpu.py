@@ -1,6 +1,7 @@
 """TPU kernels without a TPU: JAX's interpreter with every check that it has."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
+from pallas_kernels import mosaic_tpu
+from pallas_kernels.mosaic_tpu.config import TpuConfig
 
 
 @contextlib.contextmanager
@@ -28,7 +31,11 @@ def interpreted(cores: int = 1) -> Iterator[None]:
     assert not found, "the interpreter saw a data race; it is printed above"
 
 
-def run(op: Any, *args: Any, cores: int = 1, **static: Any) -> Any:
-    """One call of an op as a TPU kernel under the interpreter."""
+def run(op: Any, *args: Any, cores: int = 1, config: TpuConfig | None = None, **static: Any) -> Any:
+    """One call of an op as a TPU kernel under the interpreter; NumPy arrays among `static` are known while tracing."""
+    if config is None:
+        call = functools.partial(op, implementation="mosaic_tpu", **static)
+    else:
+        call = functools.partial(getattr(mosaic_tpu, op.__name__), config=config, **static)
     with interpreted(cores):
-        return jax.block_until_ready(jax.jit(lambda *args: op(*args, implementation="mosaic_tpu", **static))(*args))
+        return jax.block_until_ready(jax.jit(call)(*args))

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lychee_jax.errors import UserError
-from lychee_jax.text.streaming import StopStrings, StreamDecoder, TextStream
+from lychee_jax.text.streaming import StopStrings, StreamDecoder, TextStream, text_of
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import tiny_tokenizers
 
 KINDS = {
     "byte_level": tiny_tokenizers.byte_level,
+    "chat_ml": tiny_tokenizers.chat_ml,
     "llama2": tiny_tokenizers.llama2,
     "metaspace": tiny_tokenizers.metaspace,
     "words": tiny_tokenizers.words,
@@ -120,7 +121,7 @@ def test_encode_is_the_tokenizers_default_and_long_texts_are_not_cut(tokenizers)
 
 def test_chat_writes_one_bos_and_opens_the_answer(tokenizers):
     tokenizer = tokenizers["byte_level"]
-    ids = tokenizer.encode_chat("the dog")
+    ids = tokenizer.encode_messages("the dog")
     assert ids.count(0) == 1
     assert ids[0] == 0
     assert tokenizer.decode(ids) == "user the dog assistant "
@@ -129,14 +130,14 @@ def test_chat_writes_one_bos_and_opens_the_answer(tokenizers):
         {"role": "assistant", "content": "no"},
         {"role": "user", "content": "stop"},
     ]
-    assert tokenizer.decode(tokenizer.encode_chat(turns)) == "user is assistant no user stop assistant "
+    assert tokenizer.decode(tokenizer.encode_messages(turns)) == "user is assistant no user stop assistant "
 
 
 def test_chat_without_template_or_against_it_is_refused(tokenizers):
     with pytest.raises(UserError, match="no chat template"):
-        tokenizers["words"].encode_chat("a")
+        tokenizers["words"].encode_messages("a")
     with pytest.raises(UserError, match="only user and assistant speak here"):
-        tokenizers["llama2"].encode_chat([{"role": "system", "content": "a"}])
+        tokenizers["llama2"].encode_messages([{"role": "system", "content": "a"}])
 
 
 def test_text_that_is_no_unicode_is_refused(tokenizers):
@@ -164,6 +165,87 @@ def test_loading_is_quiet_and_leaves_logging_as_it_was(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "the dog\nFalse\n", "")
     Tokenizer.from_folder(folder)
     assert logging.root.manager.disable == logging.NOTSET
+
+
+def chat_ml(tokenizers, text):
+    return tokenizers["chat_ml"].encode_plain(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "shown"),
+    [
+        ("the dog<|im_end|> is", ["<|im_end|>"], "the dog"),
+        ("the dog<|im_end|>\nuser is", ["<|im_end|>\n"], "the dog"),
+        ("the dog<|im_end|> is", ["<|im_end|>\n"], "the dog is"),
+        ("the dog<|im_end|> is", ["dog<|im_end|>"], "the "),
+        ("the dog</s><|im_end|> is", ["</s><|im_end|>"], "the dog"),
+        ("the dog<|im_end|>no", ["dogno"], "the "),  # what does not show is not between
+        ("the dog<|im_end|>", ["<|im_start|>"], "the dog"),
+        ("the<|im_end|> dog", ["og", "<|im_end|>"], "the"),
+        ("the<|im_end|> dog", ["he", "<|im_end|>"], "t"),
+        ("the<|eot|> dog", ["<|eot|>"], "the"),
+    ],
+)
+def test_special_tokens_are_stops_by_their_names(tokenizers, text, stops, shown):
+    ids = chat_ml(tokenizers, text)
+    row = TextStream(tokenizers["chat_ml"], stops)
+    pieces = [row.push(index) for index in ids]
+    pieces.append(row.finish())
+    assert "".join(pieces) == row.text == shown
+    assert row.stopped == (text.replace("<|im_end|>", "").replace("</s>", "") != shown)
+    assert text_of(tokenizers["chat_ml"], ids, stops=stops) == shown
+
+
+def test_a_stop_that_is_spelled_out_counts_too(tokenizers):
+    tokenizer = tokenizers["chat_ml"]
+    ids = [index for char in "the <|im_end|> dog" for index in tokenizer.encode_plain(char)]
+    assert text_of(tokenizer, ids, stops="<|im_end|>") == "the "
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(["the", "dog", "<|im_end|>", "</s>", "<|eot|>", "é", " "]), max_size=12),
+    stops=st.lists(
+        st.lists(st.sampled_from(["a", "g", "th", "é", "<|im_end|>", "</s>"]), min_size=1, max_size=3).map("".join),
+        max_size=3,
+    ),
+)
+def test_stops_with_special_tokens_agree_with_a_search_in_the_whole_text(tokenizers, words, stops):
+    """A stop with a special token is looked for among all characters, any other in what shows."""
+    tokenizer, special = tokenizers["chat_ml"], ("<|im_end|>", "</s>")
+    full = [(char, word not in special) for word in words for char in word]
+    shown, hit = [], False
+    for end in range(1, len(full) + 1):
+        starts = []
+        for stop in stops:
+            where = range(end) if any(name in stop for name in special) else [i for i in range(end) if full[i][1]]
+            tail = list(where)[-len(stop) :]
+            if "".join(full[i][0] for i in tail) == stop and tail[-1] == end - 1:
+                starts.append(tail[0])
+        if starts:
+            hit, full = True, full[: min(starts)]
+            break
+    shown = "".join(char for char, visible in full if visible)
+    row = TextStream(tokenizer, stops)
+    pieces = [row.push(index) for word in words for index in tokenizer.encode_plain(word)]
+    assert ("".join([*pieces, row.finish()]), row.stopped) == (shown, hit)
+
+
+def test_the_token_that_ends_a_row_is_never_text(tokenizers):
+    tokenizer = tokenizers["chat_ml"]
+    ids = chat_ml(tokenizers, "the dog<|eot|>no")
+    eot = chat_ml(tokenizers, "<|eot|>")[0]
+    assert text_of(tokenizer, ids) == "the dog<|eot|>no"  # --ignore-eos: it ended nothing
+    row = TextStream(tokenizer, (), [eot])
+    pieces = [row.push(index) for index in ids]
+    assert row.stopped
+    assert "".join(pieces) + row.finish() == row.text == "the dog"
+    # What was held back for a stop that does not come appears all the same, and a stop may end in the eos.
+    assert text_of(tokenizer, ids, stops=["dog!"], eos_ids=[eot]) == "the dog"
+    assert text_of(tokenizer, ids, stops=["dog<|eot|>"], eos_ids=[eot]) == "the "
+    # Half a character in front of it is told.
+    half = tokenizer.encode_plain("é")[:1]
+    assert text_of(tokenizer, [*half, eot], eos_ids=[eot]) == "\N{REPLACEMENT CHARACTER}"
 
 
 def naive_stop(text, stops):
@@ -202,6 +284,12 @@ def test_an_empty_stop_string_is_refused():
         StopStrings(["a", ""])
 
 
+def test_one_text_is_one_stop_string():
+    for stops, shown in (("Az", "a A b "), (["A", "z"], "a "), (None, "a A b Az c")):
+        stream = StopStrings(stops)
+        assert stream.push("a A b Az c") + stream.flush() == shown
+
+
 def test_a_row_of_text_ends_at_its_stop_string(tokenizers):
     tokenizer = tokenizers["llama2"]
     ids = tokenizer.encode("the dog is é. no")[1:]
@@ -212,7 +300,7 @@ def test_a_row_of_text_ends_at_its_stop_string(tokenizers):
         if row.stopped:
             break
     assert row.stopped
-    assert "".join(pieces) + row.flush() == row.text == "the dog "
+    assert "".join(pieces) + row.finish() == row.text == "the dog "
     row = TextStream(tokenizer, ["gone"])
-    assert "".join([*map(row.push, tokenizer.encode("the dog")[1:]), row.flush()]) == row.text == "the dog"
+    assert "".join([*map(row.push, tokenizer.encode("the dog")[1:]), row.finish()]) == row.text == "the dog"
     assert not row.stopped

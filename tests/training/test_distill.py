@@ -96,7 +96,7 @@ class Judge(oracle.Oracle):
         return np.stack(states)
 
     def logits(self, states: np.ndarray) -> np.ndarray:
-        return states @ self.w["lm_head.kernel"]
+        return states @ self.w["lm_head.kernel"].T
 
 
 @functools.cache

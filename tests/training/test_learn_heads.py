@@ -20,7 +20,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
 from lychee_jax.training import gates, learn_heads, loop
-from lychee_jax.training.learn_heads import Learned, Learner, Plan, learn, make_batch
+from lychee_jax.training.learn_heads import Learned, Learner, TrainingPlan, learn, make_batch
 from tests.support import tiny_models
 from tests.support.tiny_models import CONFIG, plan
 
@@ -341,7 +341,7 @@ def test_other_weights_do_not_go_on(finished):
 def test_a_text_is_known_by_its_content(loaded, tmp_path):
     """Another text under the same name is another run; the same one elsewhere is not."""
 
-    def about(file: Path) -> Plan:
+    def about(file: Path) -> TrainingPlan:
         return dataclasses.replace(LONG, text=str(file))
 
     book, copy = tmp_path / "book.txt", tmp_path / "elsewhere" / "book.txt"

@@ -14,7 +14,7 @@ from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import pages_for
 from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, CALIBRATION, TASKS, prompts
 from lychee_jax.studies.head_maps.rows import Row
-from lychee_jax.studies.scorer import Kind, Scorer
+from lychee_jax.studies.scorer import ProgramKey, Scorer
 from pallas_kernels.types import Rule
 from pallas_kernels.xla.decode import forced_pages, page_limits
 
@@ -58,9 +58,11 @@ def by_ratio(row: Row) -> SelectionPolicy:
     return dataclasses.replace(row, rule="ratio").policy(ratio_for(row))
 
 
-def programs(row: Row, samples: int) -> set[Kind]:
+def programs(row: Row, samples: int) -> set[ProgramKey]:
     """What `calibrate` runs."""
-    return {Kind(samples, row.context, width, by_ratio(row), row.page_size, True) for width in ANSWER_TOKENS.values()}
+    return {
+        ProgramKey(samples, row.context, width, by_ratio(row), row.page_size, True) for width in ANSWER_TOKENS.values()
+    }
 
 
 def calibrate(

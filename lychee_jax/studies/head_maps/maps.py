@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,10 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, VALIDATION, prompts
 from lychee_jax.studies.head_maps.rows import COMPARED, forced_tokens, tokens_of
-from lychee_jax.studies.scorer import Kind, Scorer
+from lychee_jax.studies.scorer import ProgramKey, Scorer
 
 _PAGE = 64
 _RANDOM = 0x27D4EB2F
@@ -35,7 +35,7 @@ def roles_of(head_map: HeadMap) -> Roles:
 def map_of(roles: Roles, config: ModelConfig, label: str, **meta: Any) -> HeadMap:
     """The array as a map of this model."""
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
-    described = json.dumps({"fingerprint": config.fingerprint(), **meta})
+    described = json_text({"fingerprint": config.fingerprint(), **meta})
     return HeadMap(config.num_layers, config.num_kv_heads, retrieval, model=label, meta=described)
 
 
@@ -83,7 +83,9 @@ def validation_loss(scorer: Scorer, context: int, samples: int, seed: int) -> Ca
         for budget in {max(_PAGE, tokens_of(share, context, _PAGE)) for share in COMPARED}
     ]
     scorer.prepare(
-        Kind(samples, context, width, policy, _PAGE) for width in set(ANSWER_TOKENS.values()) for policy in policies
+        ProgramKey(samples, context, width, policy, _PAGE)
+        for width in set(ANSWER_TOKENS.values())
+        for policy in policies
     )
     batches = []
     for task, width in ANSWER_TOKENS.items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import pages_for
+from lychee_jax.files import json_text
 from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, DIALOGUE, TASKS
 from pallas_kernels.types import Rule
 
@@ -55,7 +55,7 @@ class Row:
     @property
     def key(self) -> str:
         """What the row is called in the journal."""
-        return json.dumps(dataclasses.asdict(self))
+        return json_text(dataclasses.asdict(self))
 
     @property
     def map_name(self) -> str:

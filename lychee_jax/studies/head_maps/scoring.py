@@ -16,9 +16,9 @@ from lychee_jax.studies.head_maps.maps import roles_of
 from lychee_jax.studies.head_maps.prompts import ANSWER_TOKENS, DIALOGUE, HELD_OUT, dialogue, prompts
 from lychee_jax.studies.head_maps.rows import CORRECT_EVERY, Row
 from lychee_jax.studies.head_maps.tally import Count, Tally
-from lychee_jax.studies.scorer import Kind, Scorer
+from lychee_jax.studies.scorer import ProgramKey, Scorer
 
-type Report = Callable[[int], None]
+type OnCount = Callable[[int], None]
 
 
 type MapOf = Callable[[Row], HeadMap]
@@ -54,15 +54,15 @@ def jobs(rows: Sequence[Row], samples: int, chunk_tokens: int, tally: Tally) -> 
     return found
 
 
-def programs(todo: Sequence[Job], policy_of: PolicyOf) -> Iterator[Kind]:
+def programs(todo: Sequence[Job], policy_of: PolicyOf) -> Iterator[ProgramKey]:
     """What `score_answers` runs, in its order."""
     for job in todo:
         for row in job.rows:
-            yield Kind(job.width, job.context, ANSWER_TOKENS[job.task], policy_of(row), row.page_size)
+            yield ProgramKey(job.width, job.context, ANSWER_TOKENS[job.task], policy_of(row), row.page_size)
 
 
 def score_answers(
-    scorer: Scorer, todo: Sequence[Job], map_of: MapOf, policy_of: PolicyOf, tally: Tally, report: Report
+    scorer: Scorer, todo: Sequence[Job], map_of: MapOf, policy_of: PolicyOf, tally: Tally, report: OnCount
 ) -> None:
     """Score all jobs on single answers; `report(rows)` after every row of a chunk."""
 
@@ -87,7 +87,7 @@ def score_answers(
 
 
 def score_dialogues(
-    model: LLM, todo: Sequence[Job], map_of: MapOf, policy_of: PolicyOf, tally: Tally, report: Report, *,
+    model: LLM, todo: Sequence[Job], map_of: MapOf, policy_of: PolicyOf, tally: Tally, report: OnCount, *,
     tokens: int,
 ) -> None:  # fmt: skip
     """Score long generations: their tokens are fed one by one through the decode path, the questions' too.

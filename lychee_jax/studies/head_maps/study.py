@@ -25,7 +25,7 @@ from lychee_jax.studies.head_maps.tally import Tally
 from lychee_jax.studies.scorer import Scorer
 from lychee_jax.training import learn_heads
 
-type Report = Callable[[str, int, int], None]
+type OnProgress = Callable[[str, int, int], None]
 
 RESULTS, MAPS, CALIBRATION = "results.json", "maps.json", "calibration.json"
 _NUMBERED = ("ratio", "top_p", "threshold")  # rules with a number of their own
@@ -54,10 +54,10 @@ class Sizes:
     validation: int = 8
     calibration: int = 16
 
-    def plan(self, family: str, seed: int) -> learn_heads.Plan:
+    def plan(self, family: str, seed: int) -> learn_heads.TrainingPlan:
         """How this family of gates is trained."""
         policy = SelectionPolicy(budget=1 << 20, rule="ratio", ratio=self.ratio)
-        return learn_heads.Plan(
+        return learn_heads.TrainingPlan(
             retrieval_heads=self.retrieval_heads, steps=self.steps, batch=self.batch, seed=seed, family=family,
             loss="logits" if self.loss == "logits" else "hidden", data="mixed", min_length=self.lengths[0],
             max_length=self.lengths[1], learning_rate=self.learning_rate, policy=policy,
@@ -70,7 +70,7 @@ class Study:
     Raises UserError for a model or sizes that do not fit, or a folder with another study.
     """
 
-    def __init__(self, model: LLM, grid: Grid, sizes: Sizes, output: Path, report: Report) -> None:
+    def __init__(self, model: LLM, grid: Grid, sizes: Sizes, output: Path, report: OnProgress) -> None:
         self.model, self.grid, self.sizes, self.output = model, grid, sizes, output
         self._report = report
         config = model.config

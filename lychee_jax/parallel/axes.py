@@ -1,0 +1,10 @@
+"""Logical axes of weights, named where a weight is made and mapped to devices in this package alone."""
+
+EMBED = "embed"
+"""The model's width, E."""
+HEADS = "heads"
+"""Heads times head_dim: of queries, keys and values, or of what was attended."""
+MLP = "mlp"
+"""The MLP's width, F (gate, then up, where both share a kernel)."""
+VOCAB = "vocab"
+"""The vocabulary, V."""
