@@ -43,7 +43,7 @@ class _Progress:
 
 @dataclasses.dataclass
 class _Sent:
-    """What one step sent: blocks to be read, and prompt tokens that are read when `marker` is there."""
+    """Part of what a step sent: blocks to be read, and prompt tokens that are read when `marker` is there."""
 
     blocks: list[SentBlock]
     marker: jax.Array | None
@@ -217,16 +217,14 @@ class Engine:
         if self._scheduler is None or self._runner is None:
             return False
         work = self._scheduler.schedule()
-        sent = _Sent([], None, 0)
+        # One by one, so that a first token does not wait for the decode steps behind it.
         if work.prefill is not None:
-            sent.marker, sent.blocks = self._runner.prefill(work.prefill)
-            sent.prompt_tokens = sum(chunk.count for chunk in work.prefill.chunks)
+            marker, started = self._runner.prefill(work.prefill)
+            self._sent.append(_Sent(started, marker, sum(chunk.count for chunk in work.prefill.chunks)))
         self._runner.copy(work.copies)
-        sent.blocks += [self._runner.decode(group) for group in work.decode]
-        if sent.marker is None and not sent.blocks:
-            return False
-        self._sent.append(sent)
-        return True
+        if work.decode:
+            self._sent.append(_Sent([self._runner.decode(group) for group in work.decode], None, 0))
+        return bool(work)
 
     def _make_room(self) -> None:
         """Make the cache, or a larger one, for the requests that wait; nothing else is in it."""

@@ -132,7 +132,7 @@ def test_chat_goes_through_the_template(as_json, folder):
 
 @pytest.fixture
 def prompts_of(lychee, tmp_path_factory, monkeypatch):
-    """Runs `lychee generate` up to the engine with a tokenizer that speaks ChatML: the prompt with its special tokens."""
+    """Runs `lychee generate` up to the engine with a tokenizer of ChatML: the prompt with its special tokens."""
     folder = tmp_path_factory.mktemp("chat_ml")
     tiny_checkpoints.write_checkpoint(folder, RAW)
     tiny_tokenizers.write_tokenizer(folder, tiny_tokenizers.chat_ml(), chat_template=tiny_tokenizers.THINKING_TEMPLATE)
@@ -140,11 +140,11 @@ def prompts_of(lychee, tmp_path_factory, monkeypatch):
     assert tokenizer is not None
     caught = []
 
-    def stream(engine, prompts, options, on_prefill=None):
+    def stream(model, prompts, options, on_prefill=None):
         caught.extend("".join(map(tokenizer.token_text, prompt)) for prompt in prompts)
         raise UserError("seen")
 
-    monkeypatch.setattr(Engine, "stream", stream)
+    monkeypatch.setattr(LLM, "stream_tokens", stream)
 
     def run(*argv, stdin=""):
         caught.clear()

@@ -205,7 +205,7 @@ def check_parts(
             read = [j for j in range(len(k)) if head >= 0 and j // page in set(pages)]
             q = layer.q[b, max(head, 0)].astype(np.float64)
             want = oracle.attend(q, k[read], v[read], scale)
-            want_lse = oracle.log_sum_exps(q, k[read], scale) if read else np.full(groups, ops.MASKED)
+            want_lse = oracle.log_sum_exp(q, k[read], scale) if read else np.full(groups, ops.MASKED)
             error = max(error, float(np.abs(out[b, place].astype(np.float64) - want).max()))
             lse_error = max(lse_error, float(np.abs(lse[b, place] / want_lse - 1.0).max()))
     return error, lse_error, same and again

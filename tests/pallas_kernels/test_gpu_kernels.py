@@ -38,7 +38,7 @@ def log_sum_exp(cache: Cache, row: int, head: int, scale: float, pages: list[int
     if pages is not None:
         k = k[[j for j in range(len(k)) if j // cache.kv_pages.shape[2] in pages]]
     q = cache.q[row, head].astype(np.float64)
-    return oracle.log_sum_exps(q, k, scale) if len(k) else np.full(len(q), ops.MASKED)
+    return oracle.log_sum_exp(q, k, scale) if len(k) else np.full(len(q), ops.MASKED)
 
 
 def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None, known: bool = True) -> None:
