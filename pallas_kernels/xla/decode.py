@@ -273,22 +273,20 @@ def hybrid_decode(
         )
         return out, scores
 
+    # Rows that a pass has nothing to do for have length 0 in it: a loop over pages ends with the longest row it is for.
+    by_roles = lengths if dense is None else jnp.where(dense, 0, lengths)
     out = jnp.zeros_like(q)
     others = other_heads(heads, kv_heads)
     if others.shape[0] > 0:
-        pages = selection.pages[:, jnp.maximum(others, 0)]
-        if dense is None:
-            mixed, _ = attend(lengths, others, pages, None)
-        else:
-            sparse, _ = attend(jnp.where(dense, 0, lengths), others, pages, None)
-            # A row of length 0 costs nothing: where no row is dense, the loop over pages ends before it starts.
-            full, _ = attend(jnp.where(dense, lengths, 0), others, None, None)
-            mixed = jnp.where(dense[:, None, None, None], full, sparse)
-        out = put(out, others, mixed)
+        sparse, _ = attend(by_roles, others, selection.pages[:, jnp.maximum(others, 0)], None)
+        out = put(out, others, sparse)
     if heads.shape[0] > 0:
-        full, scores = attend(lengths, heads, None, spec.page_score)
+        full, scores = attend(by_roles, heads, None, spec.page_score)
         assert scores is not None
-        pages, counts = select_pages(scores, lengths, spec, page_size=kv.page_size)
+        pages, counts = select_pages(scores, by_roles, spec, page_size=kv.page_size)
         out = put(out, heads, full)
         selection = Selection(put(selection.pages, heads, pages), put(selection.counts, heads, counts))
+    if dense is not None:
+        full, _ = attend(jnp.where(dense, lengths, 0), np.arange(kv_heads, dtype=np.int32), None, None)
+        out = jnp.where(dense[:, None, None, None], full, out)
     return out, selection

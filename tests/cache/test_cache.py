@@ -1,5 +1,7 @@
 """The paged cache: layouts, appends at every page edge, scratch pages."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +135,7 @@ def test_pages_are_copied_in_place():
     pools = _random_pools(512)
     ids = jax.ShapeDtypeStruct((3,), jnp.int32)
     compiled = jax.jit(copy_pages, donate_argnums=0).lower(pools, ids, ids).compile()
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(pools))
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < size // 8

@@ -81,7 +81,7 @@ def check_lse(lse: np.ndarray, cache: Cache, shape: Shape, b: int, head: int, pa
     k, _ = oracle.read_cache(cache.kv_pages, cache.page_table, b, length, head)
     k = k[[j for j in range(length) if j // shape.page_size in pages]]
     if len(k) == 0:
-        np.testing.assert_array_equal(lse, ops.MASKED)
+        np.testing.assert_array_equal(lse, np.float32(ops.MASKED))
     else:
         np.testing.assert_allclose(
             lse, oracle.log_sum_exps(cache.q[b, head].astype(np.float64), k, shape.scale), atol=5e-5
@@ -114,7 +114,7 @@ def test_log_sum_exps_and_heads_of_nothing(heads: list[int]) -> None:
             for zero in (out[:, r], picked[:, r]):
                 np.testing.assert_array_equal(zero, 0.0)
             for nothing in (lse[:, r], picked_lse[:, r]):
-                np.testing.assert_array_equal(nothing, ops.MASKED)
+                np.testing.assert_array_equal(nothing, np.float32(ops.MASKED))
             continue
         index = real.index(head)
         np.testing.assert_allclose(out[:, r], want[:, index], atol=shape.tolerance)
@@ -150,9 +150,10 @@ def test_the_size_of_a_block_changes_nothing(block: int) -> None:
     want, want_scores = oracle.dense_decode(
         cache.q, cache.kv_pages, cache.page_table, cache.lengths, heads.tolist(), scale=shape.scale
     )
-    out, scores = decode.dense_decode(
+    result: Any = decode.dense_decode(
         *cache.arrays, heads, scale=shape.scale, page_scores="max", config=XlaConfig(decode_block=block)
     )
+    out, scores = result
     np.testing.assert_allclose(out, want, atol=shape.tolerance)
     for b, row in enumerate(want_scores):
         np.testing.assert_allclose(scores[b, :, : len(row[0])], np.array(row), atol=5e-5, rtol=1e-5)
