@@ -107,7 +107,7 @@ class Layer:
         )  # fmt: skip
 
     @property
-    def cache(self) -> tuple[np.ndarray, ...]:
+    def cache(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """The same for the oracle."""
         return self.q, self.pool, self.table, self.lengths
 

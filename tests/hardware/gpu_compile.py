@@ -32,20 +32,26 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }
 device_description_str: "NVIDIA H200"
 """
+# What only the device knows: nothing, which rows are dense, how many heads there are, or both.
+KNOWN, DENSE_ROWS, PADDED, BOTH = (False, False), (True, False), (False, True), (True, True)
 CASES = [
     # batch, query heads a KV head, head_dim, page size, pages of a row, retrieval heads of eight, dtype
-    (1, 4, 128, 64, 2048, 1, "bfloat16"),
-    (1, 4, 128, 64, 2048, 8, "bfloat16"),
-    (1, 4, 128, 64, 2048, 0, "bfloat16"),
-    (8, 4, 128, 64, 2048, 1, "bfloat16"),
-    (4, 7, 128, 16, 2048, 2, "float16"),
-    (2, 8, 64, 32, 32768, 8, "bfloat16"),
-    (6, 1, 64, 128, 8192, 0, "float16"),
-    (2, 8, 128, 128, 1024, 3, "bfloat16"),
+    ((1, 4, 128, 64, 2048, 1, "bfloat16"), KNOWN),
+    ((1, 4, 128, 64, 2048, 8, "bfloat16"), KNOWN),
+    ((1, 4, 128, 64, 2048, 0, "bfloat16"), KNOWN),
+    ((8, 4, 128, 64, 2048, 1, "bfloat16"), KNOWN),
+    ((4, 7, 128, 16, 2048, 2, "float16"), KNOWN),
+    ((2, 8, 64, 32, 32768, 8, "bfloat16"), KNOWN),
+    ((6, 1, 64, 128, 8192, 0, "float16"), KNOWN),
+    ((2, 8, 128, 128, 1024, 3, "bfloat16"), KNOWN),
+    ((1, 4, 128, 64, 2048, 1, "bfloat16"), DENSE_ROWS),
+    ((16, 4, 128, 64, 2048, 1, "bfloat16"), DENSE_ROWS),
+    ((16, 4, 128, 64, 2048, 2, "bfloat16"), PADDED),
+    ((16, 8, 128, 16, 2048, 2, "bfloat16"), BOTH),
 ]
 
 
-def report(device: Any, case: tuple[int, int, int, int, int, int, str]) -> str:
+def report(device: Any, case: tuple[int, int, int, int, int, int, str], unknown: tuple[bool, bool]) -> str:
     """What ptxas says of the kernels of a layer."""
     batch, groups, head_dim, page_size, pages, dense, dtype = case
     place = jax.sharding.SingleDeviceSharding(device)
@@ -53,16 +59,20 @@ def report(device: Any, case: tuple[int, int, int, int, int, int, str]) -> str:
     def array(*shape: int, kind: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, kind, sharding=place)
 
-    def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any) -> Any:
+    flagged, padded = unknown
+
+    def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any, heads: Any, flags: Any) -> Any:
         return ops.hybrid_decode(
-            q, ops.KVPages(pool), table, lengths, ops.Selection(chosen, counts), np.arange(dense, dtype=np.int32),
-            ops.SelectionSpec(64, 2, 4), scale=head_dim**-0.5, implementation="mosaic_gpu",
+            q, ops.KVPages(pool), table, lengths, ops.Selection(chosen, counts),
+            heads if padded else np.arange(dense, dtype=np.int32), ops.SelectionSpec(64, 2, 4),
+            scale=head_dim**-0.5, dense=flags if flagged else None, implementation="mosaic_gpu",
         )  # fmt: skip
 
     kind = jnp.dtype(dtype)
     arrays = (
         array(batch, 8, groups, head_dim, kind=kind), array(batch * pages + 1, 8, page_size, 2 * head_dim, kind=kind),
-        array(batch, pages), array(batch), array(batch, 8, 64), array(batch, 8),
+        array(batch, pages), array(batch), array(batch, 8, 64), array(batch, 8), array(dense),
+        array(batch, kind=jnp.bool_),
     )  # fmt: skip
     jax.clear_caches()
     with tempfile.TemporaryFile("w+") as said:
@@ -93,13 +103,14 @@ def main() -> int:
     )
     spilled = False
     print(f"{'kernel':8} {'registers':>9} {'spilled':>7}   batch, G, head_dim, page, pages, retrieval heads, dtype")
-    for case in CASES:
-        found = pattern.findall(report(device, case))
+    for case, unknown in CASES:
+        found = pattern.findall(report(device, case, unknown))
         if not found:
             print("error: ptxas said nothing; is it installed? (pip install nvidia-cuda-nvcc)", file=sys.stderr)
             return 2
         for name, spills, registers in found:
-            print(f"{name:8} {registers:>9} {spills:>7}   {', '.join(map(str, case))}", flush=True)
+            more = [kind for kind, held in zip(("dense rows", "padded heads"), unknown, strict=True) if held]
+            print(f"{name:8} {registers:>9} {spills:>7}   {', '.join([*map(str, case), *more])}", flush=True)
             spilled |= name == "attend" and int(spills) > 0
     return int(spilled)
 

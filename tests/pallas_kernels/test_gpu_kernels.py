@@ -443,6 +443,35 @@ def test_kernels_lower_for_cuda(
     assert unsigned(code) == []
 
 
+def test_what_only_the_device_knows_lowers_for_cuda() -> None:
+    """Dense rows, a number of heads that the kernels count, and log-sum-exps."""
+    given: tuple[Any, ...] = tuple(
+        jax.ShapeDtypeStruct(shape, kind)
+        for shape, kind in [
+            ((4, 8, 4, 128), jnp.bfloat16), ((513, 8, 64, 256), jnp.bfloat16), ((4, 128), jnp.int32), ((4,), jnp.int32),
+            ((4, 8, 64), jnp.int32), ((4, 8), jnp.int32), ((2,), jnp.int32), ((4,), jnp.bool_),
+        ]
+    )  # fmt: skip
+
+    def hybrid(q: Any, pool: Any, table: Any, lengths: Any, pages: Any, counts: Any, heads: Any, dense: Any) -> Any:
+        selection, spec = ops.Selection(pages, counts), SelectionSpec(64, 2, 4)
+        return ops.hybrid_decode(
+            q, KVPages(pool), table, lengths, selection, heads, spec, scale=0.1, dense=dense,
+            implementation="mosaic_gpu",
+        )  # fmt: skip
+
+    def parts(q: Any, pool: Any, table: Any, lengths: Any, pages: Any, counts: Any, heads: Any, dense: Any) -> Any:
+        options = {"scale": 0.1, "return_lse": True, "implementation": "mosaic_gpu"}
+        arrays = q, KVPages(pool), table, lengths
+        full = ops.dense_decode(*arrays, heads, page_scores="max", **options)
+        return full, ops.sparse_decode(*arrays, ops.Selection(pages, counts), heads, **options)
+
+    for call, launches in ((hybrid, 2), (parts, 4)):
+        code = kernels(call, *given)
+        assert len(code) == launches
+        assert unsigned(code) == []
+
+
 def test_the_warpgroups_that_compute_reduce_in_memory_of_their_own() -> None:
     """In the code for CUDA: a reduction's memory is no reference, so that the interpreter cannot see who shares it."""
     shapes = [
