@@ -3,7 +3,6 @@
 Lengths sit at the borders of pages and of the kernel's steps; NaN is in every slot that must not be read.
 """
 
-import collections
 import contextlib
 import functools
 from pathlib import Path
@@ -22,12 +21,13 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cli.main import main
 from lychee_jax.config import ModelConfig
-from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
+from lychee_jax.llm import LLM
 from lychee_jax.models.decoder import Decoder
 from pallas_kernels import KVPages
 from pallas_kernels.mosaic_tpu.config import TpuConfig
 from tests.support import oracle
+from tests.support.hybrid_models import small_chunks
 from tests.support.paged_caches import KV_HEADS, Cache, Shape, make_cache, padded, some_pages, spec_of
 from tests.support.tpu import interpreted, run
 
@@ -322,7 +322,7 @@ def test_without_a_tpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_a_model_decodes_with_the_kernels_as_it_does_without() -> None:
     """Two rows of a tiny model, a sparse and a retrieval head: the same tokens, whichever implementation reads."""
     config = ModelConfig("llama", 64, 32, 48, 2, 4, 2, 64, 512)
-    engine = Engine(Decoder(config, rngs=nnx.Rngs(0)))
+    model = LLM(Path("tiny"), config, Decoder(config, rngs=nnx.Rngs(0)), None, (), engine_config=small_chunks(64))
     prompts = [list(range(1, 60)), [7] * 17]
     results = []
     for implementation in ("xla", "mosaic_tpu"):
@@ -330,12 +330,9 @@ def test_a_model_decodes_with_the_kernels_as_it_does_without() -> None:
             "hybrid", HeadMap(2, 2, ((0, 1), (1,))), SelectionPolicy(48, 16, 16), page_size=16, max_new_tokens=4,
             implementation=implementation,
         )  # fmt: skip
-        prefilled = engine.prefill(prompts, max_new_tokens=4, page_size=16)
         with interpreted() if implementation == "mosaic_tpu" else contextlib.nullcontext(), ops.recorded() as calls:
-            stream = engine.decode(prefilled, options)
-            collections.deque(stream, maxlen=0)
+            results.append(model.generate_tokens(prompts, options))
         assert {name for op, name in calls if op == "hybrid_decode"} == {implementation}
-        results.append(stream.result())
     assert results[0].tokens == results[1].tokens
     for want, got in zip(results[0].logprobs, results[1].logprobs, strict=True):
         np.testing.assert_allclose(got, want, atol=2e-5)
