@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import pallas_kernels as ops
@@ -51,26 +52,52 @@ def array(*shape: int, dtype: Any = jnp.int32) -> Any:
 def test_every_op_compiles(
     chip: Chip, batch: int, kv_heads: int, group: int, head_dim: int, page_size: int, context: int, dtype: str
 ) -> None:
-    """Through `hybrid_decode`, which is made of the other three: the roles of one layer with an odd number of heads."""
+    """Through `hybrid_decode`, which is made of the other three: the roles of one layer with an odd number of heads.
+
+    Batches mix dense with hybrid rows, and get their heads while they run; a single row knows them before.
+    """
     pages, budget = context // page_size, 4096 // page_size
 
-    def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any) -> Any:
+    def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any, heads: Any, dense: Any) -> Any:
+        mixed = {"dense": dense} if batch > 1 else {}
         return ops.hybrid_decode(
-            q, KVPages(pool), table, lengths, Selection(chosen, counts), jnp.array([kv_heads - 1], jnp.int32),
-            SelectionSpec(budget, 2, 4), scale=head_dim**-0.5, implementation="mosaic_tpu",
+            q, KVPages(pool), table, lengths, Selection(chosen, counts),
+            heads if batch > 1 else np.array([kv_heads - 1], np.int32), SelectionSpec(budget, 2, 4),
+            scale=head_dim**-0.5, implementation="mosaic_tpu", **mixed,
         )  # fmt: skip
 
     pool = array(min(batch * pages, 1 << 16) + batch, kv_heads, page_size, 2 * head_dim, dtype=dtype)
     with ops.recorded() as calls:
         compiled = compile_for(
             chip, jax.jit(layer), array(batch, kv_heads, group, head_dim, dtype=dtype), pool, array(batch, pages),
-            array(batch), array(batch, kv_heads, budget), array(batch, kv_heads),
+            array(batch), array(batch, kv_heads, budget), array(batch, kv_heads), array(2 if batch > 2 else 1),
+            array(batch, dtype=bool),
         )  # fmt: skip
     assert calls == [("hybrid_decode", "mosaic_tpu")]
     text = compiled.as_text() or ""
     for name in ("dense_decode", "sparse_decode", "select_pages"):
         assert re.search(rf"{name}\S* = \(?\S+ .*custom-call\(", text), f"no {name} kernel in the program"
     check_memory(chip, compiled, pool, 0)
+
+
+@pytest.mark.parametrize("chip", [CHIPS["v5e"], CHIPS["v5p"]], ids=["v5e", "v5p"])
+def test_ops_with_log_sum_exps_compile(chip: Chip) -> None:
+    """Three heads, of which one may be none: on v5p two cores split the context of dense heads."""
+
+    def both(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any, heads: Any) -> Any:
+        options: Any = {"scale": 64**-0.5, "return_lse": True, "implementation": "mosaic_tpu"}
+        kv, selection = KVPages(pool), Selection(chosen, counts)
+        return (
+            ops.dense_decode(q, kv, table, lengths, heads, page_scores="lse", **options),
+            ops.sparse_decode(q, kv, table, lengths, selection, heads, **options),
+        )
+
+    compiled = compile_for(
+        chip, jax.jit(both), array(2, 4, 2, 64, dtype="bfloat16"), array(258, 4, PAGE, 128, dtype="bfloat16"),
+        array(2, 128), array(2), array(2, 4, 16), array(2, 4), array(3),
+    )  # fmt: skip
+    (_, _, dense), (_, sparse) = compiled.out_info
+    assert dense.shape == sparse.shape == (2, 3, 2)
 
 
 def check_memory(chip: Chip, compiled: Any, pool: Any, donated: int, temporaries: int | None = None) -> None:
@@ -118,7 +145,7 @@ V6E, V5P, V5E = "v6e", "v5p", "v5e"
     ],
 )
 def test_the_whole_decode_loop_compiles_and_fits(chip: str, model: str, batch: int, context: int) -> None:
-    """One retrieval head a layer, as learned maps have it, and all of them in layer 0."""
+    """One retrieval head a layer, as learned maps have it, and all of them in layer 0; batches with dense rows."""
     compiled, pool, layers = compile_decode(CHIPS[chip], model, batch, context, hybrid=True)
     check_memory(CHIPS[chip], compiled, pool, layers)
 
@@ -147,7 +174,7 @@ def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: 
         every = tuple(range(config.num_kv_heads))
         rest = tuple((layer % config.num_kv_heads,) for layer in range(1, config.num_layers))
         roles = HeadMap(config.num_layers, config.num_kv_heads, (every, *rest))
-    plan = DecodePlan(roles, SelectionPolicy(), 8, "mosaic_tpu")
+    plan = DecodePlan(roles, SelectionPolicy(), 8, "mosaic_tpu", mixed=hybrid and batch > 1)
     rows = jax.eval_shape(lambda: make_rows(batch, config.vocab_size, 8))
     angles = array(batch, 8, config.head_dim // 2, dtype=jnp.float32)
     with ops.recorded() as calls:

@@ -27,6 +27,7 @@ from lychee_jax.models.decoder import Decoder
 from pallas_kernels import KVPages
 from pallas_kernels.mosaic_tpu.config import TpuConfig
 from tests.support import oracle
+from tests.support.hybrid_models import small_chunks
 from tests.support.paged_caches import KV_HEADS, Cache, Shape, make_cache, padded, some_pages, spec_of
 from tests.support.tpu import interpreted, run
 
@@ -321,7 +322,7 @@ def test_without_a_tpu_it_says_so(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_a_model_decodes_with_the_kernels_as_it_does_without() -> None:
     """Two rows of a tiny model, a sparse and a retrieval head: the same tokens, whichever implementation reads."""
     config = ModelConfig("llama", 64, 32, 48, 2, 4, 2, 64, 512)
-    model = LLM(Path("tiny"), config, Decoder(config, rngs=nnx.Rngs(0)), None, ())
+    model = LLM(Path("tiny"), config, Decoder(config, rngs=nnx.Rngs(0)), None, (), engine_config=small_chunks(64))
     prompts = [list(range(1, 60)), [7] * 17]
     results = []
     for implementation in ("xla", "mosaic_tpu"):
