@@ -112,6 +112,9 @@ def test_a_tpu_reads_an_8_bit_kernel_as_it_lies(rows: int) -> None:
 
     shapes = (((rows, 2048), jnp.bfloat16), ((4096, 2048), jnp.int8), ((4096,), jnp.float32))
     compiled = compile_for(CHIPS["v5e"], jax.jit(run), *(jax.ShapeDtypeStruct(*shape) for shape in shapes))
-    assert "s8[4096,2048]" in compiled.as_text()
-    assert "bf16[4096,2048]" not in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes == 0
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None
+    assert memory is not None
+    assert "s8[4096,2048]" in text
+    assert "bf16[4096,2048]" not in text
+    assert memory.temp_size_in_bytes == 0
