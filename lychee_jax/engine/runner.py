@@ -64,6 +64,7 @@ class Runner:
         self.ends = 8
         model = spec.config
         self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype)
+        self.blocks_sent = 0
         self.rows: Rows = make_rows(self.slots, model.vocab_size, self.ends)
         base = (spec, self.dtype, num_pages, options.page_size, self.slots)
         self.programs = Programs(self.dtype, base)
@@ -160,6 +161,7 @@ class Runner:
                     self.weights, self.pools, table[own], fed, block.tokens, np.arange(batch, dtype=np.int32)[own],
                     cos[own], sin[own], begin[own].astype(np.int32),
                 )  # fmt: skip
+        self.blocks_sent += 1
         steps = tuple(row.step for row in work.rows)
         return SentBlock(_on_its_way(block), tuple(row.request for row in work.rows), steps)
 
