@@ -41,7 +41,9 @@ class Tokenizer:
             auto = _auto_tokenizer()
             try:
                 # Never from the network, and never code that lies in the folder.
-                return cls(auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False))
+                backend = auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+                _restore_pipeline(backend, Path(path))
+                return cls(backend)
             except Exception as error:  # the Rust library raises plain Exception
                 raise UserError(f"the tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
 
@@ -86,18 +88,21 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(
-            [int(index) for index in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        shown = [int(index) for index in ids]
+        if self._byte_level:
+            # The library's decoder takes the letters of added tokens for bytes too.
+            parts = [self.token_bytes(index) or b"" for index in shown if not self.is_silent(index)]
+            return b"".join(parts).decode("utf-8", "replace")
+        return self._backend.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def token_bytes(self, index: int) -> bytes | None:
         """The UTF-8 bytes that a token stands for, where its neighbours may complete them; None: it is whole text."""
         token = self._backend.convert_ids_to_tokens(index)
         if self._byte_level:
-            try:
-                return bytes(_byte_alphabet()[char] for char in token)
-            except KeyError:  # an added token: written as it is
-                return token.encode()
+            alphabet = _byte_alphabet()
+            if index in self._added or not all(char in alphabet for char in token):
+                return token.encode()  # an added token is written as it is
+            return bytes(alphabet[char] for char in token)
         return _BYTE_TOKENS.get(token)
 
     def is_silent(self, index: int) -> bool:
@@ -111,7 +116,11 @@ class Tokenizer:
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Tokens that are marked as special, and never show in text."""
-        return frozenset(index for index, token in self._backend.added_tokens_decoder.items() if token.special)
+        return frozenset(index for index, token in self._added.items() if token.special)
+
+    @functools.cached_property
+    def _added(self) -> Mapping[int, Any]:
+        return self._backend.added_tokens_decoder
 
     @functools.cached_property
     def anchor(self) -> int:
@@ -131,9 +140,25 @@ class Tokenizer:
     @functools.cached_property
     def _byte_level(self) -> bool:
         """Whether each character of a token's name stands for a byte (GPT-2's way), so that letters may be split."""
-        decoder = self._backend.backend_tokenizer.decoder
+        decoder = getattr(getattr(self._backend, "backend_tokenizer", None), "decoder", None)
         state = json.loads(decoder.__getstate__()) if decoder is not None else {}
         return "ByteLevel" in {part.get("type") for part in (state, *state.get("decoders", ()))}
+
+
+def _restore_pipeline(backend: Any, folder: Path) -> None:
+    """Let tokenizer.json, where there is one, say how text is split: some classes of transformers build it anew.
+
+    Their LlamaTokenizer, say, puts no space in front of " hi", and none behind a special token, where the file does.
+    """
+    file = folder / "tokenizer.json"
+    theirs = getattr(backend, "backend_tokenizer", None)
+    if theirs is None or not file.is_file():
+        return
+    from tokenizers import Tokenizer as Pipeline
+
+    own = Pipeline.from_file(str(file))
+    for part in ("model", "normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        setattr(theirs, part, getattr(own, part))
 
 
 @functools.cache

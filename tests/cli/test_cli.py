@@ -132,7 +132,7 @@ def test_chat_goes_through_the_template(as_json, folder):
 
 @pytest.fixture
 def prompts_of(lychee, tmp_path_factory, monkeypatch):
-    """Runs `lychee generate` up to the engine with a tokenizer of ChatML: the prompt with its special tokens."""
+    """Runs `lychee generate` up to the engine with a ChatML tokenizer: the prompt, special tokens shown."""
     folder = tmp_path_factory.mktemp("chat_ml")
     tiny_checkpoints.write_checkpoint(folder, RAW)
     tiny_tokenizers.write_tokenizer(folder, tiny_tokenizers.chat_ml(), chat_template=tiny_tokenizers.THINKING_TEMPLATE)
@@ -156,23 +156,15 @@ def prompts_of(lychee, tmp_path_factory, monkeypatch):
 
 def test_system_messages_conversations_and_template_keywords(prompts_of, tmp_path):
     file = tmp_path / "messages.json"
-    turns = [
-        {"role": "user", "content": "is"},
-        {"role": "assistant", "content": "no"},
-        {"role": "user", "content": "é"},
-    ]
+    words = [("user", "is"), ("assistant", "no"), ("user", "dog")]
+    turns = [{"role": role, "content": content} for role, content in words]
     file.write_text("\ufeff" + json.dumps(turns), encoding="utf-8")
-    spoken = "<|im_start|>user\nis<|im_end|>\n<|im_start|>assistant\nno<|im_end|>\n<|im_start|>user\né<|im_end|>\n"
-    spoken, end = spoken.replace("é", "Ã©"), "<|im_start|>assistant\n<think>\n"
-
-    def shown(text):
-        return text.encode().decode("utf-8", "replace")
-
-    wanted = spoken + end
-    assert prompts_of("--messages", file).replace("\N{REPLACEMENT CHARACTER}" * 2, "Ã©") == shown(wanted)
+    spoken = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in words)
+    end = "<|im_start|>assistant\n<think>\n"
+    assert prompts_of("--messages", file) == spoken + end
     assert prompts_of("--messages", "-", "--chat", stdin=json.dumps(turns)) == prompts_of("--messages", file)
     with_system = prompts_of("--messages", file, "--system", "stop")
-    assert with_system == "<|im_start|>system\nstop<|im_end|>\n" + prompts_of("--messages", file)
+    assert with_system == "<|im_start|>system\nstop<|im_end|>\n" + spoken + end
     asked = ["--chat", "-p", "the", "--system", "no", "--template-kwargs", '{"enable_thinking": false}']
     assert prompts_of(*asked) == (
         "<|im_start|>system\nno<|im_end|>\n<|im_start|>user\nthe<|im_end|>\n" + end + "\n</think>\n\n"

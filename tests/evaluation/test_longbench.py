@@ -98,6 +98,15 @@ def test_answers_are_scored_by_the_task_and_its_best_reference(tokenizer, folder
     assert score("trec", "Animal\nPlant") == 1.0
 
 
+def test_lines_end_at_line_feeds_alone_and_a_byte_order_mark_is_no_text(tmp_path):
+    line = LINE | {"context": "one\u2028two\u2029three\u0085four"}
+    lines = "\ufeff" + "\r\n".join([json.dumps(line, ensure_ascii=False)] * 2)
+    (tmp_path / "hotpotqa.jsonl").write_bytes(lines.encode())
+    tokenizer = Tokenizer.from_folder(BUNDLED)
+    assert tokenizer is not None
+    assert LongBench(tokenizer, "hotpotqa", tmp_path).lines == [line, line]
+
+
 def test_few_shot_tasks_stay_without_a_chat_template(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("chat")
     tiny_tokenizers.write_tokenizer(other, tiny_tokenizers.byte_level(), chat_template=tiny_tokenizers.CHAT_TEMPLATE)

@@ -197,6 +197,22 @@ def test_a_chat_ends_with_the_beginning_of_the_answer(chat_tokenizer, files):
     assert len(case.tokens) + 128 <= 3000
 
 
+def test_thoughts_that_a_template_opens_do_not_swallow_the_answer(tmp_path, files):
+    """The beginning of the answer stands behind the thoughts, with a system message and keywords as they were given."""
+    template = tiny_tokenizers.THINKING_TEMPLATE
+    tokenizer = Tokenizer.from_folder(
+        tiny_tokenizers.write_tokenizer(tmp_path, tiny_tokenizers.chat_ml(), chat_template=template)
+    )
+    assert tokenizer is not None
+    chat = ChatOptions([{"role": "system", "content": "stop"}], {"enable_thinking": True})
+    case = Ruler(tokenizer, "niah_single_1", files, chat=chat).case(6000, None, 0)
+    text = "".join(map(tokenizer.token_text, case.tokens))
+    assert "<|im_start|>system" in text
+    begun = text[text.index("<|im_start|>assistant") :]
+    assert begun.startswith("<|im_start|>assistant\n<think>\n\n</think>\n\n The special magic ")
+    assert len(case.tokens) + 128 <= 6000
+
+
 @pytest.mark.parametrize("name", sorted(set(TASKS) - set(NEED_NO_DATA)))
 def test_missing_data_are_named_with_their_source(tokenizer, tmp_path, name):
     for folder, message in ((None, "--data DIR"), (tmp_path, "has none")):

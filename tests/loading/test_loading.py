@@ -234,6 +234,33 @@ def test_stream_yields_the_text_of_generate(textual):
     assert "".join(textual.stream(textual.tokenizer.encode(TEXT), **NEW)) == whole.text[0]
 
 
+@pytest.mark.usefixtures("without_type_checks")
+def test_arguments_are_taken_as_people_mean_them_or_refused_in_one_line(textual):
+    ids = textual.tokenizer.encode(TEXT)
+    whole = textual.generate(TEXT, **NEW)
+    loose = NEW | {"max_new_tokens": float(NEW["max_new_tokens"]), "top_k": None, "seed": None}
+    assert textual.generate(ids, stop=None, **loose).tokens == whole.tokens
+    free = textual.generate(TEXT, ignore_eos=True, **NEW)
+    stop = free.text[0][2:4]
+    assert textual.generate(TEXT, ignore_eos=True, stop=stop, **NEW).text == [free.text[0].split(stop)[0]]
+    for arguments, culprit in (
+        (((5,), {}), "prompt is 5"),
+        ((([1, None],), {}), "token ids are whole numbers"),
+        ((("a",), {"heads": 5}), "heads is 5"),
+        ((("a",), {"budget": 2**31}), "budget is 2147483648"),
+        ((("a",), {"max_new_tokens": "4"}), "max_new_tokens is '4'"),
+        ((("a",), {"stop": 5}), "stop is 5"),
+        (((), {}), "no prompt"),
+        ((("a",), {"messages": [{"role": "user", "content": "a"}]}), "not both"),
+    ):
+        with pytest.raises(UserError, match=culprit):
+            textual.generate(*arguments[0], **arguments[1])
+    with pytest.raises(UserError, match="only one can be streamed"):
+        textual.stream(["a", "b"], **NEW)
+    messages = [{"role": "user", "content": "the dog"}]
+    assert textual.generate(messages=messages, **NEW).tokens == textual.generate("the dog", chat=True, **NEW).tokens
+
+
 def test_stop_texts_end_their_row_alone(textual):
     whole = textual.generate([TEXT, "the dog"], ignore_eos=True, **NEW)
     stop = next(text for text in whole.text[0] if text not in whole.text[1])

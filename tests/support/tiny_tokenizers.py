@@ -86,8 +86,8 @@ def words() -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None = None) -> Path:
-    """Save the files that a checkpoint's folder has of its tokenizer."""
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None = None, **settings: Any) -> Path:
+    """Save the files that a checkpoint's folder has of its tokenizer; `settings` go to tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 16}
@@ -96,5 +96,5 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat_template: str | 
             config[name] = token
     if chat_template is not None:
         config["chat_template"] = chat_template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
     return folder

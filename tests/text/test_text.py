@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers as tokenizers_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +58,8 @@ def test_any_ids_stream_to_what_they_decode_to(tokenizers, data, kind):
     tokenizer = tokenizers[kind]
     size = len(tokenizer._backend)
     ids = data.draw(st.lists(st.integers(0, size + 5), max_size=30))
-    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+    library = tokenizer._backend.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == library
 
 
 @settings(max_examples=150, deadline=None)
@@ -109,6 +111,35 @@ def test_special_tokens_are_silent_and_added_ones_are_not(tokenizers):
     ids = tokenizer.encode("the<think>→✓</s>dog")
     assert len(ids) == 6
     assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == "the<think>→✓dog"
+
+
+@pytest.mark.parametrize("label", ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("kind", ["byte_level", "llama2", "metaspace"])
+def test_ids_are_those_of_the_file_whatever_class_it_is_labelled_with(tmp_path, kind, label):
+    folder = tiny_tokenizers.write_tokenizer(tmp_path, KINDS[kind](), tokenizer_class=label)
+    tokenizer, file = (
+        Tokenizer.from_folder(folder),
+        tokenizers_library.Tokenizer.from_file(str(folder / "tokenizer.json")),
+    )
+    assert tokenizer is not None
+    for text in ("hi", " hi", "the dog", "hi</s>there", "<s>[no] q", "<s> is", "", " ", "a\nb", "é  the", "<think>no"):
+        assert tokenizer.encode(text) == file.encode(text).ids
+        plain = file.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode_plain(text) == plain
+        assert tokenizer.decode(plain) == file.decode(plain)
+
+
+def test_added_tokens_beyond_ascii_are_written_as_they_are(tmp_path):
+    """The letters of byte-level names are not their bytes: "õ" is no byte 0xF5."""
+    known, words = tiny_tokenizers.byte_level(), ["õ", "Straße", "č", "ġ", "naïve", "ð"]
+    known.add_tokens(words)
+    tokenizer = Tokenizer.from_folder(tiny_tokenizers.write_tokenizer(tmp_path, known))
+    assert tokenizer is not None
+    for word in words:
+        ids = tokenizer.encode_plain(f"the {word} dog")
+        assert known.token_to_id(word) in ids
+        assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == f"the {word} dog"
+        assert word in map(tokenizer.token_text, ids)
 
 
 def test_encode_is_the_tokenizers_default_and_long_texts_are_not_cut(tokenizers):
