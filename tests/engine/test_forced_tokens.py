@@ -15,6 +15,7 @@ from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
 from lychee_jax.models.decoder import Decoder
+from tests.support.hybrid_models import small_chunks
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 3, 4, 2, 16, 4096)
 HEADS = HeadMap(3, 2, ((0, 1), (1,), ()))
@@ -26,7 +27,8 @@ DENSE = dataclasses.replace(HYBRID, attention="dense")
 
 @pytest.fixture(scope="module")
 def model():
-    return LLM(Path("tiny"), CONFIG, Decoder(CONFIG, rngs=nnx.Rngs(0)), None, ())
+    config = small_chunks(64, dense_below=200)
+    return LLM(Path("tiny"), CONFIG, Decoder(CONFIG, rngs=nnx.Rngs(0)), None, (), engine_config=config)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_a_row_comes_out_the_same_alone_and_in_company(model, prompts):
 def test_auto_takes_each_row_its_own_way(model):
     """One row is short enough for dense steps all along, the other is hybrid all along."""
     rng = np.random.default_rng()
-    prompts = [rng.integers(64, size=length).tolist() for length in (100, 1500)]
+    prompts = [rng.integers(64, size=length).tolist() for length in (100, 220)]
     rows = [rng.integers(64, size=16).tolist() for _ in prompts]
     auto, hybrid, dense = (
         model.generate_tokens(prompts, dataclasses.replace(HYBRID, attention=mode), forced=rows, limits=[16, 16])
