@@ -101,12 +101,12 @@ def test_every_multiplication_by_weights_is_a_linear_whose_axes_have_names() -> 
 
 @pytest.mark.libtpu
 @pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu, the TPU compiler, is not installed here")
-@pytest.mark.parametrize("rows", [1, 8, 512])
+@pytest.mark.parametrize("rows", [1, 64])
 def test_a_tpu_reads_an_8_bit_kernel_as_it_lies(rows: int) -> None:
     """No copy of it in the dtype of the activations, and none in another order."""
 
     def run(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        module, _ = linear(jnp.bfloat16)
+        module = Linear(IN, OUT, axes=(axes.MLP, axes.EMBED), bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         module.kernel, module.scale = nnx.Param(kernel), nnx.Param(scale)
         return module(x)
 
