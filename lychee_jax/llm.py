@@ -23,7 +23,7 @@ from lychee_jax.engine.outputs import Result, Timing
 from lychee_jax.engine.page_trace import Reading, trace_step
 from lychee_jax.engine.request import FinishReason
 from lychee_jax.engine.sampling_params import SamplingParams
-from lychee_jax.engine.stream import Router, TokenStream
+from lychee_jax.engine.stream import Router, TokenStream, make_requests
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
@@ -119,14 +119,7 @@ class LLM:
             UserError: a prompt that this model cannot take, or a generation is still running.
         """
         (row,) = self.check_prompts([prompt], 1)
-        return trace_step(self.engine(self._engine_options(options)), row, options.attention_options)
-
-    def _engine_options(self, options: GenerateOptions) -> EngineOptions:
-        """Those of the model, with what a call may choose."""
-        return dataclasses.replace(
-            self.engine_options, page_size=options.page_size, correct_every=options.correct_every,
-            implementation=options.implementation,
-        )  # fmt: skip
+        return trace_step(self.engine(engine_options(self.engine_options, options)), row, options.attention_options)
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
         """The prompts as the engine takes them.
@@ -178,7 +171,7 @@ class LLM:
         """
         rows = self.check_prompts(prompts, 1)
         return TokenStream(
-            self._route(self._engine_options(options)), rows, options, forced=forced, limits=limits,
+            self._route(engine_options(self.engine_options, options)), rows, options, forced=forced, limits=limits,
             top_logprobs=top_logprobs, on_prefill=on_prefill,
         )  # fmt: skip
 
@@ -297,20 +290,9 @@ class LLM:
         Raises:
             UserError: a map that cannot be read, or was made for another model.
         """
-        if heads is None:
-            if self.heads is None:
-                _log.info("%s has no heads.json: every KV head retrieves", self.path)
-            return self.heads or HeadMap.all(self.config)
-        if heads == "all":
-            return HeadMap.all(self.config)
-        if heads == "none":
-            return HeadMap.none(self.config)
-        if isinstance(heads, HeadMap):
-            heads.check(self.config)
-            return heads
-        if not isinstance(heads, str | os.PathLike):
-            raise UserError(f"heads is {heads!r}; give all, none, a HeadMap or the file of one")
-        return HeadMap.load(heads, self.config)
+        if heads is None and self.heads is None:
+            _log.info("%s has no heads.json: every KV head retrieves", self.path)
+        return choose_heads(self.config, self.heads, heads)
 
     def _texts(self, rows: int, stop: str | Iterable[str] | None, options: GenerateOptions) -> list[TextStream] | None:
         stops = as_stops(stop)
@@ -320,6 +302,47 @@ class LLM:
             return None
         eos_ids = () if options.ignore_eos else options.eos_ids
         return [TextStream(self.tokenizer, stops, eos_ids) for _ in range(rows)]
+
+
+def choose_heads(config: ModelConfig, own: HeadMap | None, heads: str | Path | HeadMap | None) -> HeadMap:
+    """The map that `heads` names; None is the folder's `own`, else all heads. See `LLM.choose_heads`."""
+    if heads is None:
+        return own or HeadMap.all(config)
+    if heads == "all":
+        return HeadMap.all(config)
+    if heads == "none":
+        return HeadMap.none(config)
+    if isinstance(heads, HeadMap):
+        heads.check(config)
+        return heads
+    if not isinstance(heads, str | os.PathLike):
+        raise UserError(f"heads is {heads!r}; give all, none, a HeadMap or the file of one")
+    return HeadMap.load(heads, config)
+
+
+def prepare(
+    config: ModelConfig, prompts: Sequence[Sequence[int]], options: GenerateOptions, base: EngineOptions | None = None
+) -> None:
+    """Compile in the background what these prompts will need of a model that is not loaded yet.
+
+    Args:
+        config: the model's, with the dtype that it is going to have.
+        prompts: rows of token ids.
+        options: of the generation.
+        base: the engine's options as far as `options` does not say them.
+    """
+    for row, prompt in enumerate(prompts):
+        check_prompt(config, tuple(prompt), options.max_new_tokens, config.max_tokens, f"prompt {row}")
+    spec, shapes = ModelSpec.abstract(config, config.dtype)
+    engine = Engine(spec, shapes, engine_options(base or EngineOptions(), options))
+    engine.prepare(make_requests([str(row) for row in range(len(prompts))], list(map(tuple, prompts)), options))
+
+
+def engine_options(base: EngineOptions, options: GenerateOptions) -> EngineOptions:
+    """The base with what a call may choose."""
+    return dataclasses.replace(
+        base, page_size=options.page_size, correct_every=options.correct_every, implementation=options.implementation
+    )
 
 
 LoadedModel = LLM

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -29,7 +29,12 @@ BUNDLED = Path(__file__).parent / "bundled"
 """The model that the package brings along."""
 
 
-def load(path: str | Path | None = None, dtype: str | None = None) -> LLM:
+type BeforeWeights = Callable[[Path, ModelConfig, HeadMap | None, tuple[int, ...]], None]
+
+
+def load(
+    path: str | Path | None = None, dtype: str | None = None, *, before_weights: BeforeWeights | None = None
+) -> LLM:
     """Load a converted folder or a Hugging Face folder (config.json and safetensors) onto the default device.
 
     Tensors come one at a time (of a converted folder: one layer at a time), are checked, cast and sent to the device.
@@ -37,6 +42,8 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> LLM:
     Args:
         path: the folder; None is the model that the package brings along.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
+        before_weights: called with the folder, the config, the folder's head map and the ids that end a text, before
+            the weights are read: what is compiled in the background from here on compiles while they come.
 
     Raises:
         UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line.
@@ -63,6 +70,8 @@ def load(path: str | Path | None = None, dtype: str | None = None) -> LLM:
     heads = HeadMap.load(folder / "heads.json", config) if (folder / "heads.json").exists() else None
     eos_ids = _eos_ids(folder, config)
     config = dataclasses.replace(config, dtype=dtype)
+    if before_weights is not None:
+        before_weights(folder, config, heads, eos_ids)
     return LLM(folder, config, _fill(config, arrays), heads, eos_ids)
 
 

@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 if TYPE_CHECKING:
     from checkpoints_convert.progress import Progress
     from lychee_jax.llm import LLM
+    from lychee_jax.loading import BeforeWeights
 
 
 @contextlib.contextmanager
@@ -31,11 +32,11 @@ def progress_bar() -> Iterator[Progress]:
         yield show
 
 
-def load_model(model: str | None, dtype: str | None) -> LLM:
+def load_model(model: str | None, dtype: str | None, before_weights: BeforeWeights | None = None) -> LLM:
     """Load what --model and --dtype name, with a spinner on standard error where that is a terminal."""
     from rich.markup import escape
 
     from lychee_jax.loading import load
 
     with Console(stderr=True).status(f"Loading {escape(model) if model else 'the bundled model'}"):
-        return load(model, dtype)
+        return load(model, dtype, before_weights=before_weights)

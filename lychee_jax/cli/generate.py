@@ -16,6 +16,10 @@ from lychee_jax.errors import UserError
 from lychee_jax.files import decode_text, json_text, parse_json, read_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lychee_jax.attention.head_map import HeadMap
+    from lychee_jax.config import ModelConfig
     from lychee_jax.engine.outputs import Result
     from lychee_jax.engine.stream import TokenStream
     from lychee_jax.text.streaming import TextStream
@@ -136,9 +140,11 @@ def generate(
     from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.engine.sampling_params import SamplingParams
+    from lychee_jax.llm import choose_heads, prepare
     from lychee_jax.text.chat import make_chat_options
     from lychee_jax.text.prompts import encode_prompts
     from lychee_jax.text.streaming import TextStream
+    from lychee_jax.text.tokenizer import Tokenizer
 
     # Everything that can be refused without the model is looked at before it is loaded.
     source = read_prompt(prompt or [], prompt_file or [], prompt_ids or [], messages or [], chat=chat)
@@ -155,27 +161,32 @@ def generate(
         correct_every=correct_every,
         implementation=implementation,
     )
-    loaded = load_model(model, dtype)
-    options = dataclasses.replace(options, heads=loaded.choose_heads(heads), eos_ids=loaded.eos_ids)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None and source.ids is None:
-        raise UserError(f"{loaded.path} has no tokenizer; give token ids with --prompt-ids")
-    if tokenizer is None and stops:
-        raise UserError(f"--stop needs a tokenizer, and {loaded.path} has none")
-    prompts = encode_prompts(
-        tokenizer,
-        source.ids if source.text is None else source.text,
-        chat=chat,
-        system=system,
-        messages=source.messages,
-        template_kwargs=keywords,
-        model=loaded.path,
-    )
-    loaded.check_prompts(prompts, max_new_tokens)
-    loaded.check_implementation(prompts, options)
-    if heads is None and loaded.heads is None and attention != "dense":
-        print(f"notice: {loaded.path} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
+    prompts: list[list[int]] = []
 
+    def encode(folder: Path, config: ModelConfig, own: HeadMap | None, eos_ids: tuple[int, ...]) -> None:
+        """Everything that needs no weights; programs compile while these are read."""
+        nonlocal options, prompts
+        options = dataclasses.replace(options, heads=choose_heads(config, own, heads), eos_ids=eos_ids)
+        tokenizer = Tokenizer.from_folder(folder)
+        if tokenizer is None and source.ids is None:
+            raise UserError(f"{folder} has no tokenizer; give token ids with --prompt-ids")
+        if tokenizer is None and stops:
+            raise UserError(f"--stop needs a tokenizer, and {folder} has none")
+        prompts = encode_prompts(
+            tokenizer,
+            source.ids if source.text is None else source.text,
+            chat=chat,
+            system=system,
+            messages=source.messages,
+            template_kwargs=keywords,
+            model=folder,
+        )
+        prepare(config, prompts, options)
+        if heads is None and own is None and attention != "dense":
+            print(f"notice: {folder} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
+
+    loaded = load_model(model, dtype, before_weights=encode)
+    tokenizer = loaded.tokenizer
     eos_ids = () if ignore_eos else loaded.eos_ids
     texts = [TextStream(tokenizer, stops, eos_ids) for _ in prompts] if tokenizer is not None else None
     with _prefill_bar(max(map(len, prompts))) as on_prefill:

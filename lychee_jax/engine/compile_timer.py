@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import contextvars
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ _log = logging.getLogger(__name__)
 # Programs outlive the engine that asked for them: models of one configuration share them.
 _compiled: dict[Hashable, concurrent.futures.Future[Any]] = {}
 _lock = threading.Lock()
-_workers = concurrent.futures.ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2), thread_name_prefix="compile")
+_workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
 
 
 def forget_programs() -> None:
@@ -79,7 +80,9 @@ class Programs:
         self.count += 1
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
         if background:
-            _workers.submit(self._compile, future, full, function, static, shapes)
+            # What is set for this context, an interpreter of kernels say, is set for the compiler's thread, too.
+            context = contextvars.copy_context()
+            _workers.submit(context.run, self._compile, future, full, function, static, shapes)
         else:
             started = time.perf_counter()
             self._compile(future, full, function, static, shapes)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from lychee_jax.engine.request import FinishReason, Request
 from lychee_jax.engine.runner import Runner, SentBlock
 from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS
 from lychee_jax.engine.scheduler import Scheduler, SchedulerConfig
+from lychee_jax.engine.warmup import Rehearsal
 from lychee_jax.errors import UserError
 from lychee_jax.models.spec import ModelSpec
 
@@ -56,7 +58,7 @@ class Engine:
     def __init__(
         self,
         spec: ModelSpec,
-        weights: tuple[jax.Array, ...],
+        weights: tuple[Any, ...],
         options: EngineOptions,
         config: EngineConfig | None = None,
     ):
@@ -129,13 +131,7 @@ class Engine:
             raise UserError(f"the engine has ended: {self._failure}")
         if request.id in self._requests:
             raise UserError(f"request id {request.id!r} is taken")
-        self._check(request)
-        need = pages_for(len(request.prompt) + request.max_new_tokens, self.options.page_size)
-        if need > self._most_pages:
-            raise UserError(
-                f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need {need} pages of "
-                f"{self.options.page_size} tokens, and the KV cache has room for {self._most_pages}"
-            )
+        need = self._check(request)
         if self._scheduler is not None and not self._unscheduled and need <= self._allocated_pages:
             self._scheduler.add(request)
         else:
@@ -228,12 +224,7 @@ class Engine:
 
     def _make_room(self) -> None:
         """Make the cache, or a larger one, for the requests that wait; nothing else is in it."""
-        page_size = self.options.page_size
-        needs = [pages_for(len(r.prompt) + r.max_new_tokens, page_size) for r in self._unscheduled]
-        pages = self._most_pages
-        if jax.default_backend() == "cpu" and self.options.cache_memory is None:
-            together = 2 * sum(sorted(needs)[-self.options.max_num_seqs :])
-            pages = max(max(needs), min(next_power_of_two(together), self._default_pages()))
+        pages = self._pages_for(self._unscheduled)
         if self._runner is None or pages > self._allocated_pages:
             if self._runner is not None:
                 self._compile_seconds += self._runner.programs.seconds
@@ -248,18 +239,41 @@ class Engine:
             self._scheduler.add(request)
         self._unscheduled.clear()
 
+    def _pages_for(self, requests: Sequence[Request]) -> int:
+        """Pages of a cache that is made for these requests."""
+        if jax.default_backend() != "cpu" or self.options.cache_memory is not None:
+            return self._most_pages
+        needs = [pages_for(len(r.prompt) + r.max_new_tokens, self.options.page_size) for r in requests]
+        together = 2 * sum(sorted(needs)[-self.options.max_num_seqs :])
+        return max(max(needs), min(next_power_of_two(together), self._default_pages()))
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Compile in the background what these requests will need; neither weights nor a cache have to be there.
+
+        Raises:
+            UserError, NotImplementedError: as for `add_request`.
+        """
+        for request in requests:
+            self._check(request)
+        pages = max(self._pages_for(requests), self._allocated_pages) + self._scratch
+        rehearsal = Rehearsal(
+            self.spec, self.weights, self.options, self.config, num_pages=pages, max_model_len=self.max_model_len
+        )
+        rehearsal.rehearse(self._books(rehearsal)[1], requests)
+
     def _make_books(self, runner: Runner) -> None:
         """Nobody owns a page of the runner's cache, and nothing in it is known."""
-        page_size, rows = self.options.page_size, self.options.max_num_seqs
+        self._allocator, self._scheduler = self._books(runner)
+
+    def _books(self, runner: Runner) -> tuple[Allocator, Scheduler]:
+        page_size, config = self.options.page_size, self.config
         share = self.options.prefix_cache and self.spec.config.rope.kind != "dynamic"  # keys of the whole prompt
-        self._allocator = Allocator(runner.num_pages, page_size, scratch=self._scratch, prefix_cache=share)
-        config = self.config
-        self._scheduler = Scheduler(
-            SchedulerConfig(
-                rows, runner.block_steps, config.chunks(page_size), config.prefill_rows, config.prefill_tokens
-            ),
-            self._allocator,
-        )
+        allocator = Allocator(runner.num_pages, page_size, scratch=self._scratch, prefix_cache=share)
+        scheduling = SchedulerConfig(
+            self.options.max_num_seqs, runner.block_steps, config.chunks(page_size), config.prefill_rows,
+            config.prefill_tokens,
+        )  # fmt: skip
+        return allocator, Scheduler(scheduling, allocator)
 
     def _default_pages(self) -> int:
         return max(1, _CPU_CACHE // cache_bytes(self.spec.config, 1, self.options.page_size, self.dtype))
@@ -272,9 +286,7 @@ class Engine:
         if memory is None and jax.default_backend() == "cpu":
             return useful  # it grows for whoever needs more than the default
         if memory is None:
-            stats = jax.local_devices()[0].memory_stats() or {}
-            free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
-            memory = int(_ACCELERATOR_SHARE * free)
+            memory = free_memory(self.weights)
         return min(useful, memory // page - self._scratch)
 
     def _receive(self, sent: _Sent) -> list[RequestOutput]:
@@ -342,7 +354,8 @@ class Engine:
             return "stop"
         return "length" if count >= request.max_new_tokens else None
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request) -> int:
+        """Pages that the request needs; UserError if this engine cannot take it."""
         model = self.spec.config
         check_prompt(model, request.prompt, request.max_new_tokens, self.max_model_len)
         for token in request.forced:
@@ -359,13 +372,28 @@ class Engine:
         attention.policy.validate(self.options.page_size)
         if attention.heads is not None:
             attention.heads.check(model)
+        pages = pages_for(len(request.prompt) + request.max_new_tokens, self.options.page_size)
+        if pages > self._most_pages:
+            raise UserError(
+                f"a prompt of {len(request.prompt)} tokens and {request.max_new_tokens} new ones need {pages} pages of "
+                f"{self.options.page_size} tokens, and the KV cache has room for {self._most_pages}"
+            )
         if self.options.implementation is not None:
-            pages = pages_for(len(request.prompt) + request.max_new_tokens, self.options.page_size)
             refuse_uncovered(
                 self.options.implementation, model, self.dtype, attention.policy,
                 batch=self.config.batch_bucket(1, self.options.max_num_seqs), pages=next_power_of_two(pages),
                 page_size=self.options.page_size,
             )  # fmt: skip
+        return pages
+
+
+def free_memory(weights: tuple[Any, ...]) -> int:
+    """Bytes of an accelerator that a cache may take: most of what weights leave, whether these are there yet or not."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
+    used = max(stats.get("bytes_in_use", 0), size)
+    # In whole GiB, so that the little that is in use besides makes no other programs.
+    return int(_ACCELERATOR_SHARE * (stats.get("bytes_limit", 0) - used)) >> 30 << 30
 
 
 def check_prompt(

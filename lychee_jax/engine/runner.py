@@ -55,6 +55,23 @@ class Runner:
         num_pages: int,
         max_model_len: int,
     ):
+        self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
+        model = spec.config
+        self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype)
+        self.rows: Rows = make_rows(self.slots, model.vocab_size, self.ends)
+        self._nothing_seen: Any = jnp.zeros((model.vocab_size,), bool)
+
+    def _set_up(
+        self,
+        spec: ModelSpec,
+        weights: tuple[Any, ...],
+        options: EngineOptions,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        max_model_len: int,
+    ) -> None:
+        """Everything but arrays."""
         self.spec, self.weights = spec, weights
         self.options, self.config = options, config
         self.dtype = np.dtype(weights[0].dtype)
@@ -62,13 +79,8 @@ class Runner:
         self.max_pages = max_pages(max_model_len, options.page_size)
         self.num_pages = num_pages
         self.ends = 8
-        model = spec.config
-        self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype)
         self.blocks_sent = 0
-        self.rows: Rows = make_rows(self.slots, model.vocab_size, self.ends)
-        base = (spec, self.dtype, num_pages, options.page_size, self.slots)
-        self.programs = Programs(self.dtype, base)
-        self._nothing_seen = jnp.zeros((model.vocab_size,), bool)
+        self.programs: Any = Programs(self.dtype, (spec, self.dtype, num_pages, options.page_size, self.slots))
 
     def rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines `[B, T, half]` at `positions [B, T]` of texts of `lengths` tokens."""
@@ -184,8 +196,10 @@ class Runner:
         return table
 
 
-def _on_its_way(block: Block) -> Block:
-    """The block, its copy to the host begun."""
+def _on_its_way(block: Any) -> Any:
+    """The block, its copy to the host begun; one of shapes as it is."""
+    if block is None or isinstance(block.tokens, jax.ShapeDtypeStruct):
+        return block
     for array in (block.tokens, block.logprobs, block.pages_read):
         array.copy_to_host_async()
     return block

@@ -58,6 +58,34 @@ class Router:
         return waiting.popleft() if waiting else None
 
 
+def make_requests(
+    ids: Sequence[str],
+    prompts: Sequence[tuple[int, ...]],
+    options: GenerateOptions,
+    forced: Sequence[Sequence[int]] | None = None,
+    limits: Sequence[int] | None = None,
+    top_logprobs: int = 0,
+) -> list[Request]:
+    """A request for each prompt; `forced` and `limits` have an entry for each, too.
+
+    Raises:
+        UserError: they have not.
+    """
+    given = forced or [()] * len(prompts)
+    most = limits or [options.max_new_tokens] * len(prompts)
+    for name, rows in (("rows of forced tokens", given), ("limits", most)):
+        if len(rows) != len(prompts):
+            raise UserError(f"there are {len(prompts)} prompts, but {len(rows)} {name}")
+    ends = () if options.ignore_eos else options.eos_ids
+    return [
+        Request(
+            ids[row], prompt, most[row], options.sampling, options.attention_options, ends, tuple(given[row]), row,
+            top_logprobs,
+        )
+        for row, prompt in enumerate(prompts)
+    ]  # fmt: skip
+
+
 class TokenStream(Iterator[tuple[int, RequestOutput]]):
     """Iterate over (row, output) as tokens come, several at once; `finish(row)` ends a row early; then `result()`.
 
@@ -83,23 +111,11 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
         self._decoding, self._decoded = False, 0  # the last step; tokens that came while every row decoded
         self._on_prefill = on_prefill
         self._prompt_tokens, self._told = sum(map(len, prompts)), -1
-        given = forced or [()] * len(prompts)
-        most = limits or [options.max_new_tokens] * len(prompts)
-        for name, rows in (("rows of forced tokens", given), ("limits", most)):
-            if len(rows) != len(prompts):
-                raise UserError(f"there are {len(prompts)} prompts, but {len(rows)} {name}")
         self._ids = [router.new_id() for _ in prompts]
         self._rows = [RequestOutput(request_id) for request_id in self._ids]
-        ends = () if options.ignore_eos else options.eos_ids
-        router.add(
-            [
-                Request(
-                    self._ids[row], prompt, most[row], options.sampling, options.attention_options, ends,
-                    tuple(given[row]), row, top_logprobs,
-                )
-                for row, prompt in enumerate(prompts)
-            ]
-        )  # fmt: skip
+        requests = make_requests(self._ids, prompts, options, forced, limits, top_logprobs)
+        router.engine.prepare(requests)
+        router.add(requests)
         self._open = set(range(len(prompts)))
         self._tell(0)
 

@@ -1,0 +1,84 @@
+"""Which programs requests will need, found by a rehearsal without weights or cache, so that these compile ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lychee_jax.cache.pages import make_pools
+from lychee_jax.engine.compile_timer import Programs
+from lychee_jax.engine.options import EngineConfig, EngineOptions
+from lychee_jax.engine.programs import Block, decode_block, make_rows, prefill_chunk, start_row
+from lychee_jax.engine.request import Request
+from lychee_jax.engine.runner import Runner
+from lychee_jax.engine.scheduler import Scheduler
+from lychee_jax.models.spec import ModelSpec
+
+
+class _Compiling:
+    """Stands for `Programs`: a call starts the compiler and gives back shapes."""
+
+    def __init__(self, programs: Programs, spec: ModelSpec):
+        self._programs, self._model = programs, spec.config
+        self.seconds = 0.0
+
+    def __call__(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> Any:
+        self._programs.prepare(function, key, static, *args)
+        if function is prefill_chunk:
+            tokens, dtype = args[3], args[0][0].dtype
+            return args[1], jax.ShapeDtypeStruct((tokens.shape[0], self._model.hidden_size), dtype)
+        if function is start_row:
+            return args[1], None
+        if function is decode_block:
+            slots, forced = args[3], args[7]
+            block = jax.eval_shape(lambda: Block.empty(forced.shape[1], len(slots), self._model.vocab_size))
+            return args[1], args[2], block, jax.ShapeDtypeStruct(slots.shape, slots.dtype)
+        return args[0] if not static else args[1]  # copies of pages, cache correction: the pools
+
+
+class Rehearsal(Runner):
+    """A runner of shapes: what it is told to send is compiled in the background, and nothing is run."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: tuple[Any, ...],
+        options: EngineOptions,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        max_model_len: int,
+    ):
+        self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
+        model, page_size = spec.config, options.page_size
+        self.pools = jax.eval_shape(lambda: make_pools(model, num_pages, page_size, self.dtype))
+        self.rows = jax.eval_shape(lambda: make_rows(self.slots, model.vocab_size, self.ends))
+        self._nothing_seen = jax.ShapeDtypeStruct((model.vocab_size,), bool)
+        self.programs = _Compiling(self.programs, spec)
+
+    def rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[Any, Any]:
+        """Shapes: angles take longer than everything else here."""
+        table = np.broadcast_to(np.float32(0), (*positions.shape, self.spec.config.head_dim // 2))
+        return table, table
+
+    def rehearse(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
+        """Send everything that these requests need if they come together and none ends early."""
+        for request in requests:
+            scheduler.add(request)
+        sent = dict.fromkeys((request.id for request in requests), 0)
+        while work := scheduler.schedule():
+            if work.prefill is not None:
+                self.prefill(work.prefill)
+                for chunk in work.prefill.chunks:
+                    sent[chunk.request.id] = int(chunk.last)
+            for group in work.decode:
+                self.decode(group)
+                for row in group.rows:
+                    sent[row.request.id] = row.step + self.block_steps
+            for request in requests:
+                if sent.get(request.id, 0) >= request.max_new_tokens:
+                    scheduler.finish(request.id)
+                    del sent[request.id]
