@@ -112,7 +112,7 @@ def score_dialogues(
 
 
 def _feed(
-    model: LLM, prompts: Sequence[list[int]], forced: Sequence[list[int]], options: GenerateOptions, report: Report
+    model: LLM, prompts: Sequence[list[int]], forced: Sequence[list[int]], options: GenerateOptions, report: OnCount
 ) -> Result:
     """Take each row's tokens instead of sampled ones; `report(steps)` as every row has taken them."""
     stream = model.stream_tokens(prompts, options, forced=forced, limits=[len(row) for row in forced])
