@@ -34,7 +34,7 @@ _LEAST_BUDGET = 512
 
 @dataclasses.dataclass(frozen=True)
 class DemoQuestion:
-    """One question, where in the document its fact stands (in tokens), and what each way of attending answered."""
+    """One question, where in the document its fact stands (in tokens), and what each attention mode answered."""
 
     question: str
     expected: str
@@ -45,7 +45,7 @@ class DemoQuestion:
 
 @dataclasses.dataclass(frozen=True)
 class DemoReport:
-    """What the demo shows; times in milliseconds, shares of the whole cache, both for each way of attending."""
+    """What the demo shows; times in milliseconds, shares of the whole cache, both for each attention mode."""
 
     model: str
     seed: int

@@ -47,7 +47,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to attend, with the budget where there is one; its label is a row of the table."""
+    """One attention mode, with the budget where there is one; its label is a row of the table."""
 
     attention: AttentionMode
     budget: Budget | None = None

@@ -12,7 +12,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.journal import append_lines, read_lines
-from lychee_jax.training.loop import MetricsFile
+from lychee_jax.run_folder import MetricsFile
 
 ROOT = Path(__file__).parents[2]
 
