@@ -177,10 +177,11 @@ class MultiHop:
         self._write, self._questions = writer, questions
         try:
             text = read_text(file)
+        except UserError as error:
+            raise UserError(f"--questions-file {error}") from error
+        try:
             raw = parse_json(text, file) if text.lstrip().startswith("[") else parse_json_lines(text, file)
             self.entries = [self._entry(entry) for entry in raw]
-        except OSError as error:
-            raise UserError(f"--questions-file {file}: cannot be read ({error.strerror or error})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"--questions-file {file}: not a list of questions, each with question, answer and context "

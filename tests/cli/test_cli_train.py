@@ -209,7 +209,7 @@ def test_folders_that_are_in_the_way(lychee, model, learned, tmp_path):
     broken.mkdir()
     (broken / "plan.json").write_text("{]")
     before = (learned[0] / "metrics.jsonl").read_bytes()
-    for output, changed, culprit in [(file, [], "is a file"), (broken, [], "no JSON"),
+    for output, changed, culprit in [(file, [], "is a file"), (broken, [], "not valid JSON"),
                                      (learned[0], ["--seed", 7], "other settings")]:  # fmt: skip
         status, out, err = lychee("train-heads", "--model", model, "--output", output, *SMALL, *changed)
         assert (status, out, err.count("\n")) == (2, "", 1)

@@ -274,7 +274,7 @@ def test_multi_hop_without_a_file_are_chains():
         ('[{"question": "Who?"}]', "not a list of questions"),
         ('[{"question": "Who?", "answer": 3, "context": []}]', "not a list of questions"),
         ("[1, 2]", "not a list of questions"),
-        (b"\xff\xfe", "not a list of questions"),
+        (b"\xff\xfe", "not UTF-8 text"),
     ],
     ids=str,
 )

@@ -176,7 +176,7 @@ def test_damaged_converted_folders(tmp_path):
     (folder / "lychee.json").write_text('{"format": "lychee-checkpoint/9"}')
     assert "this version reads lychee-checkpoint/1 and lychee-checkpoint/2" in refused(folder)
     (folder / "lychee.json").write_text("nonsense")
-    assert "cannot be read as JSON" in refused(folder)
+    assert "is not valid JSON" in refused(folder)
 
     folder = copy("no weights")
     shutil.rmtree(folder / "weights")
