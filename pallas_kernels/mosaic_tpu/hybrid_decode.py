@@ -1,6 +1,9 @@
 """`hybrid_decode` on TPU: sparse heads in one launch, retrieval heads in another, then their selection.
 
 A TensorCore runs one program at a time and each launch streams without a gap, so that nothing is won by mixing roles.
+Dense rows read the page table in both launches. What other rows come out as does not depend on them, to the bit; they
+themselves come out as from `dense_decode` but for the order of float32 sums, where that cuts the context otherwise:
+below 4096 tokens, or over two cores.
 """
 
 import jax
