@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,11 +23,15 @@ JsonOption = Annotated[
 BatchOption = Annotated[str, typer.Option("--batch", metavar="N,…", help="Batch sizes, each measured by itself.")]
 
 
-def _batches(text: str) -> list[int]:
+def _numbers(option: str, text: str) -> list[int]:
     try:
-        batches = [int(part) for part in text.split(",")]
+        return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--batch is {text!r}; give whole numbers such as 1,4,8") from None
+        raise UserError(f"{option} is {text!r}; give whole numbers such as 1,4,8") from None
+
+
+def _batches(text: str) -> list[int]:
+    batches = _numbers("--batch", text)
     if min(batches) < 1:
         raise UserError(f"--batch is {text!r}; every batch needs at least one row")
     return batches
@@ -175,6 +180,123 @@ def bench_train(
     plan = TrainingPlan(retrieval_heads, batch=batch, loss=loss, min_length=1, max_length=context)
     row = train.measure(shape, MODELS[shape], plan, dtype=dtype or "bfloat16", repeats=repeats, report=_tell)
     _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, train.table([row]))
+
+
+@app.command("serve")
+def bench_serve(
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Through the engine in this process; there is no other way yet.")
+    ] = False,
+    scenario: Annotated[
+        Literal["full-batch", "long-prompt", "mixed"],
+        typer.Option(
+            help="[b]full-batch[/b]: requests of one length, all at once. [b]long-prompt[/b]: one arrives while others "
+            "decode. [b]mixed[/b]: random arrivals and lengths. The options below change it."
+        ),
+    ] = "mixed",
+    model: shared.ModelOption = None,
+    shape: Annotated[Shape | None, typer.Option(help="Instead of a model: random weights of this shape.")] = None,
+    dtype: shared.DtypeOption = None,
+    implementation: shared.ImplementationOption = None,
+    requests: Annotated[
+        int | None, typer.Option(metavar="N", show_default="the scenario's", help="Requests to serve.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(metavar="R", show_default="the scenario's", help="Arrivals a second; inf: all at once."),
+    ] = None,
+    prompt_lengths: Annotated[
+        str | None,
+        typer.Option(metavar="N,…", show_default="the scenario's", help="Each prompt's length is one of these."),
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", show_default="the scenario's", help="Tokens that each request gets.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(metavar="N", help="Sequences that decode together.")] = 16,
+    cache_memory: Annotated[
+        int | None, typer.Option(metavar="BYTES", show_default="most of what is free", help="Of the KV cache.")
+    ] = None,
+    attention: shared.AttentionOption = "auto",
+    heads: shared.HeadsOption = None,
+    page_size: shared.PageSizeOption = 64,
+    budget: shared.BudgetOption = 4096,
+    sink: shared.SinkOption = 128,
+    recent: shared.RecentOption = 256,
+    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and prompts.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the numbers there as JSON.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object.")] = False,
+) -> None:
+    """Serve requests as they come: tokens a second, time to the first token, and how long rows stall.
+
+    The same requests come again until nothing is compiled any more. Then one comes alone, in the same engine.
+
+    [b]Example[/b]
+
+    [cyan]lychee bench serve --offline --shape llama-3-8b --scenario long-prompt[/cyan]
+    """
+    from lychee_jax.attention.head_map import HeadMap
+    from lychee_jax.attention.selection import SelectionPolicy
+    from lychee_jax.cli.console import progress_bar
+    from lychee_jax.engine.options import AttentionOptions, EngineOptions
+
+    if not offline:
+        raise UserError("give --offline: requests are served by the engine in this process")
+    if model is not None and shape is not None:
+        raise UserError("--model and --shape exclude each other; give one")
+    if cache_memory is not None and cache_memory < 1:
+        raise UserError(f"--cache-memory is {cache_memory}; it must be at least 1")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; it must not be negative")
+    policy = SelectionPolicy(budget, sink, recent)
+    policy.validate(page_size)
+    engine_options = EngineOptions(
+        page_size, implementation=implementation, max_num_seqs=max_num_seqs, cache_memory=cache_memory
+    )
+    chosen: dict[str, Any] = {
+        "requests": requests,
+        "rate": rate,
+        "prompt_lengths": tuple(_numbers("--prompt-lengths", prompt_lengths)) if prompt_lengths is not None else None,
+        "new_tokens": new_tokens,
+    }
+    import jax
+
+    from lychee_jax.benchmarks import serve
+    from lychee_jax.benchmarks.shapes import MODELS
+    from lychee_jax.benchmarks.step import random_model, spread_heads
+
+    loaded = load_model(model, dtype) if shape is None else None
+    config = MODELS[shape] if loaded is None else loaded.config
+    traffic = dataclasses.replace(
+        serve.scenario(scenario, config, jax.default_backend()),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    serve.arrivals(traffic, config, seed)  # refused before weights are made
+    if loaded is not None:
+        name, spec, weights, head_map = loaded.path.name, loaded.spec, loaded.weights, loaded.choose_heads(heads)
+    else:
+        name = str(shape)
+        named = {
+            None: spread_heads(config, max(config.num_kv_heads, config.num_layers * config.num_kv_heads // 8)),
+            "all": HeadMap.all(config),
+            "none": HeadMap.none(config),
+        }
+        head_map = named[heads] if heads in named else HeadMap.load(str(heads), config)
+        spec, weights = random_model(config, dtype or "bfloat16")
+    with progress_bar() as progress:
+        rows = serve.measure(
+            scenario, name, spec, weights, traffic, AttentionOptions(attention, head_map, policy), engine_options,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+    report = _device() | {
+        "command": shlex.join(["lychee", *sys.argv[1:]]),
+        "rows": [row.to_json() for row in rows],
+        "targets": serve.targets(scenario, rows[0]),
+    }
+    if output is not None:
+        output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+    print(json_text(report) if as_json else serve.table(rows))
 
 
 @app.command("kernels")

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lychee_jax.engine.executables import of_this_machine
+
 _log = logging.getLogger(__name__)
 
 # Programs outlive the engine that asked for them: models of one configuration share them.
@@ -98,16 +100,23 @@ class Programs:
         shapes: Any,
     ) -> None:
         precision = jax.default_matmul_precision(self._precision) if self._precision else contextlib.nullcontext()
-        started = time.perf_counter()
+        name = (f"{function.__module__}.{function.__name__}", *full[1:], self._precision)
         try:
-            with precision:
-                lowered = function.lower(*static, *shapes)
-                traced = time.perf_counter()
-                future.set_result(lowered.compile())
-            _log.debug(
-                "%s %s: %.1f s to trace, %.1f s to compile",
-                function.__name__, full[2], traced - started, time.perf_counter() - traced,
-            )  # fmt: skip
+            kept = of_this_machine()
+            compiled = kept.load(name, shapes) if kept is not None else None
+            if compiled is None:
+                started = time.perf_counter()
+                with precision:
+                    lowered = function.lower(*static, *shapes)
+                    traced = time.perf_counter()
+                    compiled = lowered.compile()
+                _log.debug(
+                    "%s %s: %.1f s to trace, %.1f s to compile",
+                    function.__name__, full[2], traced - started, time.perf_counter() - traced,
+                )  # fmt: skip
+                if kept is not None:
+                    kept.save(name, shapes, compiled)
+            future.set_result(compiled)
         except BaseException as error:
             with _lock:
                 _compiled.pop(full, None)

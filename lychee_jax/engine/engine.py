@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,7 +54,13 @@ class _Sent:
 
 
 class Engine:
-    """Batches requests as they come. The cache is made when the first request is scheduled."""
+    """Batches requests as they come. The cache is made when the first request is scheduled.
+
+    Attributes:
+        prompt_tokens_read: of all requests so far.
+        host_seconds: how long `step` worked on the host: all of its time but compiling and waiting for the device.
+        wait_seconds: how long `step` waited for the device.
+    """
 
     def __init__(
         self,
@@ -67,6 +74,7 @@ class Engine:
         self.config = config or EngineConfig.of(jax.default_backend(), spec.config)
         self.max_model_len = min(options.max_model_len or spec.config.max_tokens, spec.config.max_tokens)
         self.prompt_tokens_read = 0
+        self.host_seconds = self.wait_seconds = 0.0
         self._requests: dict[str, _Progress] = {}
         self._unscheduled: list[Request] = []
         self._sent: collections.deque[_Sent] = collections.deque()
@@ -183,6 +191,7 @@ class Engine:
         Raises:
             Exception: what the device or a compiler reported; all requests have ended then, and so has the engine.
         """
+        started, others = time.perf_counter(), self.wait_seconds + self.compile_seconds
         outputs, self._ended = self._ended, []
         try:
             sent = self._send()
@@ -196,6 +205,8 @@ class Engine:
         except Exception as error:
             self._fail(str(error).split("\n", 1)[0])
             raise
+        others = self.wait_seconds + self.compile_seconds - others
+        self.host_seconds += time.perf_counter() - started - others
         return outputs
 
     def _fail(self, reason: str) -> None:
@@ -291,12 +302,11 @@ class Engine:
 
     def _receive(self, sent: _Sent) -> list[RequestOutput]:
         """Wait for what one step sent, and hand out its tokens."""
-        outputs = [output for block in sent.blocks for output in self._read(block)]
-        if sent.marker is not None:
-            if not sent.blocks:
-                sent.marker.block_until_ready()
-            self.prompt_tokens_read += sent.prompt_tokens
-        return outputs
+        started = time.perf_counter()
+        jax.block_until_ready([block.block for block in sent.blocks] or sent.marker)
+        self.wait_seconds += time.perf_counter() - started
+        self.prompt_tokens_read += sent.prompt_tokens
+        return [output for block in sent.blocks for output in self._read(block)]
 
     def _read(self, sent: SentBlock) -> Iterable[RequestOutput]:
         block = sent.block

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("without_type_checks")
         (jnp.arange(3), [[0, 1, 2]]),
         ([np.int32(4), 5], [[4, 5]]),
         ([np.arange(2), jnp.arange(1)], [[0, 1], [0]]),
-        (iter(["a", "b"]), ["a", "b"]),
+        pytest.param(iter(["a", "b"]), ["a", "b"], id="an iterator"),
     ],
     ids=repr,
 )

@@ -1,0 +1,356 @@
+"""Requests through the engine as a server gets them: arrivals at random, prompts of mixed lengths; no network.
+
+The same requests are served until a pass compiles nothing: the first warms up, and what compilers took is told apart.
+"""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lychee_jax.benchmarks.deliveries import Columns, Delivery, columns
+from lychee_jax.benchmarks.step import peak_bytes
+from lychee_jax.cache.allocator import pages_for
+from lychee_jax.cache.pages import cache_bytes
+from lychee_jax.config import ModelConfig
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions
+from lychee_jax.engine.request import Request
+from lychee_jax.errors import UserError
+from lychee_jax.models.spec import ModelSpec
+
+_PASSES = 4
+_LATE_TOKENS = 16  # of the prompt that arrives late: what matters is how it is read
+_SETTLED_TOKENS = 128  # of every other row before it arrives
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Who comes, and when.
+
+    Attributes:
+        requests: how many.
+        rate: arrivals a second, with exponential gaps; infinite: all at once.
+        prompt_lengths: each request's is drawn from these.
+        new_tokens: of each request.
+        late: the last request has the longest prompt, the others have the other lengths, and it arrives when all of
+            them have decoded for a while.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    requests: int
+    rate: float
+    prompt_lengths: tuple[int, ...]
+    new_tokens: int
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        if self.requests < 1 + self.late:
+            raise UserError(f"--requests is {self.requests}; it must be at least {1 + self.late}")
+        if not self.rate > 0:
+            raise UserError(f"--rate is {self.rate}; it must be above 0, or inf for all requests at once")
+        if min(self.prompt_lengths) < 1:
+            raise UserError("--prompt-lengths must be at least 1")
+        if self.late and len(set(self.prompt_lengths)) < 2:
+            raise UserError("--prompt-lengths needs two lengths here: of the rows that decode, and of the late prompt")
+        if self.new_tokens < 2:
+            raise UserError(f"--new-tokens is {self.new_tokens}; it must be at least 2")
+
+
+SCENARIOS = {
+    "full-batch": Traffic(16, math.inf, (16384,), 2048),
+    "long-prompt": Traffic(5, math.inf, (8192, 131072), 2048, late=True),
+    "mixed": Traffic(12, 0.125, (8192, 32768, 131072), 256),
+}
+"""For an accelerator and a model of 8 B; `scenario` makes them fit others."""
+
+
+def scenario(name: str, config: ModelConfig, platform: str) -> Traffic:
+    """A scenario as this model can take it: on a CPU prompts have an eighth of the length; none exceeds the limit."""
+    traffic = SCENARIOS[name]
+    part = 8 if platform == "cpu" else 1
+    lengths = tuple(min(length // part, config.max_tokens) for length in traffic.prompt_lengths)
+    return dataclasses.replace(traffic, prompt_lengths=lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """A request of the traffic: it arrives at `time`, but not before all earlier ones have got `after_tokens`."""
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    time: float = 0.0
+    after_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeRow:
+    """A run of some traffic; pages are the most that were in use at once, of `pages`.
+
+    `compile_s` and `programs` belong to the passes that warm up, `late_compile_s` to the one that was measured: 0,
+    unless every pass met something new. `peak_bytes` counts from the start of the process.
+    """
+
+    name: str
+    model: str
+    dtype: str
+    attention: str
+    retrieval_heads: int
+    kv_heads: int
+    page_size: int
+    budget: int
+    max_num_seqs: int
+    rate: float | None
+    prompt_tokens: list[int]
+    new_tokens: list[int]
+    columns: Columns
+    pages: int
+    pages_owned: int
+    pages_cached: int
+    programs: int
+    compile_s: float
+    late_compile_s: float
+    passes: int
+    peak_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object."""
+        row = dataclasses.asdict(self)
+        return row | row.pop("columns")
+
+
+def arrivals(traffic: Traffic, config: ModelConfig, seed: int) -> list[Arrival]:
+    """Random prompts; one that leaves no room for its new tokens is cut.
+
+    Raises:
+        UserError: a prompt, or the new tokens, beyond the model's limit.
+    """
+    most, limit = max(traffic.prompt_lengths), config.max_tokens
+    if most > limit or traffic.new_tokens >= limit:
+        raise UserError(
+            f"a prompt of {most} tokens and {traffic.new_tokens} new ones exceed the model's limit of {limit}"
+        )
+    rng = np.random.default_rng(seed)
+    lengths = list(traffic.prompt_lengths)
+    if traffic.late:
+        lengths = [length for length in lengths if length < most]
+    drawn = rng.choice(lengths, traffic.requests).tolist()
+    gaps = np.zeros(traffic.requests)
+    if math.isfinite(traffic.rate):
+        gaps[1:] = rng.exponential(1 / traffic.rate, traffic.requests - 1)
+    times = np.cumsum(gaps).tolist()
+    new = [traffic.new_tokens] * traffic.requests
+    after = [0] * traffic.requests
+    if traffic.late:
+        drawn[-1], new[-1] = most, min(traffic.new_tokens, _LATE_TOKENS)
+        after[-1] = min(_SETTLED_TOKENS, traffic.new_tokens // 2)
+    made = []
+    for length, count, when, settled in zip(drawn, new, times, after, strict=True):
+        prompt = rng.integers(0, config.vocab_size, min(length, limit - count)).tolist()
+        made.append(Arrival(tuple(prompt), count, when, settled))
+    return made
+
+
+def measure(
+    name: str,
+    model: str,
+    spec: ModelSpec,
+    weights: tuple[jax.Array, ...],
+    traffic: Traffic,
+    attention: AttentionOptions,
+    options: EngineOptions,
+    *,
+    seed: int = 0,
+    engine_config: EngineConfig | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[ServeRow]:
+    """Serve the traffic, and then one request of the shortest prompt alone, in the same engine: "alone".
+
+    Raises:
+        UserError: traffic that this model or this cache cannot take.
+    """
+    config = spec.config
+    coming = arrivals(traffic, config, seed)
+    engine_config = engine_config or EngineConfig.of(jax.default_backend(), config)
+    if options.cache_memory is None and jax.default_backend() == "cpu":
+        # A cache that grows would make every program anew: all that can run together has its place from the start.
+        rows, page_size = options.max_num_seqs, options.page_size
+        needs = sorted(pages_for(len(each.prompt) + each.new_tokens, page_size) for each in coming)
+        pages = sum(needs[-rows:]) + engine_config.batch_bucket(rows, rows)
+        memory = cache_bytes(config, pages, page_size, weights[0].dtype)
+        options = dataclasses.replace(options, cache_memory=memory)
+    engine = Engine(spec, weights, options, engine_config)
+    shortest = min(coming, key=lambda each: len(each.prompt))
+    alone = [dataclasses.replace(shortest, time=0.0, after_tokens=0)]
+    return [
+        _measure(engine, name, model, coming, traffic.rate, attention, progress),
+        _measure(engine, "alone", model, alone, math.inf, attention, progress),
+    ]
+
+
+def _measure(
+    engine: Engine,
+    name: str,
+    model: str,
+    coming: Sequence[Arrival],
+    rate: float,
+    attention: AttentionOptions,
+    progress: Callable[[str, int, int], None],
+) -> ServeRow:
+    """Serve until a pass compiles nothing; the last pass counts."""
+    known = engine.runner.programs.count if engine.runner is not None else 0
+    compiled = engine.compile_seconds
+    passes, before = 0, compiled
+    run = _Run(engine, attention)
+    while passes < 2 or (passes < _PASSES and engine.compile_seconds > before):
+        passes, before = passes + 1, engine.compile_seconds
+        engine.reset_prefix_cache()
+        run = _Run(engine, attention)
+        stage = f"{name}, {'warm-up' if passes == 1 else 'measured'}"
+        run.serve(coming, lambda done, total, stage=stage: progress(stage, done, total))
+    model_config, options = engine.spec.config, engine.options
+    assert engine.runner is not None
+    assert engine.allocator is not None
+    kv_heads = model_config.num_layers * model_config.num_kv_heads
+    return ServeRow(
+        name=name,
+        model=model,
+        dtype=str(engine.dtype),
+        attention=attention.mode,
+        retrieval_heads=attention.heads.num_retrieval if attention.heads is not None else kv_heads,
+        kv_heads=kv_heads,
+        page_size=options.page_size,
+        budget=attention.policy.budget,
+        max_num_seqs=options.max_num_seqs,
+        rate=rate if math.isfinite(rate) else None,
+        prompt_tokens=[len(each.prompt) for each in coming],
+        new_tokens=[each.new_tokens for each in coming],
+        columns=columns(run.arrived, run.deliveries),
+        pages=engine.allocator.num_allocatable,
+        pages_owned=run.pages_owned,
+        pages_cached=run.pages_cached,
+        programs=engine.runner.programs.count - known,
+        compile_s=before - compiled,
+        late_compile_s=engine.compile_seconds - before,
+        passes=passes,
+        peak_bytes=peak_bytes(None),
+    )
+
+
+class _Run:
+    """Requests served once, and what was seen of it."""
+
+    def __init__(self, engine: Engine, attention: AttentionOptions):
+        self.engine, self.attention = engine, attention
+        self.arrived: dict[str, float] = {}
+        self.deliveries: list[Delivery] = []
+        self.pages_owned = self.pages_cached = 0
+        self._got: dict[str, int] = {}
+        self._open: set[str] = set()
+
+    def serve(self, coming: Sequence[Arrival], progress: Callable[[int, int], None]) -> None:
+        """Serve to the end; every request gets all of its new tokens, whatever they are.
+
+        Raises:
+            UserError: a request that failed.
+        """
+        engine = self.engine
+        waiting = collections.deque(coming)
+        total = sum(len(each.prompt) + each.new_tokens for each in coming)
+        read, host = engine.prompt_tokens_read, engine.host_seconds
+        started = told = time.perf_counter()
+        while waiting or engine.has_work:
+            now = time.perf_counter()
+            while waiting and self._is_due(waiting[0], now - started):
+                self._add(waiting.popleft(), now - started)
+            if not engine.has_work:
+                time.sleep(max(0.0, min(0.01, waiting[0].time - (now - started))))
+                continue
+            outputs = engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                if output.error is not None:
+                    raise UserError(f"request {output.request_id} failed: {output.error}")
+                self._got[output.request_id] += len(output.tokens)
+                if output.finish_reason is not None:
+                    self._open.discard(output.request_id)
+            assert engine.scheduler is not None
+            assert engine.allocator is not None
+            decoding = sum(self._got[request] > 0 for request in self._open)
+            phase = "reading" if engine.scheduler.num_running > decoding else "decoding"
+            worked = engine.host_seconds - host
+            self.deliveries += [
+                Delivery(now - started, output.request_id, len(output.tokens), phase, worked) for output in outputs
+            ]
+            self.pages_owned = max(self.pages_owned, engine.allocator.num_owned)
+            self.pages_cached = max(self.pages_cached, engine.allocator.num_cached)
+            if now - told > 0.2:
+                told = now
+                progress(engine.prompt_tokens_read - read + sum(self._got.values()), total)
+        progress(total, total)
+
+    def _is_due(self, each: Arrival, now: float) -> bool:
+        return each.time <= now and all(count >= each.after_tokens for count in self._got.values())
+
+    def _add(self, each: Arrival, now: float) -> None:
+        number = len(self.arrived)
+        request = Request(str(number), each.prompt, each.new_tokens, attention=self.attention, sample_index=number)
+        self.engine.add_request(request)
+        # A step may have kept the loop from seeing it in time; who waits for the others arrives when they are there.
+        self.arrived[request.id] = now if each.after_tokens else each.time
+        self._got[request.id] = 0
+        self._open.add(request.id)
+
+
+def targets(name: str, row: ServeRow) -> list[dict[str, Any]]:
+    """What a scenario is to reach on an H200 at the shape of Llama-3-8B."""
+    found = row.columns
+    known = {
+        "full-batch": (f"host work, share of a block of {found.full_rows} rows", found.host_share, 0.05),
+        "long-prompt": ("longest stall of a decoding row, in usual blocks", found.stall_blocks, 3.0),
+    }
+    if name not in known:
+        return []
+    what, value, target = known[name]
+    return [{"what": what, "value": value, "target": target, "sense": "<="}]
+
+
+def table(rows: Sequence[ServeRow]) -> str:
+    """For people."""
+
+    def each(label: str, *numbers: float | None, form: str = ",.2f") -> str:
+        return f"{label:<42}" + "".join(f" {'–' if n is None else format(n, form):>14}" for n in numbers)
+
+    all_columns = [row.columns for row in rows]
+    between = [one.between_tokens_s for one in all_columns]
+    lines = [
+        f"{rows[0].model}, {rows[0].dtype}, {rows[0].attention} attention",
+        f"{'':<42}" + "".join(f" {row.name:>14}" for row in rows),
+        each("requests", *(len(row.prompt_tokens) for row in rows), form="d"),
+        each("tokens/s, end to end", *(one.tokens_per_s for one in all_columns)),
+        each("rows of a full batch", *(one.full_rows for one in all_columns), form="d"),
+        each("tokens/s, while the batch is full", *(one.full_tokens_per_s for one in all_columns)),
+        each("first token, s: median", *(one.first_token_s.median for one in all_columns)),
+        each("first token, s: p99", *(one.first_token_s.p99 for one in all_columns)),
+        each("between tokens, ms: median", *(one and 1e3 * one.median for one in between)),
+        each("between tokens, ms: p99", *(one and 1e3 * one.p99 for one in between)),
+        each("usual block, ms", *(one.block_s and 1e3 * one.block_s for one in all_columns)),
+        each("longest stall, ms", *(one.longest_stall_s and 1e3 * one.longest_stall_s for one in all_columns)),
+        each("longest stall, blocks", *(one.stall_blocks for one in all_columns)),
+        each("host work, share of a block", *(one.host_share for one in all_columns), form=".1%"),
+        each("pages in use, at most", *(row.pages_owned for row in rows), form=",d"),
+        each("pages cached, at most", *(row.pages_cached for row in rows), form=",d"),
+        each("pages there are", *(row.pages for row in rows), form=",d"),
+        each("programs", *(row.programs for row in rows), form="d"),
+        each("compiling, s", *(row.compile_s for row in rows)),
+    ]
+    if any(row.late_compile_s for row in rows):
+        lines.append(each("compiling in the measured pass, s", *(row.late_compile_s for row in rows)))
+    return "\n".join(lines)
