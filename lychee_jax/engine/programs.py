@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from lychee_jax.attention.decode import Decode
@@ -164,16 +165,18 @@ def _choose(logits: Float32[Array, "B V"], rows: Rows, slots: Int[Array, " B"], 
 
 
 class Start(NamedTuple):
-    """What a row begins with, scalars but for `eos [ends]` and `seen [V]`; `forced`: its first token, or −1."""
+    """What a row begins with: scalars, but for `eos [ends]` and `seen [V]`. `sampling`: the fields of `SamplingArrays`;
+    `forced`: its first token, or −1.
+    """
 
-    slot: Int32[Array, ""]
-    position: Int32[Array, ""]
-    remaining: Int32[Array, ""]
-    eos: Int32[Array, " ends"]
-    num_top: Int32[Array, ""]
-    sampling: SamplingArrays
-    seen: Bool[Array, " V"]
-    forced: Int32[Array, ""]
+    slot: ArrayLike
+    position: ArrayLike
+    remaining: ArrayLike
+    eos: ArrayLike
+    num_top: ArrayLike
+    sampling: tuple[ArrayLike, ...]
+    seen: ArrayLike
+    forced: ArrayLike
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "width"), donate_argnames=("rows",))

@@ -25,7 +25,7 @@ from lychee_jax.engine.programs import (
     start_row,
 )
 from lychee_jax.engine.request import Request
-from lychee_jax.engine.sampling import SamplingArrays, sampling_row
+from lychee_jax.engine.sampling import sampling_row
 from lychee_jax.engine.scheduler import DecodeWork, PrefillWork
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
@@ -131,7 +131,7 @@ class Runner:
         eos[: len(request.eos_ids)] = request.eos_ids
         start = Start(
             np.int32(slot), np.int32(len(request.prompt)), np.int32(request.max_new_tokens), eos,
-            np.int32(request.top_logprobs), SamplingArrays(*sampling_row(request.sampling, request.sample_index)), seen,
+            np.int32(request.top_logprobs), sampling_row(request.sampling, request.sample_index), seen,
             np.int32(request.forced[0] if request.forced else -1),
         )  # fmt: skip
         self.rows, block = self.programs(

@@ -11,6 +11,7 @@ import pytest
 from lychee_jax.attention.backend import Full
 from lychee_jax.attention.gated import Gated
 from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.models.rope import rotary_tables
 from tests.support import oracle
 from tests.support.hybrid_models import BUDGET, make_model
 
@@ -146,6 +147,8 @@ def test_hard_gates_are_hybrid_decoding() -> None:
         return jax.nn.log_softmax(model.logits(hidden), axis=-1)
 
     positions = np.arange(len(tokens))[None]
-    got = np.asarray(logprobs(jnp.asarray(tokens[None], jnp.int32), *engine.rotary(positions, positions + 1)))[0]
+    config = BUDGET.config
+    angles = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions, positions + 1)
+    got = np.asarray(logprobs(jnp.asarray(tokens[None], jnp.int32), *angles))[0]
     chosen = got[np.arange(len(tokens) - 1), tokens[1:]]
     np.testing.assert_allclose(chosen, want.logprobs, atol=2e-4)

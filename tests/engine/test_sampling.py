@@ -1,5 +1,7 @@
 """Sampling against an independent NumPy float64 implementation; the promises about ties, seeds and logprobs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS, Sampled, SamplingArrays
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 
-compiled = jax.jit(sample)
+compiled: Any = jax.jit(sample)
 
 
 def choose(logits, params, *, index=None, steps=None, seen=None, forced=None, num_top=None) -> Sampled:
