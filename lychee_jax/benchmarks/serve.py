@@ -67,7 +67,7 @@ class Traffic:
 SCENARIOS = {
     "full-batch": Traffic(16, math.inf, (16384,), 2048),
     "long-prompt": Traffic(5, math.inf, (8192, 131072), 2048, late=True),
-    "mixed": Traffic(10, 0.2, (8192, 32768, 131072), 256),
+    "mixed": Traffic(10, 0.25, (8192, 32768, 131072), 256),
 }
 """For an accelerator and a model of 8 B; `scenario` makes them fit others."""
 
