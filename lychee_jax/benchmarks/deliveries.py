@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -119,7 +120,7 @@ def columns(arrivals: Mapping[str, float], deliveries: Sequence[Delivery]) -> Co
     quiet = [stretch for stretch in stretches if stretch.quiet]
     most = max((stretch.rows for stretch in quiet), default=0)
     full = [stretch for stretch in quiet if most and stretch.rows == most]
-    full_seconds = sum(stretch.seconds for stretch in full)
+    full_seconds = math.fsum(stretch.seconds for stretch in full)
     first = [own[0].time - arrivals[request] for request, own in rows.items()]
     first_token = Spread.of(first)
     assert first_token is not None

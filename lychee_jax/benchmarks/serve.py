@@ -67,17 +67,19 @@ class Traffic:
 SCENARIOS = {
     "full-batch": Traffic(16, math.inf, (16384,), 2048),
     "long-prompt": Traffic(5, math.inf, (8192, 131072), 2048, late=True),
-    "mixed": Traffic(12, 0.125, (8192, 32768, 131072), 256),
+    "mixed": Traffic(10, 0.25, (8192, 32768, 131072), 256),
 }
 """For an accelerator and a model of 8 B; `scenario` makes them fit others."""
 
 
-def scenario(name: str, config: ModelConfig, platform: str) -> Traffic:
-    """A scenario as this model can take it: on a CPU prompts have an eighth of the length; none exceeds the limit."""
+def scenario(name: str, config: ModelConfig, platform: str, **changes: Any) -> Traffic:
+    """A scenario as this model can take it, changed: on a CPU prompts have an eighth of the length; none exceeds the
+    limit.
+    """
     traffic = SCENARIOS[name]
     part = 8 if platform == "cpu" else 1
     lengths = tuple(min(length // part, config.max_tokens) for length in traffic.prompt_lengths)
-    return dataclasses.replace(traffic, prompt_lengths=lengths)
+    return dataclasses.replace(traffic, **({"prompt_lengths": lengths} | changes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +327,7 @@ def targets(name: str, row: ServeRow) -> list[dict[str, Any]]:
 def table(rows: Sequence[ServeRow]) -> str:
     """For people."""
 
-    def each(label: str, *numbers: float | None, form: str = ",.2f") -> str:
+    def each(label: str, *numbers: int | float | None, form: str = ",.2f") -> str:
         return f"{label:<42}" + "".join(f" {'–' if n is None else format(n, form):>14}" for n in numbers)
 
     all_columns = [row.columns for row in rows]

@@ -266,12 +266,14 @@ def bench_serve(
     from lychee_jax.benchmarks.shapes import MODELS
     from lychee_jax.benchmarks.step import random_model, spread_heads
 
-    loaded = load_model(model, dtype) if shape is None else None
-    config = MODELS[shape] if loaded is None else loaded.config
-    traffic = dataclasses.replace(
-        serve.scenario(scenario, config, jax.default_backend()),
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
+    loaded = None
+    if shape is not None:
+        config = MODELS[shape]
+    else:
+        loaded = load_model(model, dtype)
+        config = loaded.config
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    traffic = serve.scenario(scenario, config, jax.default_backend(), **changes)
     serve.arrivals(traffic, config, seed)  # refused before weights are made
     if loaded is not None:
         name, spec, weights, head_map = loaded.path.name, loaded.spec, loaded.weights, loaded.choose_heads(heads)

@@ -14,7 +14,6 @@ from lychee_jax.cache.pages import Pools, copy_pages, make_pools
 from lychee_jax.engine.compile_timer import Programs
 from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.programs import (
-    Block,
     DecodePlan,
     Rows,
     Start,
@@ -37,7 +36,7 @@ _COPIES = 8  # pages that one program copies
 class SentBlock:
     """A block on its way, and whose rows are in its columns."""
 
-    block: Block
+    block: Any  # a Block; shapes where nothing is sent
     requests: tuple[Request, ...]
     first_steps: tuple[int, ...]
 
@@ -95,7 +94,7 @@ class Runner:
             padded[:, : len(pairs)] = np.asarray(pairs, np.int32).T
             self.pools = self.programs(copy_pages, _COPIES, (), self.pools, padded[0], padded[1])
 
-    def prefill(self, work: PrefillWork) -> tuple[jax.Array, list[SentBlock]]:
+    def prefill(self, work: PrefillWork) -> tuple[Any, list[SentBlock]]:
         """Read chunks, and start the rows whose prompts end with them; the array tells when the chunks are read."""
         count = len(work.chunks)
         rows = 1
@@ -122,7 +121,7 @@ class Runner:
         ]
         return last, started
 
-    def _start(self, request: Request, slot: int, index: np.int32, last: jax.Array) -> SentBlock:
+    def _start(self, request: Request, slot: int, index: np.int32, last: Any) -> SentBlock:
         seen: Any = self._nothing_seen
         if request.sampling.repetition_penalty != 1:
             seen = np.zeros((self.spec.config.vocab_size,), bool)
