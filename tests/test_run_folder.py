@@ -57,7 +57,7 @@ def test_a_line_that_was_cut_off_is_removed(tmp_path: Path):
     assert read_lines(file) == [{"a": "é"}, {"b": 2}]
     assert file.read_bytes() == whole
     file.write_text("nonsense\n")
-    with pytest.raises(UserError, match="a line that is no JSON"):
+    with pytest.raises(UserError, match="line 1 is not valid JSON"):
         read_lines(file)
 
 

@@ -44,7 +44,12 @@ class Programs:
         self._precision = "highest" if dtype == np.float32 else None
         self._base = base
         self.seconds = 0.0
-        self.count = 0
+        self._called: set[Hashable] = set()
+
+    @property
+    def count(self) -> int:
+        """How many different programs were called."""
+        return len(self._called)
 
     def prepare(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> None:
         """Start compiling `function(*static, *args)` in the background; `args` may be shapes."""
@@ -60,6 +65,7 @@ class Programs:
             args: all others.
         """
         started = time.perf_counter()
+        self._called.add((function, key, static))
         future = self._future(function, key, static, args, background=False)
         if not future.done():
             future.result()
@@ -79,7 +85,6 @@ class Programs:
                 return known
             future: concurrent.futures.Future[Any] = concurrent.futures.Future()
             _compiled[full] = future
-        self.count += 1
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
         if background:
             # What is set for this context, an interpreter of kernels say, is set for the compiler's thread, too.

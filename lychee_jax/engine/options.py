@@ -149,7 +149,7 @@ class EngineConfig:
     block_steps: int = 8
     blocks_ahead: int = 2
     dense_below: int = 16384
-    table_factor: int = 4
+    table_factor: int = 16
     batch_factor: int = 4
 
     @classmethod

@@ -19,6 +19,7 @@ from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import RopeConfig
 from lychee_jax.engine.options import AttentionMode
 from lychee_jax.engine.outputs import Result
+from lychee_jax.llm import engine_options
 from tests.support import oracle
 from tests.support.hybrid_models import BUDGET, NEW, VOCAB, Case, make_model, run, small_chunks
 
@@ -152,7 +153,7 @@ def test_bfloat16_follows_the_oracle() -> None:
     """Weights, activations and cache of one dtype; the oracle goes along the engine's own tokens."""
     model, weights = make_model(BUDGET, "bfloat16")
     result = run(model, BUDGET.prompts, BUDGET.options())
-    runner = model.engine(BUDGET.options().engine).runner
+    runner = model.engine(engine_options(model.engine_options, BUDGET.options())).runner
     assert runner is not None
     assert {pool.data.dtype for pool in runner.pools} == {model.dtype} == {jnp.dtype("bfloat16")}
     judge = oracle.Oracle(weights, BUDGET.config, BUDGET.page_size)

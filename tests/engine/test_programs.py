@@ -17,11 +17,11 @@ from lychee_jax.cache.pages import make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine import programs
 from lychee_jax.engine.compile_timer import forget_programs
-from lychee_jax.engine.options import EngineConfig, GenerateOptions
+from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.engine.programs import DecodePlan, make_rows
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
-from lychee_jax.llm import LLM
+from lychee_jax.llm import LLM, engine_options
 from lychee_jax.models.decoder import Decoder
 from pallas_kernels.xla.prefill import causal_attention
 
@@ -109,7 +109,7 @@ def test_whole_sequence_attention_needs_memory_linear_in_length():
 
 
 def _count(model: LLM, options: GenerateOptions) -> int:
-    runner = model.engine(options.engine).runner
+    runner = model.engine(engine_options(model.engine_options, options)).runner
     return runner.programs.count if runner is not None else 0
 
 
@@ -141,8 +141,10 @@ def test_another_temperature_seed_filter_or_penalty_compiles_nothing(model):
     assert len(set(sizes)) == 1
 
 
-def test_no_program_is_compiled_after_all_were(model):
+def test_no_program_is_compiled_after_all_were():
     """Rows of every number and length, dense and hybrid: at most 24 programs, and a second round finds them all."""
+    model = make()
+    model.engine_options = EngineOptions(cache_memory=16 << 20)
     options = GenerateOptions("auto", HeadMap.none(CONFIG), POLICY, PAGE, 9)
     rng = np.random.default_rng(1)
     batches = [

@@ -12,9 +12,9 @@ import numpy as np
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig, RopeConfig
-from lychee_jax.engine.options import AttentionMode, EngineConfig, GenerateOptions
+from lychee_jax.engine.options import AttentionMode, EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.engine.outputs import Result
-from lychee_jax.llm import LLM
+from lychee_jax.llm import LLM, engine_options
 from lychee_jax.models.spec import ModelSpec
 from tests.support import first_format, oracle
 
@@ -105,13 +105,15 @@ BUDGET = Case(
 
 def small_chunks(tokens: int, *, dense_below: int = 0, **changes: Any) -> EngineConfig:
     """The CPU's numbers, but that chunks of prompts have `tokens` tokens, and so do the prefixes that are shared."""
-    config = EngineConfig(((1 << 40, tokens),), tokens, min_rows=2, correct_rows=1, dense_below=dense_below)
+    config = EngineConfig(
+        ((1 << 40, tokens),), tokens, min_rows=2, correct_rows=1, dense_below=dense_below, table_factor=1 << 20
+    )
     return dataclasses.replace(config, **changes)
 
 
 def poison(model: LLM, options: GenerateOptions) -> None:
     """NaN in every page of the cache, scratch pages and those of earlier prompts included, which are forgotten."""
-    engine = model.engine(options.engine)
+    engine = model.engine(engine_options(model.engine_options, options))
     if engine.runner is None:
         model.generate_tokens([[1]], dataclasses.replace(options, max_new_tokens=1))
     assert engine.runner is not None
@@ -145,4 +147,6 @@ def make_model(
     spec, _ = ModelSpec.abstract(case.config, dtype)
     model = spec.merge(tuple(jnp.asarray(weights[name]) for name in spec.names))
     config = engine_config or small_chunks(case.page_size)
-    return LLM(Path("tiny"), case.config, model, None, (), engine_config=config), weights
+    # Of one size whatever is asked first, so that no program is compiled for another one.
+    options = EngineOptions(cache_memory=2 << 20, max_model_len=64)
+    return LLM(Path("tiny"), case.config, model, None, (), engine_config=config, engine_options=options), weights
