@@ -18,15 +18,15 @@ from lychee_jax.engine.scheduler import Scheduler
 from lychee_jax.models.spec import ModelSpec
 
 
-class _Compiling:
-    """Stands for `Programs`: a call starts the compiler and gives back shapes."""
+class _Noted:
+    """Stands for `Programs`: a call is noted, and gives back shapes."""
 
-    def __init__(self, programs: Programs, spec: ModelSpec):
-        self._programs, self._model = programs, spec.config
-        self.seconds = 0.0
+    def __init__(self, spec: ModelSpec):
+        self._model = spec.config
+        self.calls: list[tuple[Any, ...]] = []
 
     def __call__(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> Any:
-        self._programs.prepare(function, key, static, *args)
+        self.calls.append((function, key, static, *args))
         if function is prefill_chunk:
             tokens, dtype = args[3], args[0][0].dtype
             return args[1], jax.ShapeDtypeStruct((tokens.shape[0], self._model.hidden_size), dtype)
@@ -57,7 +57,8 @@ class Rehearsal(Runner):
         self.pools = jax.eval_shape(lambda: make_pools(model, num_pages, page_size, self.dtype))
         self.rows = jax.eval_shape(lambda: make_rows(self.slots, model.vocab_size, self.ends))
         self._nothing_seen = jax.ShapeDtypeStruct((model.vocab_size,), bool)
-        self.programs = _Compiling(self.programs, spec)
+        self._compilers: Programs = self.programs
+        self.programs = self._noted = _Noted(spec)
 
     def rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[Any, Any]:
         """Shapes: angles take longer than everything else here."""
@@ -82,3 +83,6 @@ class Rehearsal(Runner):
                 if sent.get(request.id, 0) >= request.max_new_tokens:
                     scheduler.finish(request.id)
                     del sent[request.id]
+        # Decode programs take the longest.
+        for call in sorted(self._noted.calls, key=lambda call: call[0] is not decode_block):
+            self._compilers.prepare(*call)

@@ -165,7 +165,7 @@ def test_other_commands_name_what_there_is(line: str):
     elif words[1] == "-m":
         import typer
 
-        functions = {"pretrain": pretrain.main, "profile_heads": profile_heads.run, "study": study.run}
+        functions = {"pretrain": pretrain.main, "profile_heads": profile_heads.run, "head_maps": study.run}
         function = functions[words[2].rpartition(".")[2]]
         app = typer.Typer()
         app.command()(function)
@@ -203,6 +203,8 @@ def test_json_that_is_shown_is_json():
 def test_the_api_page_has_every_public_name():
     page = (ROOT / "docs" / "api.md").read_text()
     for name in lychee_jax.__all__:
+        if name == "LoadedModel":  # the former name of LLM
+            continue
         assert re.search(rf"^::: lychee_jax\.\S*\b{name}$", page, re.MULTILINE), name
     for name in pallas_kernels.__all__:
         if name not in ("MASKED", "recorded"):

@@ -295,7 +295,8 @@ def test_other_machines_are_refused_by_name_and_served_by_xla_otherwise() -> Non
 @pytest.mark.parametrize(
     ("batch", "groups", "head_dim", "page_size", "pages", "dense", "dtype"),
     [(1, 4, 128, 64, 2048, 1, jnp.bfloat16), (4, 4, 128, 64, 3072, 8, jnp.float16),
-     (20, 7, 128, 16, 512, 2, jnp.bfloat16), (6, 1, 64, 128, 8192, 0, jnp.float16), (2, 8, 64, 32, 32768, 8, jnp.bfloat16)],
+     (20, 7, 128, 16, 512, 2, jnp.bfloat16), (6, 1, 64, 128, 8192, 0, jnp.float16),
+     (2, 8, 64, 32, 32768, 8, jnp.bfloat16)],
 )  # fmt: skip
 def test_kernels_lower_for_cuda(
     batch: int, groups: int, head_dim: int, page_size: int, pages: int, dense: int, dtype: Any
