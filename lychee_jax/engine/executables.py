@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import logging
 import os
 import pickle
@@ -32,6 +33,9 @@ class ExecutableCache:
     def load(self, key: Hashable, args: tuple[Any, ...]) -> Any:
         """The compiled program, to be called with arrays like `args`; None if it is not there."""
         file = self._file(key, args)
+        if jax.default_backend() == "gpu":
+            # Executables with kernels refer to symbols of a library that this import loads.
+            importlib.import_module("pallas_kernels.mosaic_gpu")
         try:
             payload, out_tree = pickle.loads(file.read_bytes())
             in_tree = jax.tree.structure((args, {}))
