@@ -99,7 +99,7 @@ class Programs:
     def _compile(
         self,
         future: concurrent.futures.Future[Any],
-        full: Hashable,
+        full: tuple[Any, ...],
         function: Any,
         static: tuple[Any, ...],
         shapes: Any,

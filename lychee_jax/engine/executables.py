@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import importlib.metadata
 import logging
 import os
 import pickle
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def _surroundings() -> tuple[str, ...]:
     device = jax.devices()[0]
     flags = tuple(f"{name}={os.environ.get(name, '')}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     return (
-        jax.__version__, jaxlib.__version__, device.device_kind, device.client.platform_version, *flags,
+        jax.__version__, importlib.metadata.version("jaxlib"), device.device_kind, device.client.platform_version, *flags,
         _source_digest(),
     )  # fmt: skip
 

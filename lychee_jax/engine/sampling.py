@@ -46,7 +46,7 @@ class Sampled(NamedTuple):
     top_logprobs: Float32[Array, "B top"]
 
 
-def sampling_row(params: SamplingParams, sample_index: int = 0) -> tuple[np.generic, ...]:
+def sampling_row(params: SamplingParams, sample_index: int = 0) -> tuple[np.number, ...]:
     """The fields of `SamplingArrays` for one row, as NumPy scalars. A subnormal temperature is greedy: dividing by it
     would give NaN.
     """
