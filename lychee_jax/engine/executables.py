@@ -82,8 +82,8 @@ def _surroundings() -> tuple[str, ...]:
     device = jax.devices()[0]
     flags = tuple(f"{name}={os.environ.get(name, '')}" for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))
     return (
-        jax.__version__, importlib.metadata.version("jaxlib"), device.device_kind, device.client.platform_version, *flags,
-        _source_digest(),
+        jax.__version__, importlib.metadata.version("jaxlib"), device.device_kind, device.client.platform_version,
+        *flags, _source_digest(),
     )  # fmt: skip
 
 
