@@ -127,21 +127,15 @@ V6E, V5P, V5E = "v6e", "v5p", "v5e"
 @pytest.mark.parametrize(
     ("chip", "model", "batch", "context"),
     [
-        (V6E, "llama-3-8b", 1, 65536),
+        # Every chip, every model, one row and several: what a whole program adds to its ops is the same in the others.
         (V6E, "llama-3-8b", 4, 16384),
         (V6E, "qwen3-8b", 1, 65536),
-        (V6E, "qwen3-8b", 4, 16384),
-        (V6E, "qwen2.5-7b", 1, 131072),
-        (V6E, "qwen2.5-7b", 4, 32768),
         (V5P, "llama-3-8b", 1, 131072),
-        (V5P, "llama-3-8b", 4, 131072),
-        (V5P, "qwen3-8b", 1, 131072),
-        (V5P, "qwen3-8b", 4, 65536),
-        (V5P, "qwen2.5-7b", 1, 131072),
         (V5P, "qwen2.5-7b", 4, 131072),
-        (V5E, "qwen2.5-3b", 1, 65536),
         (V5E, "qwen2.5-3b", 4, 32768),
-        *((chip, "bundled", batch, 65536) for chip in (V6E, V5P, V5E) for batch in (1, 4)),
+        (V6E, "bundled", 1, 65536),
+        (V5P, "bundled", 4, 65536),
+        (V5E, "bundled", 1, 65536),
     ],
 )
 def test_the_whole_decode_loop_compiles_and_fits(chip: str, model: str, batch: int, context: int) -> None:
