@@ -130,6 +130,7 @@ def _call(
             disable_bounds_checks=True,
             vmem_limit_bytes=vmem_bytes(launch, query, pool),
         ),
+        interpret=chip.interpreter(),
         name="sparse_decode" if launch.sparse else "dense_decode",
     )(
         *prefetched,

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -10,21 +11,27 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 SUBLANES = 8  # of float32
 
-_simulated: contextvars.ContextVar[int | None] = contextvars.ContextVar("_simulated", default=None)
+_simulated: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("_simulated", default=None)
 
 
 @contextlib.contextmanager
 def simulated(params: pltpu.InterpretParams | None = None) -> Iterator[None]:
     """Trace for JAX's TPU interpreter: see `pallas_kernels.interpreted`."""
     params = pltpu.InterpretParams() if params is None else params
-    token = _simulated.set(params.num_cores_or_threads)
+    token = _simulated.set(params)
     try:
-        with pltpu.force_tpu_interpret_mode(params):
-            yield
+        yield
     finally:
         _simulated.reset(token)
         # A kernel that raised leaves its memory behind, and the next one would find it.
         pltpu.reset_tpu_interpret_mode_state()
+
+
+def interpreter() -> Any:
+    """What to give to `pallas_call`'s `interpret`. (JAX's own switch is bound to a thread, and programs are also
+    traced by other threads, which copy the context.)
+    """
+    return False if _simulated.get() is None else _simulated.get()
 
 
 def cores() -> int:
@@ -36,9 +43,9 @@ def cores() -> int:
     Raises:
         NotImplementedError: it is no TPU.
     """
-    simulated_cores = _simulated.get()
-    if simulated_cores is not None:
-        return simulated_cores
+    params = _simulated.get()
+    if params is not None:
+        return params.num_cores_or_threads
     try:
         return pltpu.get_tpu_info().num_cores
     except ValueError:

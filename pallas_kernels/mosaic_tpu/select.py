@@ -190,6 +190,7 @@ def _launch(
             disable_bounds_checks=True,
             vmem_limit_bytes=(3 * chunks * chunk + 2 * width) * SUBLANES * 4 + (8 << 20),
         ),
+        interpret=chip.interpreter(),
         name="select_pages",
     )(scores, column(limits), column(jnp.broadcast_to(used[:, None], (batch, heads))))
     return pages[:rows, : spec.budget_pages].reshape(batch, heads, spec.budget_pages)
