@@ -79,6 +79,7 @@ def workplace(tmp_path_factory) -> Path:
         shutil.copy(BUNDLED / name, folder / "qwen3-8b")
     shutil.copytree(folder / "qwen3-8b", folder / "my-8b")
     (folder / "heads.json").write_text(json.dumps(HEADS))
+    (folder / "full_attention_heads.tsv").write_text("0.25\t1\n0.5\t0\n")
     (folder / "learned").mkdir()
     shutil.copy(folder / "heads.json", folder / "learned")
     (folder / "question.txt").write_text("Where is the fox?")
