@@ -55,7 +55,7 @@ def evaluate(
     fixed = {
         "benchmark": style.name,
         **about,
-        **_attention(model, plan.options),
+        **attention_settings(model, plan.options),
         "decode_last": plan.decode_last,
         **settings,
     }
@@ -67,7 +67,7 @@ def evaluate(
     return report
 
 
-def _attention(model: LLM, options: GenerateOptions) -> Record:
+def attention_settings(model: LLM, options: GenerateOptions) -> Record:
     """What decides the answers beside attention and budget; the head map by its roles."""
     heads = options.heads or HeadMap.all(model.config)
     policy = dataclasses.asdict(options.policy)
