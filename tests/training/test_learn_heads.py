@@ -432,6 +432,18 @@ def test_gates_are_drawn_anew_in_every_step(learner):
     assert one != pytest.approx(other, rel=1e-3)
 
 
+def test_a_run_compiles_all_that_its_steps_need_and_nothing_else(small, learner):
+    two = plan(steps=3, retrieval_heads=2, min_length=8)
+    lengths = {step: make_batch(two, learner.source, step).tokens.shape[1] for step in range(two.steps)}
+    assert len(set(lengths.values())) == 2, "one length shows nothing"
+    one = Learner(small, two, learner.source)
+    assert one.programs == ()
+    one.prepare(range(two.steps))
+    assert list(one.programs) == sorted(set(lengths.values()))
+    one.step(one.initial(), 0, make_batch(two, learner.source, 0))
+    assert list(one.programs) == sorted(set(lengths.values()))
+
+
 @pytest.mark.parametrize(("longest", "room"), [(10240, 768), (256, 48), (3, 1), (1000, 100)])
 def test_few_shapes_hold_all_lengths(longest, room):
     one = plan(min_length=1, max_length=longest, room=room)
