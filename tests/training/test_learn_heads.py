@@ -433,7 +433,7 @@ def test_gates_are_drawn_anew_in_every_step(learner):
 
 
 def test_a_run_compiles_all_that_its_steps_need_and_nothing_else(small, learner):
-    two = plan(steps=3, retrieval_heads=2, min_length=8)
+    two = plan(steps=3, retrieval_heads=2, min_length=100)
     lengths = {step: make_batch(two, learner.source, step).tokens.shape[1] for step in range(two.steps)}
     assert len(set(lengths.values())) == 2, "one length shows nothing"
     one = Learner(small, two, learner.source)
