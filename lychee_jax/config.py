@@ -73,6 +73,9 @@ class RopeConfig:
 class ModelConfig:
     """One decoder of the Llama, Qwen2 or Qwen3 family; `family` is a label, the fields decide the arithmetic.
 
+    `dtype` is that of activations, cache, embedding and norms; `quantize` that of all other kernels, the output head's
+    only with `quantize_head`. Config files do not say the last two: whoever loads the weights does.
+
     Raises:
         UserError: sizes that fit no decoder (not positive, heads not divisible, odd head_dim).
     """
@@ -96,6 +99,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantize: Literal["int8", "fp8"] | None = None
+    quantize_head: bool = False
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -141,10 +146,11 @@ class ModelConfig:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON of everything that decides what the heads compute.
 
-        The storage dtype and the bos and eos ids are left out: a head map learned on a model fits its float32 copy too.
+        How weights are stored and the bos and eos ids are left out: a head map learned on a model fits its float32
+        copy too.
         """
         fields = dataclasses.asdict(self)
-        for name in ("dtype", "bos_token_id", "eos_token_ids"):
+        for name in ("dtype", "bos_token_id", "eos_token_ids", "quantize", "quantize_head"):
             del fields[name]
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
