@@ -350,6 +350,21 @@ def bench_tpu(
     _show(dataclasses.asdict(report), json_file, str(report).rstrip("\n"))
 
 
+@app.command("targets")
+def bench_targets(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Results as JSON, with the targets they list.")],
+) -> None:
+    """Print the targets that results files miss.
+
+    [b]Example[/b]
+
+    [cyan]lychee bench targets docs/results/engine.json[/cyan]
+    """
+    from lychee_jax.benchmarks import targets
+
+    print(targets.table(files))
+
+
 def _tell(line: str) -> None:
     """Progress, where nobody parses it."""
     if sys.stderr.isatty():
