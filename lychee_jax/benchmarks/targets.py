@@ -46,7 +46,7 @@ def read_targets(path: str | Path) -> list[Target]:
 
 
 def table(paths: Sequence[str | Path]) -> str:
-    """For people: how many targets each file meets, and the others one by one.
+    """As text: how many targets each file meets, and the others one by one.
 
     Raises:
         UserError: as `read_targets` does.
