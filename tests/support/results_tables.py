@@ -180,7 +180,7 @@ def steps() -> str:
         ]
         for row in sorted(_steps(), key=lambda row: (row["model"], row["context"], row["batch"]))
     ]  # fmt: skip
-    head = ["ms", "cached tokens", "sequences", "hybrid (the bytes allow)", "dense", "times as fast"]
+    head = ["shape", "cached tokens", "sequences", "hybrid, ms (the bytes allow)", "dense, ms", "times as fast"]
     return _sourced(_table(head, cells), _read("h200.json"), "h200.json")
 
 
