@@ -1,4 +1,4 @@
-"""`lychee eval`: benchmarks of what a model answers, in several variants to attend at once."""
+"""`lychee eval`: benchmarks of what a model answers, with several variants of attention at once."""
 
 from __future__ import annotations
 

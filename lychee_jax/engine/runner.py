@@ -34,7 +34,7 @@ _COPIES = 8  # pages that one program copies
 
 @dataclasses.dataclass(frozen=True)
 class SentBlock:
-    """A block on its way, and whose rows are in its columns."""
+    """A block in flight, and whose rows are in its columns."""
 
     block: Any  # a Block; shapes where nothing is sent
     requests: tuple[Request, ...]

@@ -65,7 +65,7 @@ def _budgets(results: Record) -> Figure | None:
 
 
 def _methods(results: Record) -> Figure | None:
-    """Bars: the mean over tasks and contexts of every way to choose heads, with the range of the seeds."""
+    """Bars: the mean over tasks and contexts of every method of choosing heads, with the range of the seeds."""
     budgets = [budget for budget in COMPARED if len(method_names(compared(results["rows"], budget))) > 1]
     if not budgets:
         return None
