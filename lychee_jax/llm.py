@@ -89,6 +89,15 @@ class LLM:
         self._router: Router | None = None
 
     @property
+    def name(self) -> str:
+        """What the model is called: its id on the Hub if it lies in the Hub's cache, else its folder's name."""
+        folder = self.path.resolve()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/")
+        return folder.name
+
+    @property
     def dtype(self) -> np.dtype:
         """Of weights, activations and cache."""
         return np.dtype(self.weights[0].dtype)

@@ -120,7 +120,7 @@ def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> Demo
         heads, picture, sparse_share=(share["hybrid"] * total - heads.num_retrieval) / sparse if sparse else None
     )
     return DemoReport(
-        model=model.path.name,
+        model=model.name,
         seed=seed,
         document_tokens=len(tokenizer.encode(document)),
         facts=sum(hidden for hidden, _ in _FACTS.values()),

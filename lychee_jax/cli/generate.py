@@ -102,7 +102,14 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel=shared.SAMPLING)] = 0,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens to generate at most.", rich_help_panel=_OUTPUT)
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            "--max-tokens",
+            metavar="N",
+            help="Tokens to generate at most.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = 128,
     stop: Annotated[
         list[str] | None,

@@ -20,6 +20,7 @@ from lychee_jax.cli.generate import generate
 from lychee_jax.cli.heads import heads_app
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
+from lychee_jax.notices import notices_on_stderr
 from lychee_jax.tpu_environment import has_tpu, without_tpu
 
 app = typer.Typer(
@@ -111,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        status = get_command(app).main(arguments, "lychee", standalone_mode=False)
+        with notices_on_stderr():
+            status = get_command(app).main(arguments, "lychee", standalone_mode=False)
         sys.stdout.flush()
     except (UserError, NotImplementedError) as error:  # the latter: a named implementation that does not cover this
         return _fail(str(error))

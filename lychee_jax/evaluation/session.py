@@ -51,7 +51,7 @@ def evaluate(
         raise UserError(f"a length of {longest:,} tokens is above the model's limit of {limit:,}")
     for cell in plan.cells:  # a missing file or a length that is too short must not show after hours
         cell.task.case(cell.length, cell.depth, 0)
-    about = {"model": model.path.resolve().name, "fingerprint": model.config.fingerprint()}
+    about = {"model": model.name, "fingerprint": model.config.fingerprint()}
     fixed = {
         "benchmark": style.name,
         **about,

@@ -30,7 +30,7 @@ from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import QuestionSource, Writer, make_source
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text
+from lychee_jax.files import check_tensor_path, json_text
 from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
@@ -330,6 +330,7 @@ def learn(
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     output, learner = Path(output), Learner(loaded, plan)
+    check_tensor_path(output)
     claim(output, _described(loaded, plan))
     checkpoints = Checkpoints(output / CHECKPOINTS, keep)
     learner.prepare(range(checkpoints.latest() or 0, plan.steps))
@@ -431,7 +432,7 @@ def _conclude(loaded: LLM, plan: TrainingPlan, output: Path, expected: Float32[n
         "above_half": above_half,
     }  # fmt: skip
     retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
-    config, label = loaded.config, loaded.path.resolve().name
+    config, label = loaded.config, loaded.name
     head_map = HeadMap(
         config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json_text(meta, sort_keys=True)
     )

@@ -110,7 +110,7 @@ class Study:
 
     def _maps(self, scorer: Scorer) -> dict[str, tuple[HeadMap, Record]]:
         """Every map by its name, and how it was found."""
-        config, sizes, label = self.model.config, self.sizes, self.model.path.resolve().name
+        config, sizes, label = self.model.config, self.sizes, self.model.name
         found: dict[str, tuple[HeadMap, Record]] = {}
         for family in self.grid.families:
             for seed in self.grid.seeds:
@@ -205,7 +205,7 @@ class Study:
         share = row.retrieval_heads / (config.num_layers * config.num_kv_heads)
         read = count.read / count.held
         return {
-            "model": self.model.path.resolve().name,
+            "model": self.model.name,
             **dataclasses.asdict(row),
             "amount": amounts.get(_amount_name(row)),
             "budget_tokens": row.budget_tokens,
