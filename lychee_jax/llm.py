@@ -26,6 +26,7 @@ from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.engine.stream import Router, TokenStream, make_requests
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.digest import weights_digest
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.chat import Message
 from lychee_jax.text.prompts import Conversations, Prompts, encode_prompts
@@ -87,11 +88,18 @@ class LLM:
     def __post_init__(self) -> None:
         self.spec, self.weights = ModelSpec.split(self.model)
         self._router: Router | None = None
+        self._digest: str | None = None
 
     @property
     def dtype(self) -> np.dtype:
         """Of weights, activations and cache."""
         return np.dtype(self.weights[0].dtype)
+
+    def weights_digest(self, on_progress: Callable[[int, int], None] | None = None) -> str:
+        """What tells the weights from others, by every number; hashed once. `on_progress` gets bytes done and all."""
+        if self._digest is None:
+            self._digest = weights_digest(self.spec.names, self.weights, on_progress)
+        return self._digest
 
     def engine(self, options: EngineOptions) -> Engine:
         """The engine for these options. There is one at a time: other options free its cache first.
