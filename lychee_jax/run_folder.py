@@ -1,7 +1,7 @@
 """A folder that a run claims, resumes, and refuses if it holds another run.
 
-A file in it says what decides the run's results: settings, and digests of all contents that are read; lines of results are appended as they come. An interrupt may cut off
-the last line, which the next run removes.
+A file in it says what decides the run's results: settings, and digests of all contents that are read. Lines of results
+are appended as they come; an interrupt may cut off the last one, which the next run removes.
 """
 
 from __future__ import annotations

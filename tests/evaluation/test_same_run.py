@@ -58,11 +58,11 @@ def test_other_weights_are_refused_wherever_they_lie_and_the_same_ones_go_on(mod
     copy = load(tiny_checkpoints.write_speaker(tmp_path / "copy"))
     assert run(copy, passkey(copy), output) == before
     other = load(tiny_checkpoints.write_speaker(tmp_path / "elsewhere" / folder.name, seed=1))
-    with pytest.raises(UserError, match="other settings .weights was"):
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
         run(other, passkey(other), output)
     tiny_checkpoints.write_speaker(tmp_path / "copy", seed=1)
     overwritten = load(tmp_path / "copy")
-    with pytest.raises(UserError, match="other settings .weights was"):
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
         run(overwritten, passkey(overwritten), output)
     assert [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()] == before
 
@@ -132,7 +132,8 @@ def test_the_command_refuses_an_edited_template(capfd, tmp_path):
     folder, template = tmp_path / "model", "{% for message in messages %}{{ message.content }}{% endfor %}"
     tiny_checkpoints.write_speaker(folder)
     command = ["eval", "passkey", "--model", folder, "--lengths", "160", "--samples", "1", "--facts", "1", "--depths",
-               "any", "--attention", "dense", "--page-size", "16", "--sink", "16", "--recent", "16", "--output"]  # fmt: skip
+               "any", "--attention", "dense", "--page-size", "16", "--sink", "16", "--recent", "16",
+               "--output"]  # fmt: skip
 
     def lychee(*argv: object) -> tuple[int, str]:
         return cli.main([str(part) for part in (*command, *argv)]), capfd.readouterr().err

@@ -340,7 +340,7 @@ def test_other_weights_do_not_go_on(loaded, finished, name):
     weights = dict(zip(loaded.spec.names, loaded.weights, strict=True))
     weights[name] = weights[name].at[-1, -1].add(1e-3)
     other = LLM(loaded.path, loaded.config, loaded.spec.merge(tuple(weights.values())), None, loaded.eos_ids)
-    with pytest.raises(UserError, match="other settings .weights was"):
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
         learn(other, LONG, finished.folder)
 
 
