@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -47,6 +48,11 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return decode_text(data, path)
+
+
+def digest_of(text: str) -> str:
+    """What tells a text apart from others: the first 64 bits of its SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def parse_json(text: str, name: object) -> Any:

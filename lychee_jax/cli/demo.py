@@ -112,7 +112,7 @@ def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> Demo
         answers = {mode: _text(model, tokenizer, results[mode].tokens[row]) for mode in _MODES}
         right = {mode: is_right(answer, expected) for mode, answer in answers.items()}
         questions.append(DemoQuestion(_bare(question), expected, position, answers, right))
-    share = {mode: result.attention["kv_read_share"] for mode, result in results.items()}
+    share = {mode: result.attention.kv_read_share for mode, result in results.items()}
     total = heads.num_layers * heads.num_kv_heads
     sparse = total - heads.num_retrieval
     picture = output / "heads.png"

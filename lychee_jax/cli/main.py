@@ -150,6 +150,7 @@ def _prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("USE_TORCH", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone: XLA writes pages of warnings about GPU kernels
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # JAX leaves a quarter of a GPU unused by default
     if not has_tpu():  # libtpu may be there to compile with; it would complain on standard error
         without_tpu()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import digest_of, json_text
 from lychee_jax.text.chat import Message, check_messages, check_template_kwargs, close_thinking, refuse_reserved
 from lychee_jax.text.sentence_pieces import read_pieces, restore_pieces
 
@@ -118,6 +119,24 @@ class Tokenizer:
     def token_text(self, index: int) -> str:
         """The text of a single token; of a special one, which makes none in a text, its name, such as `<|im_end|>`."""
         return self._backend.convert_ids_to_tokens(index) if index in self.special_ids else self.decode([index])
+
+    @functools.cached_property
+    def prefix_ids(self) -> list[int]:
+        """What is put in front of every text, such as BOS; what is put behind it is not among them."""
+        text, whole = self.encode_plain("a"), self.encode("a")
+        return next((whole[:front] for front in range(len(whole)) if whole[front : front + len(text)] == text), [])
+
+    def digest(self) -> str:
+        """What tells the tokenizer from others, its chat template aside."""
+        pipeline = getattr(self._backend, "backend_tokenizer", None)
+        return digest_of(
+            json_text(self._backend.get_vocab(), sort_keys=True) if pipeline is None else pipeline.to_str()
+        )
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The checkpoint's, or several by name."""
+        return self._backend.chat_template
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:

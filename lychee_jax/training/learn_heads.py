@@ -10,7 +10,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -30,7 +29,7 @@ from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import QuestionSource, Writer, make_source
 from lychee_jax.errors import UserError
-from lychee_jax.files import check_tensor_path, json_text
+from lychee_jax.files import check_tensor_path, digest_of, json_text, read_text
 from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
@@ -411,16 +410,18 @@ class _Run:
 
 
 def _described(loaded: LLM, plan: TrainingPlan) -> dict[str, Any]:
-    """What a run must agree with to go on in a folder: the model, its weights by a sample, the plan, its files."""
-    model = loaded.model
-    sample = [np.asarray(part, np.float32) for part in (model.norm.scale[...], model.embed.embedding[:4])]
-    weights = hashlib.sha256(b"".join(part.tobytes() for part in sample)).hexdigest()
-    described = {"model": loaded.config.fingerprint(), "weights": weights, "dtype": loaded.config.dtype}
-    described |= dataclasses.asdict(plan)
+    """What a run must agree with to go on in a folder: weights, tokenizer and files by their contents, and the plan."""
+    tokenizer = loaded.tokenizer
+    described = {
+        "model": loaded.config.fingerprint(),
+        "weights": loaded.weights_digest(),
+        "tokenizer": tokenizer.digest() if tokenizer is not None else None,
+        "dtype": loaded.config.dtype,
+        **dataclasses.asdict(plan),
+    }
     for name in ("text", "file"):
-        if described[name]:  # wherever it lies
-            path = Path(described[name])
-            described[name] = f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        if described[name]:  # wherever it lies, and whatever it is called
+            described[name] = f"digest {digest_of(read_text(described[name]))}"
     return described
 
 
