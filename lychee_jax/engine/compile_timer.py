@@ -56,7 +56,7 @@ class Programs:
         self._future(function, key, static, args, background=True)
 
     def __call__(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> Any:
-        """What the function returns; its arrays may still be on their way.
+        """What the function returns; its arrays may still be computed.
 
         Args:
             function: jitted; its first arguments are the `static` ones.

@@ -18,7 +18,7 @@ from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.harness_answers import Answer, Answers, Question
 from lychee_jax.evaluation.runner import tokenizer_of
-from lychee_jax.evaluation.session import attention_settings
+from lychee_jax.evaluation.session import answer_settings
 from lychee_jax.evaluation.variants import Variant
 from lychee_jax.files import json_text
 from lychee_jax.llm import LLM
@@ -361,11 +361,8 @@ def evaluate(
             raise UserError(f"--{name} is {value}; it must be at least {least}")
     manager = _Tasks.of(tasks, include)
     names: list[Any] = manager.names(tasks)
-    about = {"lm_eval": lm_eval.__version__, "fingerprint": model.config.fingerprint()}
-    settings = {
-        "benchmark": "lm-eval", **about, **attention_settings(model, options), "decode_last": decode_last,
-        **({} if chat is None else chat.to_json()),
-    }  # fmt: skip
+    # Questions are known by their tokens, so that neither tasks nor chat templates need to be the same.
+    settings = {"benchmark": "lm-eval", **answer_settings(model, options), "decode_last": decode_last}
     answers = Answers(output, settings)
     system = None if chat is None else next((m["content"] for m in chat.before if m["role"] == "system"), None)
     results: dict[str, dict[str, Record]] = {}
@@ -388,7 +385,10 @@ def evaluate(
         shares[variant.label] = judged.pages_read / judged.pages_held if judged.pages_held else 1.0
         for task, each in (found.get("samples") or {}).items():
             samples += [{"variant": variant.label, "task": task, **_plain(sample)} for sample in each]
-    about |= {"model": model.path.resolve().name, "tasks": names, "limit": limit, "num_fewshot": num_fewshot}
+    about = {
+        "lm_eval": lm_eval.__version__, "model": model.name, "tasks": names, "limit": limit,
+        "num_fewshot": num_fewshot, **({} if chat is None else chat.to_json()),
+    }  # fmt: skip
     report = HarnessReport({**settings, **about}, results, shares)
     if output is not None:
         (output / SAMPLES).unlink(missing_ok=True)
