@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lychee_jax.cli import options as shared
-from lychee_jax.cli.console import load_model
+from lychee_jax.cli.evaluation_options import (
+    ASKED,
+    RUN,
+    Answering,
+    BatchOption,
+    Chat,
+    DecodeLastOption,
+    split_names,
+    spread,
+    whole_numbers,
+)
 from lychee_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lychee_jax.engine.options import GenerateOptions
     from lychee_jax.evaluation.cases import Cell, Task
     from lychee_jax.evaluation.report import Style
     from lychee_jax.evaluation.runner import EvaluationPlan
@@ -26,15 +35,13 @@ eval_app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-_ASKED, _RUN = "What is asked", "The run"
-
 LengthsOption = Annotated[
-    str, typer.Option("--lengths", metavar="N,N,…", help="Tokens of the prompts.", rich_help_panel=_ASKED)
+    str, typer.Option("--lengths", metavar="N,N,…", help="Tokens of the prompts.", rich_help_panel=ASKED)
 ]
 SamplesOption = Annotated[
-    int, typer.Option(metavar="N", help="Prompts of each task, length and depth.", rich_help_panel=_ASKED)
+    int, typer.Option(metavar="N", help="Prompts of each task, length and depth.", rich_help_panel=ASKED)
 ]
-SeedOption = Annotated[int, typer.Option(help="The same seed gives the same prompts.", rich_help_panel=_ASKED)]
+SeedOption = Annotated[int, typer.Option(help="The same seed gives the same prompts.", rich_help_panel=ASKED)]
 MessagesOption = Annotated[
     Path | None,
     typer.Option(
@@ -44,36 +51,6 @@ MessagesOption = Annotated[
         rich_help_panel=shared.CHAT,
     ),
 ]
-AttentionOption = Annotated[
-    str,
-    typer.Option(
-        "--attention",
-        metavar="A,B,…",
-        help="Some of [b]dense[/b], [b]hybrid[/b] and [b]auto[/b], all on the same prompts.",
-        rich_help_panel=shared.ATTENTION,
-    ),
-]
-BudgetOption = Annotated[
-    str,
-    typer.Option(
-        "--budget",
-        metavar="N,N,…",
-        help="Tokens that a sparse head reads at most: numbers, or shares of the length such as [b]1/8[/b].",
-        rich_help_panel=shared.ATTENTION,
-    ),
-]
-DecodeLastOption = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        help="Feed the last N tokens of every prompt one by one through the decode path, so that sparse heads matter "
-        "for them too; 0: prompts are read densely.",
-        rich_help_panel=shared.ATTENTION,
-    ),
-]
-BatchOption = Annotated[
-    int, typer.Option(metavar="N", help="Prompts at a time; it changes no result.", rich_help_panel=_RUN)
-]
 OutputOption = Annotated[
     Path,
     typer.Option(
@@ -81,19 +58,21 @@ OutputOption = Annotated[
         "-o",
         metavar="DIR",
         help="Where answers, prompts and the report go; a run that is there already is resumed.",
-        rich_help_panel=_RUN,
+        rich_help_panel=RUN,
     ),
 ]
 
 
 @eval_app.command("passkey")
+@spread
 def eval_passkey(
+    *,
     tasks: Annotated[
         str,
         typer.Option(
             metavar="A,B,…",
             help="What is hidden: passkey, long-passkey, only-passkey, lookup, variable.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ] = "passkey",
     lengths: LengthsOption = "4096,8192,16384",
@@ -102,33 +81,17 @@ def eval_passkey(
         typer.Option(
             metavar="D,D,…",
             help="Where in the text it stands, 0 (start) to 1 (end); [b]any[/b]: anywhere.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ] = "0,0.25,0.5,0.75,1",
     samples: SamplesOption = 10,
     facts: Annotated[
-        int, typer.Option(metavar="N", help="Facts hidden in a prompt, of which one is asked.", rich_help_panel=_ASKED)
+        int, typer.Option(metavar="N", help="Facts hidden in a prompt, of which one is asked.", rich_help_panel=ASKED)
     ] = 16,
-    chat: shared.ChatOption = False,
-    system: shared.SystemOption = None,
+    chat: Chat,
     messages: MessagesOption = None,
-    template_kwargs: shared.TemplateKwargsOption = None,
     seed: SeedOption = 0,
-    model: shared.ModelOption = None,
-    dtype: shared.DtypeOption = None,
-    implementation: shared.ImplementationOption = None,
-    attention: AttentionOption = "dense,hybrid",
-    heads: shared.HeadsOption = None,
-    page_size: shared.PageSizeOption = 64,
-    budget: BudgetOption = "1/8",
-    sink: shared.SinkOption = 128,
-    recent: shared.RecentOption = 256,
-    rule: shared.RuleOption = "budget",
-    ratio: shared.RatioOption = 0.125,
-    top_p_mass: shared.TopPMassOption = 0.95,
-    threshold: shared.ThresholdOption = 0.001,
-    page_score: shared.PageScoreOption = "max",
-    correct_every: shared.CorrectEveryOption = 0,
+    answering: Answering,
     decode_last: DecodeLastOption = 0,
     batch: BatchOption = 8,
     output: OutputOption = Path("eval-passkey"),
@@ -142,30 +105,28 @@ def eval_passkey(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.passkey import STYLE, Passkey
     from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
-    from lychee_jax.evaluation.variants import variants_of
 
-    variants = variants_of(_names("--attention", attention), _names("--budget", budget))
-    sizes, places = _whole_numbers("--lengths", lengths), _depths(depths)
-    asked = _chat(chat, system, messages, template_kwargs)
-    options = _options(
-        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
-    )
-    loaded = load_model(model, dtype)
-    made = [Passkey(tokenizer_of(loaded), name, facts, seed, chat=asked) for name in _names("--tasks", tasks)]
+    variants = answering.variants()
+    sizes, places = whole_numbers("--lengths", lengths), _depths(depths)
+    asked = chat.options(messages)
+    loaded, options = answering.load()
+    made = [Passkey(tokenizer_of(loaded), name, facts, seed, chat=asked) for name in split_names("--tasks", tasks)]
     cells = [Cell(task, length, samples, depth) for length in sizes for task in made for depth in places]
-    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    plan = EvaluationPlan(cells, variants, options, batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts, **_settings(asked, loaded)})
 
 
 @eval_app.command("ruler")
+@spread
 def eval_ruler(
+    *,
     tasks: Annotated[
         str,
         typer.Option(
             metavar="A,B,…",
             help="[b]all[/b] 13, [b]free[/b] (the six that need no data), or names: niah_single_1 to 3, "
             "niah_multikey_1 to 3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ] = "free",
     lengths: LengthsOption = "8192",
@@ -175,29 +136,13 @@ def eval_ruler(
         typer.Option(
             metavar="DIR",
             help="Holds PaulGrahamEssays.json, squad.json and hotpotqa.json, as RULER's scripts fetch them.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ] = None,
-    chat: shared.ChatOption = False,
-    system: shared.SystemOption = None,
+    chat: Chat,
     messages: MessagesOption = None,
-    template_kwargs: shared.TemplateKwargsOption = None,
     seed: SeedOption = 42,
-    model: shared.ModelOption = None,
-    dtype: shared.DtypeOption = None,
-    implementation: shared.ImplementationOption = None,
-    attention: AttentionOption = "dense,hybrid",
-    heads: shared.HeadsOption = None,
-    page_size: shared.PageSizeOption = 64,
-    budget: BudgetOption = "1/8",
-    sink: shared.SinkOption = 128,
-    recent: shared.RecentOption = 256,
-    rule: shared.RuleOption = "budget",
-    ratio: shared.RatioOption = 0.125,
-    top_p_mass: shared.TopPMassOption = 0.95,
-    threshold: shared.ThresholdOption = 0.001,
-    page_score: shared.PageScoreOption = "max",
-    correct_every: shared.CorrectEveryOption = 0,
+    answering: Answering,
     decode_last: DecodeLastOption = 0,
     batch: BatchOption = 8,
     output: OutputOption = Path("eval-ruler"),
@@ -214,30 +159,28 @@ def eval_ruler(
     from lychee_jax.evaluation.ruler import NEED_NO_DATA, STYLE, TASKS, Ruler
     from lychee_jax.evaluation.ruler_data import Files
     from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
-    from lychee_jax.evaluation.variants import variants_of
 
-    variants = variants_of(_names("--attention", attention), _names("--budget", budget))
-    sizes, groups = _whole_numbers("--lengths", lengths), {"all": TASKS, "free": NEED_NO_DATA}
-    names = [name for word in _names("--tasks", tasks) for name in groups.get(word, (word,))]
-    asked = _chat(chat, system, messages, template_kwargs)
-    options = _options(
-        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
-    )
-    loaded, files = load_model(model, dtype), Files(data)
+    variants = answering.variants()
+    sizes, groups = whole_numbers("--lengths", lengths), {"all": TASKS, "free": NEED_NO_DATA}
+    names = [name for word in split_names("--tasks", tasks) for name in groups.get(word, (word,))]
+    asked = chat.options(messages)
+    (loaded, options), files = answering.load(), Files(data)
     made = [Ruler(tokenizer_of(loaded), name, files, seed, asked) for name in names]
     cells = [Cell(task, length, samples) for length in sizes for task in made]
-    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    plan = EvaluationPlan(cells, variants, options, batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": False, **_settings(asked, loaded)})
 
 
 @eval_app.command("longbench")
+@spread
 def eval_longbench(
+    *,
     data: Annotated[
         Path,
         typer.Option(
             metavar="DIR",
             help="Holds LongBench's JSONL files, one a task: data.zip of the dataset THUDM/LongBench, unpacked.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ],
     tasks: Annotated[
@@ -247,7 +190,7 @@ def eval_longbench(
             show_default="all but trec",
             help="Of multifieldqa_en, narrativeqa, qasper, 2wikimqa, hotpotqa, qmsum, triviaqa, "
             "passage_retrieval_en, and trec.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ] = "",
     lengths: Annotated[
@@ -256,31 +199,15 @@ def eval_longbench(
             metavar="N,N,…",
             show_default="the model's limit",
             help="Tokens of a prompt at most; longer ones lose their middle.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ] = "",
     samples: Annotated[
-        int, typer.Option(metavar="N", help="The first N lines of each file at most.", rich_help_panel=_ASKED)
+        int, typer.Option(metavar="N", help="The first N lines of each file at most.", rich_help_panel=ASKED)
     ] = 200,
-    chat: shared.ChatOption = False,
-    system: shared.SystemOption = None,
+    chat: Chat,
     messages: MessagesOption = None,
-    template_kwargs: shared.TemplateKwargsOption = None,
-    model: shared.ModelOption = None,
-    dtype: shared.DtypeOption = None,
-    implementation: shared.ImplementationOption = None,
-    attention: AttentionOption = "dense,hybrid",
-    heads: shared.HeadsOption = None,
-    page_size: shared.PageSizeOption = 64,
-    budget: BudgetOption = "1/8",
-    sink: shared.SinkOption = 128,
-    recent: shared.RecentOption = 256,
-    rule: shared.RuleOption = "budget",
-    ratio: shared.RatioOption = 0.125,
-    top_p_mass: shared.TopPMassOption = 0.95,
-    threshold: shared.ThresholdOption = 0.001,
-    page_score: shared.PageScoreOption = "max",
-    correct_every: shared.CorrectEveryOption = 0,
+    answering: Answering,
     decode_last: DecodeLastOption = 0,
     batch: BatchOption = 8,
     output: OutputOption = Path("eval-longbench"),
@@ -295,61 +222,45 @@ def eval_longbench(
     from lychee_jax.evaluation.longbench import STYLE, TASKS, LongBench
     from lychee_jax.evaluation.prompts import LONGBENCH
     from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
-    from lychee_jax.evaluation.variants import variants_of
 
-    variants = variants_of(_names("--attention", attention), _names("--budget", budget))
-    asked = _chat(chat, system, messages, template_kwargs)
-    options = _options(
-        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
-    )
-    names = _names("--tasks", tasks) if tasks else list(TASKS)
-    sizes = _whole_numbers("--lengths", lengths) if lengths else []
-    loaded = load_model(model, dtype)
+    variants = answering.variants()
+    asked = chat.options(messages)
+    names = split_names("--tasks", tasks) if tasks else list(TASKS)
+    sizes = whole_numbers("--lengths", lengths) if lengths else []
+    loaded, options = answering.load()
     made = [LongBench(tokenizer_of(loaded), name, data, asked) for name in names]
     # One limit for all tasks, so that the table has one row a variant.
     sizes = sizes or [loaded.config.max_tokens - max(LONGBENCH[name].max_new_tokens for name in names)]
     cells = [Cell(task, length, min(samples, len(task.lines))) for length in sizes for task in made]
-    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
+    plan = EvaluationPlan(cells, variants, options, batch, decode_last)
     _evaluate(loaded, STYLE, plan, output, {"chat": False, **_settings(asked, loaded)})
 
 
 @eval_app.command("perplexity")
+@spread
 def eval_perplexity(
+    *,
     text: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE",
             show_default="documents with questions in the bundled model's language",
             help="A UTF-8 text; may be given several times.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ] = None,
     lengths: LengthsOption = "4096,8192",
     scored: Annotated[
         int,
         typer.Option(
-            metavar="N", help="Tokens after each length that are decoded one by one and scored.", rich_help_panel=_ASKED
+            metavar="N", help="Tokens after each length that are decoded one by one and scored.", rich_help_panel=ASKED
         ),
     ] = 256,
     samples: Annotated[
-        int, typer.Option(metavar="N", help="Windows of each text and length.", rich_help_panel=_ASKED)
+        int, typer.Option(metavar="N", help="Windows of each text and length.", rich_help_panel=ASKED)
     ] = 8,
     seed: SeedOption = 0,
-    model: shared.ModelOption = None,
-    dtype: shared.DtypeOption = None,
-    implementation: shared.ImplementationOption = None,
-    attention: AttentionOption = "dense,hybrid",
-    heads: shared.HeadsOption = None,
-    page_size: shared.PageSizeOption = 64,
-    budget: BudgetOption = "1/8",
-    sink: shared.SinkOption = 128,
-    recent: shared.RecentOption = 256,
-    rule: shared.RuleOption = "budget",
-    ratio: shared.RatioOption = 0.125,
-    top_p_mass: shared.TopPMassOption = 0.95,
-    threshold: shared.ThresholdOption = 0.001,
-    page_score: shared.PageScoreOption = "max",
-    correct_every: shared.CorrectEveryOption = 0,
+    answering: Answering,
     batch: BatchOption = 8,
     output: OutputOption = Path("eval-perplexity"),
 ) -> None:
@@ -364,21 +275,17 @@ def eval_perplexity(
     from lychee_jax.evaluation.cases import Cell
     from lychee_jax.evaluation.perplexity import STYLE, OwnPerplexity, file_tasks
     from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
-    from lychee_jax.evaluation.variants import variants_of
 
-    variants = variants_of(_names("--attention", attention), _names("--budget", budget))
-    sizes = _whole_numbers("--lengths", lengths)
+    variants = answering.variants()
+    sizes = whole_numbers("--lengths", lengths)
     if scored < 1:
         raise UserError(f"--scored is {scored}; at least one token must be scored")
-    options = _options(
-        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
-    )
-    loaded = load_model(model, dtype)
+    loaded, options = answering.load()
     tokenizer = tokenizer_of(loaded)
     made: list[Task] = [*file_tasks(tokenizer, text or (), scored, samples)]
     made = made or [OwnPerplexity(tokenizer, scored, seed)]
     cells = [Cell(task, length, samples) for task in made for length in sizes]
-    plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch)
+    plan = EvaluationPlan(cells, variants, options, batch)
     settings = {"seed": seed, "scored": scored, **({"windows": samples} if text else {})}
     _evaluate(loaded, STYLE, plan, output, settings)
 
@@ -418,41 +325,6 @@ def _progress(plan: EvaluationPlan) -> Iterator[Callable[[Cell, int], None]]:
         yield advance
 
 
-def _options(
-    page_size: int,
-    sink: int,
-    recent: int,
-    rule: shared.Rule,
-    ratio: float,
-    top_p_mass: float,
-    threshold: float,
-    page_score: shared.PageScore,
-    correct_every: int,
-    implementation: shared.Implementation | None,
-) -> GenerateOptions:
-    """What all variants have in common; budgets are checked where variants and lengths are known."""
-    from lychee_jax.attention.selection import SelectionPolicy
-    from lychee_jax.engine.options import GenerateOptions
-
-    if page_size < 1:
-        raise UserError(f"page size is {page_size}; it must be at least 1")
-    enough = (-(-max(sink, 0) // page_size) - (-max(recent, 0) // page_size) + 1) * page_size
-    policy = SelectionPolicy(enough, sink, recent, rule, ratio, top_p_mass, threshold, page_score)
-    return GenerateOptions(
-        policy=policy, page_size=page_size, correct_every=correct_every, implementation=implementation
-    )
-
-
-def _chat(chat: bool, system: str | None, messages: Path | None, template_kwargs: str | None) -> ChatOptions | None:
-    """How prompts become conversations; None: they are read as they are."""
-    from lychee_jax.files import read_text
-    from lychee_jax.text.chat import make_chat_options, parse_messages
-
-    keywords = shared.template_kwargs_of(template_kwargs)
-    turns = None if messages is None else parse_messages(read_text(messages), messages)
-    return make_chat_options(chat=chat, system=system, messages=turns, template_kwargs=keywords)
-
-
 def _settings(chat: ChatOptions | None, loaded: LLM) -> dict[str, object]:
     """What a run's folder keeps of the chat."""
     from lychee_jax.files import digest_of, json_text
@@ -462,30 +334,9 @@ def _settings(chat: ChatOptions | None, loaded: LLM) -> dict[str, object]:
     return {**chat.to_json(), "chat_template": digest_of(json_text(loaded.tokenizer.chat_template))}
 
 
-def _of_model(loaded: LLM, options: GenerateOptions, heads: str | None) -> GenerateOptions:
-    """The options with the model's head map and ends of text."""
-    import dataclasses
-
-    return dataclasses.replace(options, heads=loaded.choose_heads(heads), eos_ids=loaded.eos_ids)
-
-
-def _names(option: str, text: str) -> list[str]:
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    if not names:
-        raise UserError(f"{option} is empty; separate several with commas")
-    return names
-
-
-def _whole_numbers(option: str, text: str) -> list[int]:
-    names = _names(option, text)
-    if bad := [name for name in names if not name.isdecimal() or int(name) < 1]:
-        raise UserError(f"{option} has {bad[0]!r}; give whole numbers above 0, separated by commas")
-    return [int(name) for name in names]
-
-
 def _depths(text: str) -> list[float | None]:
     found: list[float | None] = []
-    for name in _names("--depths", text):
+    for name in split_names("--depths", text):
         try:
             depth = None if name == "any" else float(name)
         except ValueError as error:

@@ -8,15 +8,14 @@ from typing import Annotated
 
 import typer
 
-from lychee_jax.cli import evaluate as others
-from lychee_jax.cli import options as shared
-from lychee_jax.cli.console import load_model, progress_bar
+from lychee_jax.cli.console import progress_bar
+from lychee_jax.cli.evaluation_options import ASKED, RUN, Answering, BatchOption, Chat, DecodeLastOption, spread
 from lychee_jax.files import json_text
 
-_ASKED, _RUN = "What is asked", "The run"
 
-
+@spread
 def eval_harness(
+    *,
     tasks: Annotated[
         list[str],
         typer.Argument(
@@ -27,11 +26,11 @@ def eval_harness(
     ],
     include: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A folder with tasks of your own as YAML files.", rich_help_panel=_ASKED),
+        typer.Option(metavar="DIR", help="A folder with tasks of your own as YAML files.", rich_help_panel=ASKED),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", show_default="all", help="Questions of each task.", rich_help_panel=_ASKED),
+        typer.Option(metavar="N", show_default="all", help="Questions of each task.", rich_help_panel=ASKED),
     ] = None,
     num_fewshot: Annotated[
         int | None,
@@ -39,29 +38,13 @@ def eval_harness(
             metavar="N",
             show_default="as the task says",
             help="Examples in front of every question.",
-            rich_help_panel=_ASKED,
+            rich_help_panel=ASKED,
         ),
     ] = None,
-    chat: shared.ChatOption = False,
-    system: shared.SystemOption = None,
-    template_kwargs: shared.TemplateKwargsOption = None,
-    model: shared.ModelOption = None,
-    dtype: shared.DtypeOption = None,
-    implementation: shared.ImplementationOption = None,
-    attention: others.AttentionOption = "dense",
-    heads: shared.HeadsOption = None,
-    page_size: shared.PageSizeOption = 64,
-    budget: others.BudgetOption = "1/8",
-    sink: shared.SinkOption = 128,
-    recent: shared.RecentOption = 256,
-    rule: shared.RuleOption = "budget",
-    ratio: shared.RatioOption = 0.125,
-    top_p_mass: shared.TopPMassOption = 0.95,
-    threshold: shared.ThresholdOption = 0.001,
-    page_score: shared.PageScoreOption = "max",
-    correct_every: shared.CorrectEveryOption = 0,
-    decode_last: others.DecodeLastOption = 0,
-    batch: others.BatchOption = 16,
+    chat: Chat,
+    answering: Answering,
+    decode_last: DecodeLastOption = 0,
+    batch: BatchOption = 16,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -70,18 +53,18 @@ def eval_harness(
             metavar="DIR",
             show_default="nothing is kept",
             help="Where answers, samples and results go; a run that is there already is resumed.",
-            rich_help_panel=_RUN,
+            rich_help_panel=RUN,
         ),
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="One JSON object on standard output instead of a table.", rich_help_panel=_RUN),
+        typer.Option("--json", help="One JSON object on standard output instead of a table.", rich_help_panel=RUN),
     ] = False,
 ) -> None:
-    """The tasks and metrics of lm-evaluation-harness (the extra [b]eval[/b]: pip install 'lychee-jax[[eval]').
+    """The tasks and metrics of lm-evaluation-harness (install with the extra [b]eval[/b]).
 
-    Tasks fetch their data from the Hugging Face Hub, unless they name files. A budget that is a share of the length
-    counts from the largest power of two in a prompt's tokens.
+    Tasks fetch their data from the Hugging Face Hub, unless they name files. A budget that is a share counts from the
+    largest power of two in a prompt's tokens.
 
     [b]Examples[/b]
 
@@ -90,19 +73,13 @@ def eval_harness(
     [cyan]lychee eval harness my_task --include tasks --model my-8b --attention dense,hybrid --budget 1024[/cyan]
     """
     from lychee_jax.evaluation.harness import evaluate
-    from lychee_jax.evaluation.variants import variants_of
 
-    variants = variants_of(others._names("--attention", attention), others._names("--budget", budget))
-    asked = others._chat(chat, system, None, template_kwargs)
-    options = others._options(
-        page_size, sink, recent, rule, ratio, top_p_mass, threshold, page_score, correct_every, implementation
-    )
-    loaded = load_model(model, dtype)
+    variants, asked = answering.variants(), chat.options()
+    loaded, options = answering.load()
     with progress_bar() as progress:
         report = evaluate(
-            loaded, tasks, variants, others._of_model(loaded, options, heads), include=include, limit=limit,
-            num_fewshot=num_fewshot, chat=asked, decode_last=decode_last, batch=batch, output=output,
-            on_progress=progress,
+            loaded, tasks, variants, options, include=include, limit=limit, num_fewshot=num_fewshot, chat=asked,
+            decode_last=decode_last, batch=batch, output=output, on_progress=progress,
         )  # fmt: skip
     if as_json:
         print(json_text(report.to_json()))
