@@ -1,10 +1,12 @@
-"""Where tensors come from: the safetensors file of a Hugging Face folder, or its shards, by the index."""
+"""Where a checkpoint comes from: the safetensors file of a Hugging Face folder, or its shards, by the index."""
 
 import collections
 import dataclasses
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +21,21 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MARKER = "lychee.json"
 """What a converted folder has and a Hugging Face folder has not."""
+
+TEXT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "heads.json",
+)
+"""Beside config and weights: what a converted checkpoint keeps, where it is there."""
 
 # safetensors' names. Importing ml_dtypes is also what teaches its NumPy reader bfloat16.
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -35,10 +52,42 @@ class Stored:
     dtype: str
 
 
-class Source:
+class Source(Protocol):
+    """A checkpoint whose tensors have Hugging Face's names.
+
+    Attributes:
+        path: what messages call it.
+        problems: what is wrong with the files: kind of problem → where.
+        lost: names of tensors that are there or were promised, but that a problem keeps from being read.
+    """
+
+    path: Path
+    problems: dict[str, list[str]]
+    lost: set[str]
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Name → where it lies, for everything that can be read."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype | None:
+        """The dtype of a tensor's numbers as they are read; None for one that is not supported."""
+        ...
+
+    def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, " rows *rest"]]]:
+        """A tensor in pieces of whole rows: the first row's number, and the rows."""
+        ...
+
+    def write_text_files(self, folder: Path) -> None:
+        """Whatever belongs to the text side, into a converted folder."""
+        ...
+
+
+class FolderSource:
     """The tensors of a Hugging Face folder. Opening it reads headers only.
 
     Attributes:
+        path: the folder.
         tensors: name → where it lies, for everything that can be read.
         problems: what is wrong with the files: kind of problem → where.
         lost: names of tensors that are there or were promised, but that a problem keeps from being read.
@@ -48,7 +97,7 @@ class Source:
     """
 
     def __init__(self, folder: Path, config: ConvertConfig = DEFAULT):
-        self.folder, self._config = folder, config
+        self.path, self._config = folder, config
         self.tensors: dict[str, Stored] = {}
         self.problems: dict[str, list[str]] = collections.defaultdict(list)
         self.lost: set[str] = set()
@@ -85,15 +134,11 @@ class Source:
                 raise UserError(f"cannot read {name} from {stored.file}: {error}") from error
             yield first, block
 
-    def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers."""
-        a, b = self.tensors[one], self.tensors[other]
-        if a.shape != b.shape or not {a.dtype, b.dtype} <= _DTYPES.keys():
-            return False
-        return all(
-            np.array_equal(x.astype(np.float32), y.astype(np.float32))
-            for (_, x), (_, y) in zip(self.blocks(one), self.blocks(other), strict=True)
-        )
+    def write_text_files(self, folder: Path) -> None:
+        """Copy whatever belongs to the text side."""
+        for name in TEXT_FILES:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, folder / name)
 
     def _open_shards(self, weight_map: dict[str, str]) -> None:
         holders = collections.defaultdict(list)
@@ -118,7 +163,7 @@ class Source:
 
     def _header(self, name: str) -> dict[str, Stored] | None:
         """What a file holds; None, and a problem noted, if that cannot be read."""
-        path = self.folder / name
+        path = self.path / name
         if not path.is_file():
             self.problems["missing file"].append(name)
             return None
@@ -132,6 +177,16 @@ class Source:
             self.problems["truncated or damaged file"].append(f"{name} ({error})")
             return None
         return found
+
+
+def equal(source: Source, one: str, other: str) -> bool:
+    """Whether two tensors hold the same numbers."""
+    if source.tensors[one].shape != source.tensors[other].shape or None in (source.dtype(one), source.dtype(other)):
+        return False
+    return all(
+        np.array_equal(x.astype(np.float32), y.astype(np.float32))
+        for (_, x), (_, y) in zip(source.blocks(one), source.blocks(other), strict=True)
+    )
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from checkpoints_convert.config import DEFAULT, ConvertConfig
+from checkpoints_convert.gguf import GGUFSource
 from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, is_derived, keys
-from checkpoints_convert.source import Source, describe
+from checkpoints_convert.source import FolderSource, Source, describe, equal
 from lychee_jax.config import DTYPES, ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
@@ -28,7 +29,7 @@ NOT_FINITE = "not finite (NaN or infinity)"
 
 
 class Weights:
-    """Every parameter that the config asks for, once and in its right shape.
+    """Every parameter that the config asks for, once and in its right shape, of a Hugging Face folder or a GGUF file.
 
     Attributes:
         config: the checkpoint's config; `tie_word_embeddings` is what its tensors say, and `dtype` theirs where the
@@ -39,11 +40,17 @@ class Weights:
         UserError: no checkpoint, an unsupported config, or the list of everything wrong with the tensors.
     """
 
-    def __init__(self, folder: str | Path, convert_config: ConvertConfig = DEFAULT):
-        folder = Path(folder)
-        config = ModelConfig.from_folder(folder)
-        self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
-        self.source = Source(folder, convert_config)
+    def __init__(self, path: str | Path, convert_config: ConvertConfig = DEFAULT):
+        path = Path(path)
+        self.source: Source
+        if path.is_file():
+            self.source = file = GGUFSource(path, convert_config)
+            self.raw_config: dict[str, Any] = file.raw_config
+            config = file.config
+        else:
+            config = ModelConfig.from_folder(path)
+            self.raw_config = read_json_object(path / "config.json")
+            self.source = FolderSource(path, convert_config)
         if config.tie_word_embeddings and self._has_own_head():
             config = dataclasses.replace(config, tie_word_embeddings=False)
         self.keys = {key.path: key for key in keys(config)}
@@ -102,7 +109,7 @@ class Weights:
         """Whether a checkpoint that calls itself tied holds an output head that differs from its embedding."""
         if not {LM_HEAD, EMBEDDING} <= self.source.tensors.keys():
             return False
-        return not self.source.equal(LM_HEAD, EMBEDDING)
+        return not equal(self.source, LM_HEAD, EMBEDDING)
 
     def _check(self, *, tied: bool) -> None:
         """Raise UserError with everything that is missing, extra, misshapen or unreadable."""
@@ -125,7 +132,7 @@ class Weights:
         }
         problems = self.source.problems | {kind: names for kind, names in found.items() if names}
         if problems:
-            raise UserError(f"{self.source.folder}: {describe(problems)}")
+            raise UserError(f"{self.source.path}: {describe(problems)}")
 
 
 def check_dtype(dtype: str | None) -> None:
