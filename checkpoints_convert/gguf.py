@@ -14,23 +14,22 @@ from jaxtyping import Shaped
 
 from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.gguf_config import FREQUENCY_FACTORS, hugging_face_config
-from checkpoints_convert.gguf_file import GGUFFile, GGUFTensor
+from checkpoints_convert.gguf_file import GGUFFile
 from checkpoints_convert.gguf_tokenizer import write_text_files
 from checkpoints_convert.keys import keys
+from checkpoints_convert.source import Source
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 
 
-class GGUFSource:
-    """The tensors of a GGUF file, whole or split, under Hugging Face's names. Opening it reads headers only.
+class GGUFSource(Source):
+    """The tensors of a GGUF file, whole or split. Opening it reads headers only.
+
+    Tensors that Hugging Face has no name for keep GGUF's.
 
     Attributes:
-        path: the file.
         raw_config: what Hugging Face's config.json of the model says.
         config: the same, checked.
-        tensors: name → where it lies; those that Hugging Face has no name for keep their own.
-        problems: nothing: what is wrong with a file is told when it is opened.
-        lost: nothing.
 
     Raises:
         UserError: a damaged file, or a model that is not supported, by its name.
@@ -47,21 +46,17 @@ class GGUFSource:
             raise UserError(f"{path}: {error}") from error
         file.tensors.pop(FREQUENCY_FACTORS, None)
         names = _hugging_face_names(self.config)
-        self.tensors: dict[str, GGUFTensor] = {names.get(name, name): each for name, each in file.tensors.items()}
-        self.problems: dict[str, list[str]] = {}
-        self.lost: set[str] = set()
+        self._tensors = {names.get(name, name): each for name, each in file.tensors.items()}
+        self.tensors = self._tensors
+        self.problems, self.lost = {}, set()  # what is wrong with a file is told when it is opened
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a tensor's numbers once they are read; None for a type that is not supported."""
-        return self.tensors[name].loaded_dtype
+        return self._tensors[name].loaded_dtype
 
     def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, " rows *rest"]]]:
-        """A tensor in pieces of whole rows: the first row's number, and the rows, dequantised.
-
-        Raises:
-            UserError: the file has changed or cannot be read any more.
-        """
-        tensor, head_dim = self.tensors[name], self.config.head_dim
+        """A tensor in pieces of whole rows, dequantised."""
+        tensor, head_dim = self._tensors[name], self.config.head_dim
         rows = tensor.shape[0]
         # Whole heads at a time, so that their rows can be put in order.
         step = max(1, self._convert_config.block_numbers // math.prod(tensor.shape[1:]) // head_dim) * head_dim

@@ -1,12 +1,12 @@
 """Where a checkpoint comes from: the safetensors file of a Hugging Face folder, or its shards, by the index."""
 
+import abc
 import collections
 import dataclasses
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -52,45 +52,49 @@ class Stored:
     dtype: str
 
 
-class Source(Protocol):
+class Source(abc.ABC):
     """A checkpoint whose tensors have Hugging Face's names.
 
     Attributes:
         path: what messages call it.
+        tensors: name → where it lies, for everything that can be read.
         problems: what is wrong with the files: kind of problem → where.
         lost: names of tensors that are there or were promised, but that a problem keeps from being read.
     """
 
     path: Path
+    tensors: Mapping[str, Stored]
     problems: dict[str, list[str]]
     lost: set[str]
 
-    @property
-    def tensors(self) -> Mapping[str, Stored]:
-        """Name → where it lies, for everything that can be read."""
-        ...
-
+    @abc.abstractmethod
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a tensor's numbers as they are read; None for one that is not supported."""
-        ...
 
+    @abc.abstractmethod
     def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, " rows *rest"]]]:
-        """A tensor in pieces of whole rows: the first row's number, and the rows."""
-        ...
+        """A tensor in pieces of whole rows: the first row's number, and the rows.
 
+        Raises:
+            UserError: the file has changed or cannot be read any more.
+        """
+
+    @abc.abstractmethod
     def write_text_files(self, folder: Path) -> None:
         """Whatever belongs to the text side, into a converted folder."""
-        ...
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        if self.tensors[one].shape != self.tensors[other].shape or None in (self.dtype(one), self.dtype(other)):
+            return False
+        return all(
+            np.array_equal(x.astype(np.float32), y.astype(np.float32))
+            for (_, x), (_, y) in zip(self.blocks(one), self.blocks(other), strict=True)
+        )
 
 
-class FolderSource:
+class FolderSource(Source):
     """The tensors of a Hugging Face folder. Opening it reads headers only.
-
-    Attributes:
-        path: the folder.
-        tensors: name → where it lies, for everything that can be read.
-        problems: what is wrong with the files: kind of problem → where.
-        lost: names of tensors that are there or were promised, but that a problem keeps from being read.
 
     Raises:
         UserError: there are no safetensors to read at all.
@@ -98,9 +102,9 @@ class FolderSource:
 
     def __init__(self, folder: Path, config: ConvertConfig = DEFAULT):
         self.path, self._config = folder, config
-        self.tensors: dict[str, Stored] = {}
-        self.problems: dict[str, list[str]] = collections.defaultdict(list)
-        self.lost: set[str] = set()
+        self.tensors = {}
+        self.problems = collections.defaultdict(list)
+        self.lost = set()
         # Where both are there, the single file is the checkpoint, as in transformers.
         if (folder / SINGLE).is_file():
             header = self._header(SINGLE)
@@ -117,11 +121,7 @@ class FolderSource:
         return _DTYPES.get(self.tensors[name].dtype)
 
     def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, " rows *rest"]]]:
-        """A tensor in pieces of whole rows: the first row's number, and the rows.
-
-        Raises:
-            UserError: the file has changed or cannot be read any more.
-        """
+        """A tensor in pieces of whole rows."""
         stored = self.tensors[name]
         step = max(1, self._config.block_numbers // math.prod(stored.shape[1:]))
         rows = stored.shape[0]
@@ -177,16 +177,6 @@ class FolderSource:
             self.problems["truncated or damaged file"].append(f"{name} ({error})")
             return None
         return found
-
-
-def equal(source: Source, one: str, other: str) -> bool:
-    """Whether two tensors hold the same numbers."""
-    if source.tensors[one].shape != source.tensors[other].shape or None in (source.dtype(one), source.dtype(other)):
-        return False
-    return all(
-        np.array_equal(x.astype(np.float32), y.astype(np.float32))
-        for (_, x), (_, y) in zip(source.blocks(one), source.blocks(other), strict=True)
-    )
 
 
 def read_index(path: Path) -> dict[str, str]:

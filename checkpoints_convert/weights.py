@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.gguf import GGUFSource
 from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, is_derived, keys
-from checkpoints_convert.source import FolderSource, Source, describe, equal
+from checkpoints_convert.source import FolderSource, Source, describe
 from lychee_jax.config import DTYPES, ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
@@ -109,7 +109,7 @@ class Weights:
         """Whether a checkpoint that calls itself tied holds an output head that differs from its embedding."""
         if not {LM_HEAD, EMBEDDING} <= self.source.tensors.keys():
             return False
-        return not equal(self.source, LM_HEAD, EMBEDDING)
+        return not self.source.equal(LM_HEAD, EMBEDDING)
 
     def _check(self, *, tied: bool) -> None:
         """Raise UserError with everything that is missing, extra, misshapen or unreadable."""
