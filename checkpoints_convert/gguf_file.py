@@ -176,6 +176,11 @@ def _read(path: Path) -> tuple[Metadata, dict[str, GGUFTensor]]:
         reader = gguf.GGUFReader(path)
         values = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        unknown = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
+        if unknown:
+            raise UserError(
+                f"{path} holds tensors of a type that the gguf package does not know ({unknown[1]})"
+            ) from error
         raise UserError(f"{path} is no whole GGUF file: {first_line(error)}") from error
     if reader.byte_order != "I":
         raise UserError(f"{path} is a GGUF file for machines of the other byte order; take the usual one")

@@ -17,8 +17,9 @@ from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
 from lychee_jax.loading import load
 from lychee_jax.models.rope import inverse_frequencies
+from lychee_jax.models.spec import ModelSpec
 from tests.support import tiny_checkpoints
-from tests.support.golden import GOLDEN, golden_prompts
+from tests.support.golden import GOLDEN, golden_model, golden_prompts
 from tests.support.hybrid_models import small_chunks
 from tests.support.tiny_gguf import write_gguf
 
@@ -122,7 +123,7 @@ def llama3_factors(rope, head_dim):
 
 @pytest.mark.parametrize("case", ROPES)
 def test_rope_scaling_is_what_the_hugging_face_config_means(tmp_path, case):
-    """Greedy tokens and log-probabilities that transformers computed from the original config and weights."""
+    """The golden models' configs and weights; of the one whose frequencies have factors also what transformers made."""
     raw = json.loads((GOLDEN / case / "config.json").read_text())
     more = {}
     if case == "llama3-v4":
@@ -133,11 +134,16 @@ def test_rope_scaling_is_what_the_hugging_face_config_means(tmp_path, case):
     write_gguf(tmp_path / "m.gguf", raw, tensors, metadata=ROPES[case], more_tensors=more)
     convert(tmp_path / "m.gguf", tmp_path / "out", verify=True)
     model, golden = load(tmp_path / "out"), golden_prompts(case)
+    (_, found), (_, wanted) = (ModelSpec.split(each) for each in (model.model, golden_model(case)))
+    assert all(np.array_equal(array, other) for array, other in zip(found, wanted, strict=True))
     original = ModelConfig.from_folder(GOLDEN / case)
+    assert model.config.max_tokens == original.max_tokens
+    if case != "llama3-v4":
+        assert model.config.rope == original.rope  # what the golden tests compute with
+        return
     np.testing.assert_allclose(
         inverse_frequencies(model.config.rope, 32), inverse_frequencies(original.rope, 32), rtol=2e-7, atol=0
     )
-    assert model.config.max_tokens == original.max_tokens
     small = LLM(model.path, model.config, model.model, None, (), engine_config=small_chunks(32))
     options = GenerateOptions("dense", page_size=16, max_new_tokens=len(golden[0].tokens))
     result = small.generate_tokens([prompt.prompt.tolist() for prompt in golden], options)
@@ -207,7 +213,7 @@ def refused(path, **options):
         ({"llama.block_count": None}, "has no llama.block_count"),
         ({"llama.block_count": "one"}, "llama.block_count must be a whole number"),
         ({"llama.block_count": 2}, "missing: model.layers.1."),
-        ({"llama.feed_forward_length": 32}, "misshapen: model.layers.0.mlp.gate_proj.weight (64×32 instead of 32×32)"),
+        ({"llama.feed_forward_length": 32}, "model.layers.0.mlp.gate_proj.weight (64×32 instead of 32×32)"),
         ({"llama.attention.head_count": 3}, "must be a multiple of the number of key-value heads"),
     ],
 )
@@ -227,7 +233,7 @@ def test_types_and_tensors_that_are_not_supported(tmp_path):
     for number, reason in (
         (26, "unsupported dtype: model.layers.0.mlp.up_proj.weight (I32)"),
         (9, "unsupported dtype: model.layers.0.mlp.up_proj.weight (Q8_1)"),
-        (250, "250 is not a valid GGMLQuantizationType"),
+        (250, "holds tensors of a type that the gguf package does not know (250)"),
     ):
         content[place] = number
         (tmp_path / "t.gguf").write_bytes(content)
