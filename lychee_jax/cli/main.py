@@ -18,6 +18,7 @@ from lychee_jax.cli.console import load_model
 from lychee_jax.cli.evaluate import eval_app
 from lychee_jax.cli.generate import generate
 from lychee_jax.cli.heads import heads_app
+from lychee_jax.cli.serve import serve
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
 from lychee_jax.tpu_environment import has_tpu, without_tpu
@@ -40,6 +41,7 @@ app.add_typer(heads_app, name="heads")
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 app.command()(generate)
+app.command()(serve)
 app.command()(train_heads)
 
 

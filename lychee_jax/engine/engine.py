@@ -7,6 +7,7 @@ always has work while the host reads. What a request becomes never depends on it
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
@@ -109,6 +110,11 @@ class Engine:
         return bool(self._requests or self._sent or self._ended)
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens that a prompt and what follows it may have: the model's limit, or all that the cache can hold."""
+        return min(self.max_model_len, self._most_pages * self.options.page_size)
+
+    @property
     def _allocated_pages(self) -> int:
         return self._runner.num_pages - self._scratch if self._runner is not None else 0
 
@@ -139,7 +145,7 @@ class Engine:
             raise UserError(f"the engine has ended: {self._failure}")
         if request.id in self._requests:
             raise UserError(f"request id {request.id!r} is taken")
-        need = self._check(request)
+        need = self.check(request)
         if self._scheduler is not None and not self._unscheduled and need <= self._allocated_pages:
             self._scheduler.add(request)
         else:
@@ -258,19 +264,22 @@ class Engine:
         together = 2 * sum(sorted(needs)[-self.options.max_num_seqs :])
         return max(max(needs), min(next_power_of_two(together), self._default_pages()))
 
-    def prepare(self, requests: Sequence[Request]) -> None:
+    def prepare(self, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
         """Compile in the background what these requests will need; neither weights nor a cache have to be there.
+
+        Returns:
+            one future for each program, done when it is compiled.
 
         Raises:
             UserError, NotImplementedError: as for `add_request`.
         """
         for request in requests:
-            self._check(request)
+            self.check(request)
         pages = max(self._pages_for(requests), self._allocated_pages) + self._scratch
         rehearsal = Rehearsal(
             self.spec, self.weights, self.options, self.config, num_pages=pages, max_model_len=self.max_model_len
         )
-        rehearsal.rehearse(self._books(rehearsal)[1], requests)
+        return rehearsal.rehearse(self._books(rehearsal)[1], requests)
 
     def _make_books(self, runner: Runner) -> None:
         """Nobody owns a page of the runner's cache, and nothing in it is known."""
@@ -345,9 +354,9 @@ class Engine:
                     output.pages_read += int(read[step, column])
                     output.pages_held += self._pages_held(len(request.prompt) + first + step)
                 output.finish_reason = self._finish_reason(request, token, progress.delivered)
+            assert self._scheduler is not None
+            output.cached_tokens = self._scheduler.cached_tokens(request.id)
             if output.finish_reason is not None:
-                assert self._scheduler is not None
-                output.cached_tokens = self._scheduler.cached_tokens(request.id)
                 progress.ended = True
                 if not progress.hold:
                     self._end(request.id)
@@ -364,8 +373,12 @@ class Engine:
             return "stop"
         return "length" if count >= request.max_new_tokens else None
 
-    def _check(self, request: Request) -> int:
-        """Pages that the request needs; UserError if this engine cannot take it."""
+    def check(self, request: Request) -> int:
+        """Pages that the request needs; any thread may ask.
+
+        Raises:
+            UserError: this engine can never take it.
+        """
         model = self.spec.config
         check_prompt(model, request.prompt, request.max_new_tokens, self.max_model_len)
         for token in request.forced:

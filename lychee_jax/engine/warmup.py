@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -65,8 +66,10 @@ class Rehearsal(Runner):
         table = np.broadcast_to(np.float32(0), (*positions.shape, self.spec.config.head_dim // 2))
         return table, table
 
-    def rehearse(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
-        """Send everything that these requests need if they come together and none ends early."""
+    def rehearse(self, scheduler: Scheduler, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
+        """Send everything that these requests need if they come together and none ends early; returns the compilers'
+        futures.
+        """
         for request in requests:
             scheduler.add(request)
         sent = dict.fromkeys((request.id for request in requests), 0)
@@ -84,5 +87,5 @@ class Rehearsal(Runner):
                     scheduler.finish(request.id)
                     del sent[request.id]
         # Decode programs take the longest.
-        for call in sorted(self._noted.calls, key=lambda call: call[0] is not decode_block):
-            self._compilers.prepare(*call)
+        ordered = sorted(self._noted.calls, key=lambda call: call[0] is not decode_block)
+        return list(dict.fromkeys(self._compilers.prepare(*call) for call in ordered))
