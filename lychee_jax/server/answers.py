@@ -34,6 +34,13 @@ class Piece:
     offsets: list[int] = dataclasses.field(default_factory=list)
     finish_reason: Ending | None = None
 
+    def extend(self, other: Piece) -> None:
+        """Add the tokens of a later piece."""
+        self.tokens += other.tokens
+        self.logprobs += other.logprobs
+        self.top += other.top
+        self.offsets += other.offsets
+
 
 @dataclasses.dataclass
 class Row:

@@ -133,7 +133,7 @@ def _add_text(app: FastAPI, service: Service) -> None:
             tokenizer = service.model.tokenizer
             if body.messages is not None:
                 tokens = await service.in_pool(
-                    chats.encode_chat, service, body.messages, body.chat_template_kwargs, body.tools
+                    chats.encode_chat, service.model, body.messages, body.chat_template_kwargs, body.tools
                 )
             else:
                 encode = tokenizer.encode_plain if body.add_special_tokens is False else tokenizer.encode

@@ -30,9 +30,10 @@ async def begin(service: Service, body: CompletionRequest) -> Completion:
     if len(given) > service.config.max_prompts:
         raise ApiError(400, f"{len(given)} prompts are too many; at most {service.config.max_prompts}", param="prompt")
     prompts, texts = await service.in_pool(_encode, service, given, bool(body.echo))
+    grammar = await service.grammar(body.response_format)
     answer = service.begin(
         body, prompts, limit=body.max_tokens, default=_DEFAULT_MAX_TOKENS, top_logprobs=body.logprobs or 0,
-        endpoint="completions",
+        endpoint="completions", grammar=grammar,
     )  # fmt: skip
     return Completion(service, body, answer, texts)
 
@@ -78,10 +79,7 @@ class Completion:
         async for piece in self.answer.pieces():
             row = rows[piece.choice]
             texts[piece.choice].append(piece.text)
-            row.tokens += piece.tokens
-            row.logprobs += piece.logprobs
-            row.top += piece.top
-            row.offsets += piece.offsets
+            row.extend(piece)
             row.finish_reason = piece.finish_reason
         for row, parts in zip(rows, texts, strict=True):
             row.text = "".join(parts)

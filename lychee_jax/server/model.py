@@ -12,6 +12,7 @@ from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import EngineOptions, GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM, engine_options
+from lychee_jax.server.grammar import Grammars
 from lychee_jax.server.token_texts import TokenTexts
 from lychee_jax.text.tokenizer import Tokenizer
 
@@ -49,6 +50,11 @@ class ServedModel:
         for token in (min(tokens, default=0), max(tokens, default=0)):
             if not 0 <= token < size:
                 raise UserError(f"there is no token id {token}; the vocabulary has ids 0 to {size - 1}")
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Makes grammars for answers; UserError where the tokenizer cannot."""
+        return Grammars(self.tokenizer, self.engine.spec.config.vocab_size, self.defaults.eos_ids)
 
     @functools.cached_property
     def token_texts(self) -> TokenTexts:

@@ -63,7 +63,7 @@ class Server:
 
     def stop(self) -> None:
         """Begin to drain, as the first SIGTERM does; any thread may call."""
-        if self._loop is not None:
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._leave.set)
 
     @property

@@ -6,7 +6,7 @@ Fields that are not known are ignored, as OpenAI's clients grow new ones; some t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -73,7 +73,7 @@ class GenerationRequest(_Body):
         return value
 
     @model_validator(mode="after")
-    def _check_options(self) -> Self:
+    def _check_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options need stream: true", param="stream_options")
         return self
@@ -99,6 +99,9 @@ class GenerationRequest(_Body):
         Raises:
             UserError: a number out of its range.
         """
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(self.top_k or 0, 0),
@@ -137,7 +140,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _check_logprobs(self) -> Self:
+    def _check_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs need logprobs: true", param="top_logprobs")
         return self
@@ -158,7 +161,7 @@ class TokenizeRequest(_Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _check_source(self) -> Self:
+    def _check_source(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ApiError(400, "give a prompt or messages, and not both", param="prompt")
         return self

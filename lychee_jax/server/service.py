@@ -7,17 +7,20 @@ import dataclasses
 import itertools
 import secrets
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from lychee_jax.engine.options import AttentionOptions
 from lychee_jax.engine.request import Request
 from lychee_jax.server.answers import Answer, Row
 from lychee_jax.server.errors import ApiError
+from lychee_jax.server.grammar import response_grammar
 from lychee_jax.server.metrics import Metrics
 from lychee_jax.server.model import ServedModel
 from lychee_jax.server.protocol import GenerationRequest
 from lychee_jax.server.settings import ServerConfig
+from lychee_jax.server.tools import Tools
 from lychee_jax.server.worker import Worker
 from lychee_jax.text.streaming import TextStream
 
@@ -76,6 +79,20 @@ class Service:
         except TimeoutError:
             raise ApiError(400, f"the text takes longer than {self.config.text_seconds:g} s to process") from None
 
+    async def grammar(self, response_format: Mapping[str, Any] | None, tools: Tools | None = None) -> str | None:
+        """The grammar that an answer has to follow, by its format or by the tools that it must call.
+
+        Raises:
+            ApiError, UserError: it cannot be compiled.
+        """
+
+        def compiled() -> str | None:
+            if tools is not None and tools.forced:
+                return tools.grammar(self.model.grammars)
+            return None if response_format is None else response_grammar(self.model.grammars, response_format)
+
+        return await self.in_pool(compiled)
+
     def interrupt(self) -> None:
         """Everything that is open is answered by an error."""
         for answer in list(self._answers):
@@ -94,6 +111,7 @@ class Service:
         default: int,
         top_logprobs: int = 0,
         endpoint: str,
+        grammar: str | None = None,
     ) -> Answer:
         """Admit a call: its sequences are the engine's from here on.
 
@@ -104,11 +122,14 @@ class Service:
             default: see `limit`.
             top_logprobs: how many of the likeliest tokens are told at each step.
             endpoint: for the metrics.
+            grammar: that every answer follows.
 
         Raises:
             ApiError: too many sequences, in all or for now.
             UserError: what this model or this cache cannot take.
         """
+        if grammar is not None:
+            raise ApiError(400, "guided answers are not supported", param="response_format")
         number = len(prompts) * body.choices
         self._check_sizes(body, len(prompts), number)
         model, seed = self.model, secrets.randbits(32)
