@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -13,8 +13,11 @@ from lychee_jax.errors import UserError
 from lychee_jax.files import json_text
 from lychee_jax.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 # A model that is not sure may otherwise write blanks until it runs out of tokens.
-_JSON = {"whitespace_pattern": r"[ \n]{0,20}"}
+_JSON: JsonCompileOptions = {"whitespace_pattern": r"[ \n]{0,20}"}
 
 
 class Grammar:
@@ -63,7 +66,7 @@ class Grammars:
         Raises:
             UserError: a schema that is none, or asks for what cannot be guided.
         """
-        return self._checked(LLMatcher.grammar_from_json_schema(json_text(schema), {}, {**_JSON}), "the JSON schema")
+        return self._checked(LLMatcher.grammar_from_json_schema(json_text(schema), overrides=_JSON), "the JSON schema")
 
     def regex(self, pattern: str) -> str:
         """Text that matches a pattern as a whole.

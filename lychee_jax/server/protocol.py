@@ -99,9 +99,6 @@ class GenerationRequest(_Body):
         Raises:
             UserError: a number out of its range.
         """
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise ApiError(400, f"{name} is not supported", param=name, code="unsupported_parameter")
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(self.top_k or 0, 0),
@@ -109,7 +106,16 @@ class GenerationRequest(_Body):
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             seed=seed if self.seed is None else self.seed % 2**32,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((_token_id(token), bias) for token, bias in (self.logit_bias or {}).items()),
         )
+
+
+def _token_id(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 10:
+        raise ApiError(400, "the keys of logit_bias must be token ids", param="logit_bias")
+    return int(text)
 
 
 class CompletionRequest(GenerationRequest):

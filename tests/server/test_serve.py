@@ -31,7 +31,8 @@ def test_greedy_completions_are_those_of_generate(server: Running, client: opena
 def test_a_stream_carries_the_same_text(client: openai.OpenAI):
     options: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "seed": 5, "n": 2, "logprobs": True}
     whole = client.chat.completions.create(**options, top_logprobs=2)
-    texts, tokens, reasons = ["", ""], [0, 0], [None, None]
+    texts, tokens = ["", ""], [0, 0]
+    reasons: list[str | None] = [None, None]
     stream = client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
     usage = None
     for chunk in stream:
@@ -43,6 +44,7 @@ def test_a_stream_carries_the_same_text(client: openai.OpenAI):
     assert texts == [choice.message.content for choice in whole.choices]
     assert texts[0] != texts[1]
     assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert usage is not None
     assert usage == whole.usage
     assert usage.completion_tokens == sum(tokens)
     content = whole.choices[0].logprobs.content
@@ -76,6 +78,17 @@ def test_stop_texts_and_stop_ids_end_an_answer(server: Running, client: openai.O
     server.wait_until(server.is_idle)
 
 
+def test_penalties_and_biases_change_what_is_said(server: Running):
+    def ask(**options: Any) -> str:
+        body = {"prompt": "The red fox", "max_tokens": 24, "temperature": 0, "ignore_eos": True} | options
+        return server.post("/v1/completions", body).json()["choices"][0]["text"]
+
+    token = server.post("/tokenize", {"prompt": " red", "add_special_tokens": False}).json()["tokens"][0]
+    assert ask(logit_bias={str(token): 100}) == " red" * 24
+    assert ask(logit_bias={str(token): 100}, max_tokens=24, presence_penalty=2, frequency_penalty=2) == " red" * 24
+    assert ask(presence_penalty=2, frequency_penalty=2) != ask() or len(set(ask().split())) == 24
+
+
 def test_echo_says_the_prompt_again(client: openai.OpenAI):
     said = client.completions.create(model="tiny", prompt="The red fox", max_tokens=0, echo=True)
     assert said.choices[0].text == "The red fox"
@@ -102,9 +115,8 @@ def test_a_chat_without_a_limit_gets_what_is_left(client: openai.OpenAI):
 
 def test_langchain(server: Running):
     with httpx.Client() as http:
-        chat = ChatOpenAI(
-            base_url=f"{server.url}/v1", api_key="none", model="tiny", max_tokens=8, temperature=0, http_client=http
-        )  # pyright: ignore
+        options: Any = {"base_url": f"{server.url}/v1", "api_key": "none", "max_tokens": 8, "http_client": http}
+        chat = ChatOpenAI(model="tiny", temperature=0, **options)
         whole = chat.invoke("The red fox sleeps.")
         assert whole.content == "".join(str(piece.content) for piece in chat.stream("The red fox sleeps."))
         assert whole.usage_metadata is not None
@@ -167,6 +179,9 @@ BAD = [
     ("/v1/completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
     ("/v1/completions", {"prompt": "x", "temperature": -1}, 400, None),
     ("/v1/completions", {"prompt": "x", "temperature": "hot"}, 400, "temperature"),
+    ("/v1/completions", {"prompt": "x", "presence_penalty": 3}, 400, "presence_penalty"),
+    ("/v1/completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "logit_bias"),
+    ("/v1/completions", {"prompt": "x", "logit_bias": {"5000": 1}}, 400, None),
     ("/v1/completions", {"prompt": "x", "best_of": 2}, 400, "best_of"),
     ("/v1/completions", {"prompt": "x", "suffix": "y"}, 400, "suffix"),
     ("/v1/completions", {"prompt": "x", "stream_options": {}}, 400, "stream_options"),

@@ -59,6 +59,16 @@ class Running:
 
     server: Server
     llm: LLM
+    idle_tasks: int = 0
+
+    def tasks(self) -> int:
+        """Tasks of the server's event loop, the one that counts them included."""
+
+        async def count() -> int:
+            return len(asyncio.all_tasks())
+
+        loop = self.service.worker.ended.get_loop()
+        return asyncio.run_coroutine_threadsafe(count(), loop).result(60)
 
     @property
     def url(self) -> str:
@@ -129,7 +139,9 @@ def running(
         assert ready.wait(300)
         if errors:
             raise errors[0]
-        yield Running(server, llm)
+        started = Running(server, llm)
+        started.idle_tasks = started.tasks()
+        yield started
     finally:
         server.stop()
         thread.join(60)
