@@ -149,4 +149,4 @@ def serve(
         warm_up(served.engine, served.defaults.attention_options)
         return served
 
-    raise typer.Exit(run(config, listener, load))
+    run(config, listener, load)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _JSON: JsonCompileOptions = {"whitespace_pattern": r"[ \n]{0,20}"}
 
 
-class Grammar:
-    """Where one answer stands in its grammar; the engine's thread asks and tells."""
+class Guide:
+    """Where one answer stands in its grammar (an engine's `Grammar`); the engine's thread asks and tells."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher, self._vocab_size = matcher, vocab_size
@@ -31,8 +31,13 @@ class Grammar:
         return np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)[: self._vocab_size] != 0
 
     def accept(self, token: int) -> None:
-        """Take the next token."""
-        self._matcher.consume_token(token)
+        """Take the next token.
+
+        Raises:
+            UserError: it was not allowed, or the grammar has become too complex.
+        """
+        if not self._matcher.consume_token(token):
+            raise UserError(f"the grammar cannot go on: {' '.join(self._matcher.get_error().split())[:200]}")
 
     @property
     def finished(self) -> bool:
@@ -56,9 +61,9 @@ class Grammars:
         self._vocab_size = vocab_size
         self._tokenizer = LLTokenizer(description, n_vocab=vocab_size, eos_token=list(eos_ids) or None)
 
-    def start(self, grammar: str) -> Grammar:
-        """A grammar at its beginning."""
-        return Grammar(LLMatcher(self._tokenizer, grammar), self._vocab_size)
+    def start(self, grammar: str) -> Guide:
+        """An answer at its beginning."""
+        return Guide(LLMatcher(self._tokenizer, grammar), self._vocab_size)
 
     def json_schema(self, schema: Mapping[str, Any]) -> str:
         """JSON of a schema.

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import uvicorn
 from starlette.types import Receive, Scope, Send
@@ -65,11 +66,6 @@ class Server:
         """Begin to drain, as the first SIGTERM does; any thread may call."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._leave.set)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the engine's thread is still there."""
-        return self.service is not None and self.service.worker.is_alive
 
     async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`, and then until what runs has been answered.
@@ -154,10 +150,11 @@ async def _watch(worker: Worker, seconds: float) -> None:
         told = hangs is not None
 
 
-def serve(config: ServerConfig, listener: socket.socket, load: Callable[[], ServedModel]) -> int:
-    """Serve until a signal ends it; returns the exit status: 0 after a drain, 1 if the engine has died.
+def serve(config: ServerConfig, listener: socket.socket, load: Callable[[], ServedModel]) -> NoReturn:
+    """Serve until a signal ends it, and then end the process: with status 0 after a drain, 1 if the engine has died.
 
-    The first SIGTERM or SIGINT drains, the second ends the process at once.
+    The first SIGTERM or SIGINT drains, the second ends the process at once. Threads that compile cannot be interrupted,
+    so the process does not wait for them.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -192,10 +189,8 @@ def serve(config: ServerConfig, listener: socket.socket, load: Callable[[], Serv
         if not loaded:
             raise
         _say(f"error: the engine has ended: {first_line(error)}")
-        return 1
-    if server.is_busy:  # loading, compiling or waiting for the device: nothing can interrupt that
-        os._exit(0)
-    return 0
+        os._exit(1)
+    os._exit(0)
 
 
 def _say(line: str) -> None:

@@ -128,8 +128,6 @@ class Service:
             ApiError: too many sequences, in all or for now.
             UserError: what this model or this cache cannot take.
         """
-        if grammar is not None:
-            raise ApiError(400, "guided answers are not supported", param="response_format")
         number = len(prompts) * body.choices
         self._check_sizes(body, len(prompts), number)
         model, seed = self.model, secrets.randbits(32)
@@ -145,6 +143,7 @@ class Service:
                 request = Request(
                     f"{name}-{choice}", tuple(prompt), max(wanted, 1), sampling, attention,
                     tuple(dict.fromkeys(eos_ids)), sample_index=sample, top_logprobs=top_logprobs,
+                    grammar=None if grammar is None else model.grammars.start(grammar),
                 )  # fmt: skip
                 if sample == 0:
                     model.engine.check(request)

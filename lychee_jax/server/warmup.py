@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import AttentionOptions, max_pages
@@ -11,8 +14,26 @@ from lychee_jax.engine.request import Request
 from lychee_jax.errors import UserError
 
 
+class _Anything:
+    """A grammar that allows every token."""
+
+    finished = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self._allowed = np.ones(vocab_size, bool)
+
+    def mask(self) -> np.ndarray:
+        """All of them."""
+        return self._allowed
+
+    def accept(self, token: int) -> None:
+        """Nothing changes."""
+
+
 def warm_up(engine: Engine, attention: AttentionOptions) -> None:
     """Compile what requests of this attention can need, side by side, and run one of them.
+
+    What only guided requests need is compiled in the background meanwhile and after that: it is as much again.
 
     Raises:
         UserError: not even a page of cache fits into the memory.
@@ -22,6 +43,10 @@ def warm_up(engine: Engine, attention: AttentionOptions) -> None:
     compiling = [
         future for requests in rehearsals(engine, attention) for future in engine.prepare(requests)
     ]  # fmt: skip
+    if not engine.options.correct_every:
+        anything = _Anything(engine.spec.config.vocab_size)
+        for requests in rehearsals(engine, attention):
+            engine.prepare([dataclasses.replace(request, grammar=anything) for request in requests])
     for future in compiling:
         future.result()
     engine.add_request(Request("warm-up", (0,), 2, attention=attention))

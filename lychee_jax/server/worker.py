@@ -98,11 +98,6 @@ class Worker:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread has not ended."""
-        return self._thread.is_alive()
-
     def hangs_since(self, seconds: float) -> float | None:
         """How long the step under way has taken, if that is more than `seconds`."""
         began = self._step_began
