@@ -36,10 +36,10 @@ eval_app = typer.Typer(
 )
 
 LengthsOption = Annotated[
-    str, typer.Option("--lengths", metavar="N,N,…", help="Tokens of the prompts.", rich_help_panel=ASKED)
+    str, typer.Option("--lengths", metavar="N,N,…", help="How long the prompts are, in tokens.", rich_help_panel=ASKED)
 ]
 SamplesOption = Annotated[
-    int, typer.Option(metavar="N", help="Prompts of each task, length and depth.", rich_help_panel=ASKED)
+    int, typer.Option(metavar="N", help="How many prompts for each task, length and depth.", rich_help_panel=ASKED)
 ]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same prompts.", rich_help_panel=ASKED)]
 MessagesOption = Annotated[
@@ -57,7 +57,8 @@ OutputOption = Annotated[
         "--output",
         "-o",
         metavar="DIR",
-        help="Where answers, prompts and the report go; a run that is there already is resumed.",
+        help="Where answers, prompts and the report go. The same run is resumed; one with other weights, texts or "
+        "settings is refused.",
         rich_help_panel=RUN,
     ),
 ]

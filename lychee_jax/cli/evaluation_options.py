@@ -78,7 +78,8 @@ class Answering:
         typer.Option(
             "--budget",
             metavar="N,N,…",
-            help="Tokens that a sparse head reads at most: numbers, or shares of the length such as [b]1/8[/b].",
+            help="A head that does not retrieve reads at most this many tokens: numbers, or shares of the prompt's "
+            "length such as [b]1/8[/b].",
             rich_help_panel=shared.ATTENTION,
         ),
     ] = "1/8"
