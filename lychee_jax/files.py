@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+
+
+def check_tensor_path(path: str | Path) -> None:
+    """Raise UserError for a path that TensorStore, with which Orbax reads and writes arrays, takes for another one."""
+    name = os.path.abspath(path)
+    if os.sep == "/" and "\\" in name:
+        raise UserError(f"{name} has a backslash in it, which the library that stores arrays takes for a slash")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        shown = name.encode(errors="backslashreplace").decode()
+        raise UserError(f"{shown} is not UTF-8, and no arrays can be stored there") from error
 
 
 def decode_text(data: bytes, name: object) -> str:
@@ -34,6 +48,11 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return decode_text(data, path)
+
+
+def digest_of(text: str) -> str:
+    """What tells a text apart from others: the first 64 bits of its SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def parse_json(text: str, name: object) -> Any:

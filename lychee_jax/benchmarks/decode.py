@@ -269,7 +269,7 @@ def _report(
     kv_bytes = config.num_layers * config.num_kv_heads * page * pages_for(context, options.page_size)
     device = jax.devices()[0]
     return DecodeReport(
-        model=model.path.name,
+        model=model.name,
         device=f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind,
         dtype=str(model.dtype),
         context=context,

@@ -28,6 +28,7 @@ from lychee_jax.cache.pages import Pools, make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.options import EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.programs import DecodePlan, Rows, decode_block, make_rows
+from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
@@ -218,7 +219,7 @@ class _Paged(_Program):
         table = np.zeros((width, max_pages(context, page_size)), np.int32)
         table[:batch, :each] = np.arange(batch * each).reshape(batch, each)
         busy = np.arange(slots) < batch
-        rows = make_rows(slots, config.vocab_size, 8)._replace(
+        rows = make_rows(slots, config.vocab_size, MAX_EOS_IDS)._replace(
             position=np.where(busy, context - _STEPS, 0).astype(np.int32), active=busy,
             remaining=np.full((slots,), np.iinfo(np.int32).max, np.int32),
         )  # fmt: skip

@@ -274,7 +274,7 @@ def bench_serve(
     traffic = serve.scenario(scenario, config, jax.default_backend(), **changes)
     serve.arrivals(traffic, config, seed)  # refused before weights are made
     if loaded is not None:
-        name, spec, weights, head_map = loaded.path.name, loaded.spec, loaded.weights, loaded.choose_heads(heads)
+        name, spec, weights, head_map = loaded.name, loaded.spec, loaded.weights, loaded.choose_heads(heads)
     else:
         name = str(shape)
         named = {

@@ -14,12 +14,12 @@ heads_app = typer.Typer(help="Look at a head map: which KV heads retrieve.", ric
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A head map (heads.json).")]
 ModelOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--model",
-        metavar="DIR",
+        metavar="DIR|HUB-ID",
         show_default="any model's maps are shown",
-        help="Refuse a map that was not made for the checkpoint in this folder; its weights are not loaded.",
+        help="Refuse a map that was not made for this checkpoint; its weights are not loaded.",
     ),
 ]
 
@@ -67,7 +67,7 @@ def print_map(head_map: HeadMap, name: str) -> None:
         print(f"layer {layer:>3}  {marks}")
 
 
-def _read(file: Path, model: Path | None) -> HeadMap:
+def _read(file: Path, model: str | None) -> HeadMap:
     from lychee_jax.attention.head_map import HeadMap
 
     if model is None:

@@ -16,9 +16,10 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        metavar="DIR",
+        metavar="DIR|HUB-ID",
         show_default="the bundled model",
-        help="Folder of a converted or a Hugging Face checkpoint.",
+        help="Folder of a converted or a Hugging Face checkpoint, or a model on the Hugging Face Hub, which is "
+        "downloaded.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -56,7 +57,10 @@ HeadsOption = Annotated[
         rich_help_panel=ATTENTION,
     ),
 ]
-PageSizeOption = Annotated[int, typer.Option(help="Tokens of a cache page.", rich_help_panel=ATTENTION)]
+PAGE_SIZE_NAMES = ("--page-size", "--block-size")  # the latter is vLLM's
+PageSizeOption = Annotated[
+    int, typer.Option(*PAGE_SIZE_NAMES, help="Tokens of a cache page.", rich_help_panel=ATTENTION)
+]
 BudgetOption = Annotated[
     int,
     typer.Option(

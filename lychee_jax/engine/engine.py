@@ -22,7 +22,7 @@ from lychee_jax.engine.kernel_support import refuse_uncovered
 from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.outputs import RequestOutput
 from lychee_jax.engine.programs import NO_TOKEN, NOT_FINITE
-from lychee_jax.engine.request import FinishReason, Request
+from lychee_jax.engine.request import MAX_EOS_IDS, FinishReason, Request
 from lychee_jax.engine.runner import Runner, SentBlock
 from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS
 from lychee_jax.engine.scheduler import Scheduler, SchedulerConfig
@@ -375,8 +375,11 @@ class Engine:
             raise UserError(f"{len(request.forced)} tokens are forced, more than the {request.max_new_tokens} new ones")
         if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
             raise UserError(f"top_logprobs is {request.top_logprobs}; it must lie between 0 and {MAX_TOP_LOGPROBS}")
-        if len(request.eos_ids) > 8:
-            raise UserError(f"{len(request.eos_ids)} token ids end the text; at most 8 may")
+        if len(request.eos_ids) > MAX_EOS_IDS:
+            raise UserError(f"{len(request.eos_ids)} token ids end the text; at most {MAX_EOS_IDS} may")
+        for token, _ in request.sampling.logit_bias:
+            if token >= model.vocab_size:
+                raise UserError(f"logit_bias has token id {token}; the vocabulary has ids 0 to {model.vocab_size - 1}")
         attention = request.attention
         assert isinstance(attention, AttentionOptions)
         attention.policy.validate(self.options.page_size)

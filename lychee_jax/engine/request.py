@@ -9,6 +9,7 @@ from typing import Literal
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 
+MAX_EOS_IDS = 24
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -22,7 +23,7 @@ class Request:
         max_new_tokens: at least 1; pages for prompt and new tokens are reserved at admission, so nothing is preempted.
         sampling: how tokens are chosen.
         attention: what the decode steps read; requests of equal attention share programs. (Opaque to the scheduler.)
-        eos_ids: tokens that end the text.
+        eos_ids: tokens that end the text, at most `MAX_EOS_IDS`.
         forced: tokens that are taken instead of sampled ones, from the first new token on (teacher forcing).
         sample_index: with seed and step, what randomness depends on.
         top_logprobs: how many of the likeliest tokens are reported at each step, with their log-probabilities.

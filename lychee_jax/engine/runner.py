@@ -23,8 +23,8 @@ from lychee_jax.engine.programs import (
     prefill_chunk,
     start_row,
 )
-from lychee_jax.engine.request import Request
-from lychee_jax.engine.sampling import sampling_row
+from lychee_jax.engine.request import MAX_EOS_IDS, Request
+from lychee_jax.engine.sampling import bias_row, sampling_row
 from lychee_jax.engine.scheduler import DecodeWork, PrefillWork
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
@@ -57,8 +57,8 @@ class Runner:
         self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
         model = spec.config
         self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype)
-        self.rows: Rows = make_rows(self.slots, model.vocab_size, self.ends)
-        self._nothing_seen: Any = jnp.zeros((model.vocab_size,), bool)
+        self.rows: Rows = make_rows(self.slots, model.vocab_size, MAX_EOS_IDS)
+        self._empty_prompt: Any = jnp.zeros((model.vocab_size,), bool)
 
     def _set_up(
         self,
@@ -77,7 +77,6 @@ class Runner:
         self.slots = options.max_num_seqs
         self.max_pages = max_pages(max_model_len, options.page_size)
         self.num_pages = num_pages
-        self.ends = 8
         self.blocks_sent = 0
         self.programs: Any = Programs(self.dtype, (spec, self.dtype, num_pages, options.page_size, self.slots))
 
@@ -122,16 +121,16 @@ class Runner:
         return last, started
 
     def _start(self, request: Request, slot: int, index: np.int32, last: Any) -> SentBlock:
-        seen: Any = self._nothing_seen
+        in_prompt: Any = self._empty_prompt  # only a repetition penalty looks at it
         if request.sampling.repetition_penalty != 1:
-            seen = np.zeros((self.spec.config.vocab_size,), bool)
-            seen[list(request.prompt)] = True
-        eos = np.full((self.ends,), -1, np.int32)
+            in_prompt = np.zeros((self.spec.config.vocab_size,), bool)
+            in_prompt[list(request.prompt)] = True
+        eos = np.full((MAX_EOS_IDS,), -1, np.int32)
         eos[: len(request.eos_ids)] = request.eos_ids
         start = Start(
             np.int32(slot), np.int32(len(request.prompt)), np.int32(request.max_new_tokens), eos,
-            np.int32(request.top_logprobs), sampling_row(request.sampling, request.sample_index), seen,
-            np.int32(request.forced[0] if request.forced else -1),
+            np.int32(request.top_logprobs), sampling_row(request.sampling, request.sample_index), in_prompt,
+            bias_row(request.sampling), np.int32(request.forced[0] if request.forced else -1),
         )  # fmt: skip
         self.rows, block = self.programs(
             start_row, last.shape[0], (self.spec, self.config.min_rows), self.weights, self.rows, last, index, start

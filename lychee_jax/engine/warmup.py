@@ -12,7 +12,7 @@ from lychee_jax.cache.pages import make_pools
 from lychee_jax.engine.compile_timer import Programs
 from lychee_jax.engine.options import EngineConfig, EngineOptions
 from lychee_jax.engine.programs import Block, decode_block, make_rows, prefill_chunk, start_row
-from lychee_jax.engine.request import Request
+from lychee_jax.engine.request import MAX_EOS_IDS, Request
 from lychee_jax.engine.runner import Runner
 from lychee_jax.engine.scheduler import Scheduler
 from lychee_jax.models.spec import ModelSpec
@@ -55,8 +55,8 @@ class Rehearsal(Runner):
         self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
         model, page_size = spec.config, options.page_size
         self.pools = jax.eval_shape(lambda: make_pools(model, num_pages, page_size, self.dtype))
-        self.rows = jax.eval_shape(lambda: make_rows(self.slots, model.vocab_size, self.ends))
-        self._nothing_seen = jax.ShapeDtypeStruct((model.vocab_size,), bool)
+        self.rows = jax.eval_shape(lambda: make_rows(self.slots, model.vocab_size, MAX_EOS_IDS))
+        self._empty_prompt = jax.ShapeDtypeStruct((model.vocab_size,), bool)
         self._compilers: Programs = self.programs
         self.programs = self._noted = _Noted(spec)
 

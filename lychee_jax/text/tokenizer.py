@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import digest_of, json_text
 from lychee_jax.text.chat import Message, check_messages, check_template_kwargs, close_thinking, refuse_reserved
+from lychee_jax.text.sentence_pieces import read_pieces, restore_pieces
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(128, 256)}
@@ -35,14 +37,19 @@ class Tokenizer:
         Raises:
             UserError: tokenizer files are there, but cannot be loaded.
         """
-        if not any((Path(path) / name).is_file() for name in VOCABULARY_FILES):
+        folder = Path(path)
+        if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             return None
+        pieces = read_pieces(folder)
         with _quietly():
             auto = _auto_tokenizer()
             try:
                 # Never from the network, and never code that lies in the folder.
-                backend = auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-                _restore_pipeline(backend, Path(path))
+                backend = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+                if pieces is None:
+                    _restore_pipeline(backend, folder)
+                else:
+                    restore_pieces(backend, pieces, folder)
                 return cls(backend)
             except Exception as error:  # the Rust library raises plain Exception
                 raise UserError(f"the tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
@@ -114,6 +121,24 @@ class Tokenizer:
         return self._backend.convert_ids_to_tokens(index) if index in self.special_ids else self.decode([index])
 
     @functools.cached_property
+    def prefix_ids(self) -> list[int]:
+        """What is put in front of every text, such as BOS; what is put behind it is not among them."""
+        text, whole = self.encode_plain("a"), self.encode("a")
+        return next((whole[:front] for front in range(len(whole)) if whole[front : front + len(text)] == text), [])
+
+    def digest(self) -> str:
+        """What tells the tokenizer from others, its chat template aside."""
+        pipeline = getattr(self._backend, "backend_tokenizer", None)
+        return digest_of(
+            json_text(self._backend.get_vocab(), sort_keys=True) if pipeline is None else pipeline.to_str()
+        )
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The checkpoint's, or several by name."""
+        return self._backend.chat_template
+
+    @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Tokens that are marked as special, and never show in text."""
         return frozenset(index for index, token in self._added.items() if token.special)
@@ -143,6 +168,12 @@ class Tokenizer:
         decoder = getattr(getattr(self._backend, "backend_tokenizer", None), "decoder", None)
         state = json.loads(decoder.__getstate__()) if decoder is not None else {}
         return "ByteLevel" in {part.get("type") for part in (state, *state.get("decoders", ()))}
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise UserError for a folder whose tokenizer has to be put together from older files, and cannot be."""
+    if not (folder / "tokenizer.json").is_file():
+        Tokenizer.from_folder(folder)
 
 
 def _restore_pipeline(backend: Any, folder: Path) -> None:
