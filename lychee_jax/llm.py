@@ -73,7 +73,7 @@ class LLM:
         path: the folder.
         config: with the dtype that the weights have, and tied embeddings if the tensors say so.
         model: the module.
-        heads: the folder's heads.json, if there is one.
+        heads: the folder's heads.json, else the map that the package ships for this very config, if there is one.
         eos_ids: the tokens that end a text.
 
     `generate` and `stream` take the keywords of `GenerateKeywords`, as `lychee generate` does.
@@ -308,7 +308,7 @@ class LLM:
         )
 
     def choose_heads(self, heads: str | Path | HeadMap | None = None) -> HeadMap:
-        """The map that `heads` names: "all", "none", a map or its file; None is the folder's, else all.
+        """The map that `heads` names: "all", "none", a map or its file; None is the model's own, else all.
 
         Raises:
             UserError: a map that cannot be read, or was made for another model.
@@ -328,7 +328,7 @@ class LLM:
 
 
 def choose_heads(config: ModelConfig, own: HeadMap | None, heads: str | Path | HeadMap | None) -> HeadMap:
-    """The map that `heads` names; None is the folder's `own`, else all heads. See `LLM.choose_heads`."""
+    """The map that `heads` names; None is the model's `own`, else all heads. See `LLM.choose_heads`."""
     if heads is None:
         return own or HeadMap.all(config)
     if heads == "all":

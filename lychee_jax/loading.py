@@ -21,6 +21,7 @@ from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
 from lychee_jax.llm import LLM, Generation, LoadedModel
+from lychee_jax.maps.shipped import SHIPPED, find_map
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
 
@@ -46,7 +47,11 @@ def find(path: str | Path | None = None) -> Path:
 
 
 def load(
-    path: str | Path | None = None, dtype: str | None = None, *, before_weights: BeforeWeights | None = None
+    path: str | Path | None = None,
+    dtype: str | None = None,
+    *,
+    maps: Path = SHIPPED,
+    before_weights: BeforeWeights | None = None,
 ) -> LLM:
     """Load a converted folder or a Hugging Face folder (config.json and safetensors) onto the default device.
 
@@ -56,8 +61,10 @@ def load(
     Args:
         path: the folder, or a hub id such as "Qwen/Qwen3-8B"; None is the model that the package brings along.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
-        before_weights: called with the folder, the config, the folder's head map and the ids that end a text, before
-            the weights are read: what is compiled in the background from here on compiles while they come.
+        maps: a folder of head maps; where the model's own folder has no heads.json, the one made for its config is
+            taken. By default, the maps that the package ships.
+        before_weights: called with the folder, the config, the head map and the ids that end a text, before the
+            weights are read: what is compiled in the background from here on compiles while they come.
 
     Raises:
         UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line.
@@ -79,7 +86,8 @@ def load(
         config = weights.config
         dtype = dtype or config.dtype
         arrays = ((path, weights.read(path, dtype)) for path in weights.keys)
-    heads = HeadMap.load(folder / "heads.json", config) if (folder / "heads.json").exists() else None
+    own = folder / "heads.json"
+    heads = HeadMap.load(own, config) if own.exists() else find_map(config, maps)
     eos_ids = _eos_ids(folder, config)
     config = dataclasses.replace(config, dtype=dtype)
     if before_weights is not None:

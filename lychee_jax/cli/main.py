@@ -17,6 +17,7 @@ from lychee_jax.cli.bench import app as bench_app
 from lychee_jax.cli.console import load_model
 from lychee_jax.cli.evaluate import eval_app
 from lychee_jax.cli.generate import generate
+from lychee_jax.cli.harness import eval_harness
 from lychee_jax.cli.heads import heads_app
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(heads_app, name="heads")
 app.add_typer(bench_app, name="bench")
+eval_app.command("harness")(eval_harness)
 app.add_typer(eval_app, name="eval")
 app.command()(generate)
 app.command()(train_heads)

@@ -52,7 +52,7 @@ HeadsOption = Annotated[
     typer.Option(
         "--heads",
         metavar="FILE|all|none",
-        show_default="heads.json in the model's folder",
+        show_default="heads.json in the model's folder, else the package's map for this config, else all",
         help="Which KV heads retrieve: a head map, [b]all[/b] (the dense result) or [b]none[/b] (only layer 0).",
         rich_help_panel=ATTENTION,
     ),

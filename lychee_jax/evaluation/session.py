@@ -64,7 +64,7 @@ def evaluate(
         "weights": model.weights_digest(),
         "tokenizer": tokenizer_of(model).digest(),
         "eos_ids": sorted(plan.options.eos_ids),
-        **_attention(model, plan.options),
+        **attention_settings(model, plan.options),
         "decode_last": plan.decode_last,
         **settings,
     }
@@ -78,7 +78,7 @@ def evaluate(
     return report
 
 
-def _attention(model: LLM, options: GenerateOptions) -> Record:
+def attention_settings(model: LLM, options: GenerateOptions) -> Record:
     """What decides the answers beside attention and budget; the head map by its roles."""
     heads = options.heads or HeadMap.all(model.config)
     policy = dataclasses.asdict(options.policy)

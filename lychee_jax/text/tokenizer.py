@@ -69,9 +69,20 @@ class Tokenizer:
         *,
         answer: str = "",
     ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins, or goes on after `answer`.
+        """Token ids of the text that `render_messages` makes.
 
         The template writes BOS itself where the model wants one, so the tokenizer adds none.
+        """
+        return self.encode_plain(self.render_messages(messages, template_kwargs, answer=answer))
+
+    def render_messages(
+        self,
+        messages: str | Sequence[Message],
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        answer: str = "",
+    ) -> str:
+        """The text of a conversation, up to where the assistant's answer begins, or goes on after `answer`.
 
         Args:
             messages: `[{"role": "user", "content": …}, …]`, or the text of one message of the user.
@@ -91,7 +102,7 @@ class Tokenizer:
             text = self._backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **keywords)
         except Exception as error:  # templates are programs: they fail in their own ways
             raise UserError(f"the chat template refused the messages: {_first_line(error)}") from error
-        return self._encode(close_thinking(text) + answer if answer else text, add_special_tokens=False)
+        return close_thinking(text) + answer if answer else text
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -132,6 +143,11 @@ class Tokenizer:
         return digest_of(
             json_text(self._backend.get_vocab(), sort_keys=True) if pipeline is None else pipeline.to_str()
         )
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, whether or not the tokenizer adds it; None if it has none."""
+        return self._backend.bos_token_id
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:

@@ -432,11 +432,7 @@ def _conclude(loaded: LLM, plan: TrainingPlan, output: Path, expected: Float32[n
         "fingerprint": loaded.config.fingerprint(), "method": plan.family, "seed": plan.seed, "steps": plan.steps,
         "above_half": above_half,
     }  # fmt: skip
-    retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
-    config, label = loaded.config, loaded.name
-    head_map = HeadMap(
-        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json_text(meta, sort_keys=True)
-    )
+    head_map = HeadMap.from_roles(roles, model=loaded.name, meta=meta)
     head_map.save(output / HEADS)
     described = {
         "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,
