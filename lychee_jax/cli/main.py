@@ -66,11 +66,13 @@ def _root(
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder, or a model's id on the Hub.")],
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="A Hugging Face folder, a GGUF file, or a model's id on the Hub.")
+    ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(show_default="the checkpoint's", help="Of the converted weights."),
+        typer.Option(show_default="the checkpoint's, bfloat16 if it is quantised", help="Of the converted weights."),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything again and compare every tensor, to the bit.")
@@ -79,13 +81,15 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace DST if it exists, once the new folder is whole.")
     ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint, tokenizer included.
+    """Convert a Hugging Face checkpoint or a GGUF file (llama, qwen2, qwen3), tokenizer included.
 
     One tensor is in memory at a time. DST appears whole or not at all.
 
     [b]Example[/b]
 
     [cyan]lychee convert Qwen/Qwen3-8B my-8b --dtype bfloat16 --verify[/cyan]
+
+    [cyan]lychee convert Qwen3-8B-Q4_K_M.gguf my-8b[/cyan]
     """
     from checkpoints_convert.convert import convert as run
     from lychee_jax.cli.console import progress_bar

@@ -74,6 +74,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Float64[np.ndarray, 
             return _llama3_frequencies(rope, plain)
         case "yarn":
             return _yarn_frequencies(rope, plain, head_dim)
+        case "longrope":
+            return plain / np.array(rope.factors, np.float64)
         case _:
             return plain
 
