@@ -81,7 +81,7 @@ def _fetch(repository: str, files: list[str]) -> Path:
         ) from error
     except Exception as error:  # HTTP, OS and validation errors of several libraries
         answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-        if answer is error or isinstance(answer, HfHubHTTPError):
+        if answer is not None and (answer is error or isinstance(answer, HfHubHTTPError)):
             raise UserError(
                 f"there is no folder {repository}, and the Hugging Face Hub did not give it "
                 f"({type(answer).__name__}: {first_line(answer)}); the next try goes on from what has come"

@@ -70,7 +70,7 @@ class Source(abc.ABC):
     """
 
     path: Path
-    tensors: Mapping[str, Stored]
+    tensors: dict[str, Stored]
     problems: dict[str, list[str]]
     lost: set[str]
     unlisted: dict[str, str]

@@ -51,7 +51,8 @@ class HeadMap:
             UserError: a head of layer 0 does not.
         """
         retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
-        return cls(*roles.shape, retrieval, model=model, meta=json_text(meta, sort_keys=True))
+        layers, kv_heads = roles.shape
+        return cls(layers, kv_heads, retrieval, model=model, meta=json_text(meta, sort_keys=True))
 
     @property
     def fingerprint(self) -> str | None:

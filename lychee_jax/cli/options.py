@@ -1,5 +1,6 @@
 """The options that several commands share: names, help, defaults. Nothing here imports JAX, so that --help is quick."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -114,6 +115,11 @@ TemplateKwargsOption = Annotated[
         rich_help_panel=CHAT,
     ),
 ]
+
+
+def model_name(model: str | None) -> str:
+    """What a model is called that --model names: the last part of a path or of a hub id."""
+    return Path(model).expanduser().resolve().name if model is not None else "lychee"
 
 
 def template_kwargs_of(text: str | None) -> dict[str, Any] | None:

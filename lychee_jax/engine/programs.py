@@ -159,7 +159,13 @@ def _advance(
     )
 
 
-def _choose(logits: Float32[Array, "B V"], rows: Rows, slots: Int[Array, " B"], forced: Int[Array, " B"]) -> Sampled:
+def _choose(
+    logits: Float32[Array, "B V"],
+    rows: Rows,
+    slots: Int[Array, " B"],
+    forced: Int[Array, " B"],
+    allowed: Bool[Array, "B V"] | None,
+) -> Sampled:
     """Sample for the rows in `slots`; slots out of range are nobody's and ask for nothing."""
     arrays = SamplingArrays(
         *(
@@ -173,7 +179,7 @@ def _choose(logits: Float32[Array, "B V"], rows: Rows, slots: Int[Array, " B"], 
 
     return sample(
         logits, arrays, adjustments, rows.step.at[slots].get(mode="fill", fill_value=0), forced,
-        rows.num_top.at[slots].get(mode="fill", fill_value=0),
+        rows.num_top.at[slots].get(mode="fill", fill_value=0), allowed,
     )  # fmt: skip
 
 
@@ -202,10 +208,12 @@ def start_row(
     last: Float[Array, "B E"],
     index: Int[Array, ""],
     start: Start,
+    allowed: Bool[Array, " V"] | None = None,
 ) -> tuple[Rows, Block]:
     """Put a sequence into a slot, and choose its first new token from the prefill's hidden states `last[index]`.
 
-    `width`: rows that the product with the output head has, of which one counts.
+    `width`: rows that the product with the output head has, of which one counts. `allowed`: which tokens a guided row
+    may begin with.
     """
     slot = start.slot
     rows = Rows(
@@ -231,7 +239,9 @@ def start_row(
     slots = jnp.full((width,), rows.token.shape[0], jnp.int32).at[0].set(slot)
     on = jnp.arange(width) == 0
     forced = jnp.full((width,), -1, jnp.int32).at[0].set(start.forced)
-    sampled = _choose(logits, rows, slots, forced)
+    if allowed is not None:
+        allowed = jnp.ones(logits.shape, bool).at[0].set(allowed)
+    sampled = _choose(logits, rows, slots, forced, allowed)
     rows = _advance(rows, slots, on, forced, sampled)
     block = Block.empty(1, width, logits.shape[1]).put(jnp.int32(0), on, sampled, jnp.zeros((width,), jnp.int32))
     return rows, block
@@ -250,10 +260,12 @@ def decode_block(
     sin: Float32[Array, "B steps half"],
     forced: Int[Array, "B steps"],
     dense: Bool[Array, " B"],
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> tuple[Pools, Rows, Block, Int32[Array, " B"]]:
     """Up to `plan.steps` decode steps of the rows in `slots`, on the device; ends early with the last row.
 
     Slots out of range are nobody's. `dense`: rows that read all pages in every head (looked at if `plan.mixed`).
+    `allowed`: which tokens may come next where rows are guided: then a block has one step.
     Returns also the tokens that the first step fed. Pools and rows are donated: the caller's are gone after the call.
     """
     model = spec.merge(weights)
@@ -278,7 +290,7 @@ def decode_block(
         hidden, state = model(token[:, None], cos_i, sin_i, backend, backend.start(pools))
         logits = model.logits(hidden[:, 0])
         forced_i = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
-        sampled = _choose(logits, rows, slots, forced_i)
+        sampled = _choose(logits, rows, slots, forced_i, allowed)
         target = jnp.where(active, slots, rows.token.shape[0])
         rows = _advance(rows, slots, active, forced_i, sampled)
         rows = rows._replace(position=rows.position.at[target].add(1, mode="drop"))

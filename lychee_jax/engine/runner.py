@@ -132,15 +132,17 @@ class Runner:
             np.int32(request.top_logprobs), sampling_row(request.sampling, request.sample_index), in_prompt,
             bias_row(request.sampling), np.int32(request.forced[0] if request.forced else -1),
         )  # fmt: skip
+        allowed = self._allowed((request,), 1)[0] if request.grammar is not None else None
         self.rows, block = self.programs(
-            start_row, last.shape[0], (self.spec, self.config.min_rows), self.weights, self.rows, last, index, start
-        )
+            start_row, (last.shape[0], allowed is not None), (self.spec, self.config.min_rows), self.weights, self.rows,
+            last, index, start, allowed,
+        )  # fmt: skip
         return SentBlock(_on_its_way(block), (request,), (0,))
 
     def decode(self, work: DecodeWork) -> SentBlock:
         """Send a block of decode steps, and the correction of what it wrote."""
         assert isinstance(work.attention, AttentionOptions)
-        options, config, size = self.options, self.config, self.block_steps
+        options, config, size = self.options, self.config, self.steps_of(work)
         count = len(work.rows)
         batch = config.batch_bucket(count, self.slots)
         pages = max(len(row.pages) for row in work.rows)
@@ -155,12 +157,13 @@ class Runner:
             forced[index, : len(given)] = given
         dense = np.zeros((batch,), bool)
         dense[:count] = [work.attention.takes_dense_steps(row.position + 1, config.dense_below) for row in work.rows]
-        plan = self.plan(work.attention, dense[:count])
+        plan = self.plan(work.attention, dense[:count], size)
+        allowed = self._allowed(tuple(row.request for row in work.rows), batch) if work.guided else None
         positions = begin[:, None] + np.arange(size)
         cos, sin = self.rotary(positions, positions + 1)
         self.pools, self.rows, block, fed = self.programs(
-            decode_block, table.shape, (self.spec, plan), self.weights, self.pools, self.rows, slots, table, cos, sin,
-            forced, dense,
+            decode_block, (*table.shape, work.guided), (self.spec, plan), self.weights, self.pools, self.rows, slots,
+            table, cos, sin, forced, dense, allowed,
         )  # fmt: skip
         if options.correct_every:
             at_once = config.correct_rows or batch
@@ -180,11 +183,23 @@ class Runner:
         """Steps of a decode block."""
         return self.options.correct_every or self.config.block_steps
 
-    def plan(self, attention: AttentionOptions, dense: np.ndarray) -> DecodePlan:
+    def steps_of(self, work: DecodeWork) -> int:
+        """Steps of this decode block."""
+        return 1 if work.guided else self.block_steps
+
+    def plan(self, attention: AttentionOptions, dense: np.ndarray, steps: int) -> DecodePlan:
         """Which decode program rows of this kind need; `dense`: which of them read everything."""
         heads = None if dense.all() else (attention.heads or HeadMap.all(self.spec.config))
         mixed = bool(dense.any()) and not bool(dense.all())
-        return DecodePlan(heads, attention.policy, self.block_steps, self.options.implementation, mixed)
+        return DecodePlan(heads, attention.policy, steps, self.options.implementation, mixed)
+
+    def _allowed(self, requests: tuple[Request, ...], batch: int) -> np.ndarray:
+        """Which tokens may come next `[batch, V]`."""
+        allowed = np.ones((batch, self.spec.config.vocab_size), bool)
+        for row, request in zip(allowed, requests, strict=False):  # rows beyond are idle
+            if request.grammar is not None:
+                row[:] = request.grammar.mask()
+        return allowed
 
     def _table(self, rows: list[tuple[int, ...]], height: int, width: int) -> np.ndarray:
         # Entries past a row's need are never followed; page 0 keeps them inside the pool all the same.

@@ -51,8 +51,9 @@ class Adjustments(NamedTuple):
 class Sampled(NamedTuple):
     """The tokens chosen, and what is reported of them.
 
-    `logprob`: the natural log-softmax of the raw logits (before penalty, temperature and filters) at the token.
-    `greedy`: the token is the likeliest one (raw logits, the lowest id of equals). `finite`: all logits are.
+    `logprob`: the natural log-softmax of the raw logits (before mask, penalties, temperature and filters) at the token.
+    `greedy`: the token is the likeliest one (raw logits, the lowest id of equals). `finite`: all logits are, and a
+    token could be chosen.
     `top_ids`, `top_logprobs`: the likeliest tokens, if any row wants some; else zeros.
     """
 
@@ -93,6 +94,7 @@ def sample(
     steps: Int[Array, " B"],
     forced: Int[Array, " B"],
     num_top: Int[Array, " B"],
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> Sampled:
     """Choose one token a row.
 
@@ -107,6 +109,7 @@ def sample(
         steps: index of the token to be chosen, from 0.
         forced: tokens that are taken whatever the logits say; −1: none.
         num_top: how many of the likeliest tokens each row wants to be told of.
+        allowed: which tokens may be chosen, before anything else is looked at; None: all.
     """
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # argmax returns the first of equals
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
@@ -114,13 +117,14 @@ def sample(
     random, asks_top = arrays.temperature > 0.0, num_top > 0
     penalised = (arrays.presence_penalty != 0.0) | (arrays.frequency_penalty != 0.0)
     adjusted = (arrays.repetition_penalty != 1.0) | penalised | (arrays.num_biases > 0)
+    open_to = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
     no_top = jnp.zeros((logits.shape[0], width), jnp.float32), jnp.zeros((logits.shape[0], width), jnp.int32)
 
     def greedy() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return likeliest, *no_top
+        return likeliest if allowed is None else jnp.argmax(open_to, axis=-1).astype(jnp.int32), *no_top
 
     def chosen() -> tuple[jax.Array, jax.Array, jax.Array]:
-        scores = jax.lax.cond(jnp.any(adjusted), lambda: _adjust(logits, arrays, adjustments()), lambda: logits)
+        scores = jax.lax.cond(jnp.any(adjusted), lambda: _adjust(open_to, arrays, adjustments()), lambda: open_to)
         best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         drawn = jax.lax.cond(jnp.any(random), lambda: _draw(scores, arrays, steps), lambda: best)
         top = jax.lax.cond(jnp.any(asks_top), lambda: ranking.best(logits, width), lambda: no_top)
@@ -132,6 +136,8 @@ def sample(
     token = jnp.where(forced >= 0, forced, token)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normaliser[:, 0]
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    if allowed is not None:
+        finite &= jnp.any(allowed, axis=-1)
     return Sampled(token, logprob, token == likeliest, finite, top_ids, top - normaliser)
 
 

@@ -68,6 +68,7 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         *,
         answer: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of the text that `render_messages` makes.
 
@@ -88,6 +89,7 @@ class Tokenizer:
             messages: `[{"role": "user", "content": …}, …]`, or the text of one message of the user.
             template_kwargs: keywords for the template, such as `{"enable_thinking": False}`.
             answer: words that are put into the assistant's mouth; thoughts that the template opened are closed first.
+            tools: JSON schemas of functions that the assistant may call.
 
         Raises:
             UserError: the checkpoint has no chat template, its template refuses the messages, or a keyword is not the
@@ -99,10 +101,24 @@ class Tokenizer:
             raise UserError("the checkpoint has no chat template; give the prompt without --chat")
         refuse_reserved(keywords, frozenset(self._backend.special_tokens_map))
         try:
-            text = self._backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **keywords)
+            text = self._backend.apply_chat_template(
+                messages, tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False, **keywords
+            )
         except Exception as error:  # templates are programs: they fail in their own ways
             raise UserError(f"the chat template refused the messages: {_first_line(error)}") from error
         return close_thinking(text) + answer if answer else text
+
+    @property
+    def tool_template(self) -> str:
+        """The chat template that conversations with tools go through; empty if there is none."""
+        if not self._backend.chat_template:
+            return ""
+        return self._backend.get_chat_template(tools=[{}])
+
+    def to_json(self) -> str | None:
+        """The tokenizer.json that does what this tokenizer does; None for one that is written in Python."""
+        backend = getattr(self._backend, "backend_tokenizer", None)
+        return None if backend is None else backend.to_str()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids without special tokens; bytes that are no UTF-8 become U+FFFD."""

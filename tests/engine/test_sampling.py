@@ -1,5 +1,7 @@
 """Sampling against an independent NumPy float64 implementation; the promises about ties, seeds and logprobs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,13 +21,12 @@ from lychee_jax.engine.sampling import (
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 
-
-@jax.jit
-def compiled(logits, arrays, adjustments, steps, forced, num_top) -> Sampled:
-    return sample(logits, arrays, lambda: adjustments, steps, forced, num_top)
+compiled: Any = jax.jit(lambda logits, arrays, adjustments, *rest: sample(logits, arrays, lambda: adjustments, *rest))
 
 
-def choose(logits, params, *, index=None, steps=None, seen=None, counts=None, forced=None, num_top=None) -> Sampled:
+def choose(
+    logits, params, *, index=None, steps=None, seen=None, counts=None, forced=None, num_top=None, allowed=None
+) -> Sampled:
     """One token a row; `params`: one for all rows, or one each. `seen`: tokens of the prompt; `counts`: of the text."""
     logits = jnp.asarray(logits, jnp.float32)
     batch = len(logits)
@@ -44,8 +45,9 @@ def choose(logits, params, *, index=None, steps=None, seen=None, counts=None, fo
         of(seen, False, bool, logits.shape), of(counts, 0, jnp.int32, logits.shape), *map(jnp.asarray, biases)
     )
     return compiled(
-        logits, arrays, adjustments, of(steps, 0, jnp.int32), of(forced, -1, jnp.int32), of(num_top, 0, jnp.int32)
-    )
+        logits, arrays, adjustments, of(steps, 0, jnp.int32), of(forced, -1, jnp.int32), of(num_top, 0, jnp.int32),
+        allowed,
+    )  # fmt: skip
 
 
 def survivors(logits, params, seen=None):
@@ -259,6 +261,28 @@ def test_rows_of_all_kinds_in_one_batch_are_what_they_are_alone():
         assert alone.token[row] == together.token[row], one
         assert alone.logprob[row] == together.logprob[row]
     assert compiled._cache_size() == before
+
+
+def test_a_mask_comes_before_everything_else_and_leaves_logprobs_raw():
+    rng = np.random.default_rng(9)
+    logits = rng.normal(0, 2, (len(CASES) + 3, 16)).astype(np.float32)
+    params = [SamplingParams(), SamplingParams(logit_bias=((0, 100.0),)), SamplingParams(), *CASES]
+    allowed = rng.random(logits.shape) < 0.4
+    allowed[:, 0], allowed[:, 1], allowed[2] = False, True, False
+    raw = logits.astype(np.float64)
+    wanted = raw - np.log(np.exp(raw).sum(axis=1))[:, None]
+    whole = np.arange(len(params))
+    for step in range(20):
+        sampled = choose(logits, params, steps=whole * 0 + step, seen=~allowed, allowed=allowed, num_top=whole * 0 + 2)
+        tokens = np.asarray(sampled.token)
+        assert sampled.finite.tolist() == (whole != 2).tolist(), "a row without any allowed token says so"
+        assert allowed[whole != 2, tokens[whole != 2]].all()
+        assert tokens[0] == np.where(allowed[0], logits[0], -np.inf).argmax()
+        np.testing.assert_allclose(sampled.logprob, wanted[whole, tokens], atol=1e-5)
+        assert sampled.top_ids[:, 0].tolist() == logits.argmax(axis=1).tolist()
+    # All are allowed: as without a mask.
+    free, masked = choose(logits, params), choose(logits, params, allowed=np.ones(logits.shape, bool))
+    assert free.token.tolist() == masked.token.tolist()
 
 
 def test_forced_tokens_and_top_logprobs_and_logits_that_are_not_finite():
