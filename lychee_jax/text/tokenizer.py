@@ -74,7 +74,7 @@ class Tokenizer:
 
         The template writes BOS itself where the model wants one, so the tokenizer adds none.
         """
-        return self.encode_plain(self.render_messages(messages, template_kwargs, answer=answer))
+        return self.encode_plain(self.render_messages(messages, template_kwargs, answer=answer, tools=tools))
 
     def render_messages(
         self,
@@ -82,6 +82,7 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         *,
         answer: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The text of a conversation, up to where the assistant's answer begins, or goes on after `answer`.
 
