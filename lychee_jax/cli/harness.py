@@ -78,7 +78,7 @@ def eval_harness(
         typer.Option("--json", help="One JSON object on standard output instead of a table.", rich_help_panel=_RUN),
     ] = False,
 ) -> None:
-    """The tasks and metrics of lm-evaluation-harness (install the extra [b]eval[/b]).
+    """The tasks and metrics of lm-evaluation-harness (the extra [b]eval[/b]: pip install 'lychee-jax[[eval]').
 
     Tasks fetch their data from the Hugging Face Hub, unless they name files. A budget that is a share of the length
     counts from the largest power of two in a prompt's tokens.
