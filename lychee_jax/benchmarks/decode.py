@@ -1,6 +1,6 @@
 """Time of a decoded token over a long cache: dense, hybrid and auto side by side, and their attention alone.
 
-The cache is filled with random keys and values: no prefill is needed, and the pages that heads pick lie everywhere.
+The cache is filled with random keys and values: no prefill is needed, and the picked pages are spread over it.
 The modes take turns and every number is a median, so that whatever else the machine does slows all of them alike.
 """
 
@@ -122,7 +122,7 @@ def run(
 
 
 def _random_cache(model: LLM, context: int, options: GenerateOptions) -> Runner:
-    """A cache as `context` tokens leave it, but with random content, made on the device; the pages lie in order."""
+    """A cache as `context` tokens leave it, but with random content, made on the device; the pages are in order."""
     config = model.engine_config or EngineConfig.of(jax.default_backend(), model.config)
     most = context + options.max_new_tokens
     runner = Runner(

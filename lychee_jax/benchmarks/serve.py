@@ -182,7 +182,7 @@ def measure(
     coming = arrivals(traffic, config, seed)
     engine_config = engine_config or EngineConfig.of(jax.default_backend(), config)
     if options.cache_memory is None and jax.default_backend() == "cpu":
-        # A cache that grows would make every program anew: all that can run together has its place from the start.
+        # A cache that grows would recompile every program: it has room from the start for all that can run together.
         rows, page_size = options.max_num_seqs, options.page_size
         needs = sorted(pages_for(len(each.prompt) + each.new_tokens, page_size) for each in coming)
         pages = sum(needs[-rows:]) + engine_config.batch_bucket(rows, rows)

@@ -124,7 +124,7 @@ class Schedule:
         return [other for other in self.loops if other != loop and loop[0] <= other[0] and other[1] <= loop[1]]
 
     def has(self, instruction: str, loop: tuple[int, int]) -> int:
-        """How often an instruction stands in a loop."""
+        """How often an instruction occurs in a loop."""
         return sum(self.bundles.get(n, "").count(instruction) for n in range(loop[0], loop[1] + 1))
 
     def longest(self, first: int, last: int, without: Callable[[int], bool] = lambda _: False) -> int:

@@ -356,7 +356,7 @@ def bench_targets(
 
     [b]Example[/b]
 
-    [cyan]lychee bench targets docs/results/engine.json[/cyan]
+    [cyan]lychee bench targets docs/results/engine.json docs/results/h200.json[/cyan]
     """
     from lychee_jax.benchmarks import targets
 

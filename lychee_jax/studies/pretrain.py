@@ -295,7 +295,7 @@ def main(
     plan = PretrainingPlan(seed=seed)
     params = pretrain(output, plan, workers=workers, minutes=minutes)
     if params is None:
-        typer.echo(f"not finished: the same command goes on from {output}", err=True)
+        typer.echo(f"not finished: the same command resumes from {output}", err=True)
         return
     save(output / "model", plan.config, params)
     save_tokenizer(output / "model", plan.config.max_position_embeddings)

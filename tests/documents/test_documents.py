@@ -9,16 +9,19 @@ import re
 import shlex
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from typer.main import get_command
 
 import lychee_jax
 import pallas_kernels
 from lychee_jax.benchmarks import shapes
 from lychee_jax.cli import main as cli
+from lychee_jax.cli.serve import serve
 from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.evaluation.longbench import TASKS
@@ -56,9 +59,11 @@ def commands() -> list[str]:
 
 
 COMMANDS = commands()
-PYTHON = list(dict.fromkeys(text for document in DOCUMENTS for tag, text in blocks(document) if tag == "python"))
-LYCHEE = [line for line in COMMANDS if line.startswith("lychee ")]
-OTHERS = [line for line in COMMANDS if not line.startswith("lychee ")]
+# A server does not end: tests/server/test_document.py runs the clients that docs/serving.md shows.
+LYCHEE = [line for line in COMMANDS if re.match(r"lychee (?!serve\b)", line)]
+OTHERS = [line for line in COMMANDS if line not in LYCHEE]
+SHOWN = [block for document in DOCUMENTS if document.stem != "serving" for block in blocks(document)]
+PYTHON = list(dict.fromkeys(text for tag, text in SHOWN if tag == "python"))
 
 
 def squad() -> dict:
@@ -165,9 +170,16 @@ def test_a_command_that_is_shown_runs(line: str, workplace: Path, monkeypatch, c
     assert out
 
 
+def options_of(function: Callable[..., Any]) -> set[str]:
+    """The options of a function that Typer makes a command of."""
+    app = typer.Typer()
+    app.command()(function)
+    return {option for parameter in get_command(app).params for option in parameter.opts}
+
+
 @pytest.mark.parametrize("line", OTHERS)
 def test_other_commands_name_what_there_is(line: str):
-    """Those that install, train for minutes or are the suite itself: their targets, options and files are checked."""
+    """Those that install, serve, train for minutes or are the suite: their targets, options and files are checked."""
     words = shlex.split(line)
     if words[0] == "make":
         targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -176,15 +188,12 @@ def test_other_commands_name_what_there_is(line: str):
         assert words[1:3] == ["install", "-e"]
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert set(re.findall(r"\[(\w+)\]", words[3])) <= set(extras)
+    elif words[:2] == ["lychee", "serve"]:
+        assert {word for word in words[2:] if word.startswith("--")} <= options_of(serve)
     elif words[1] == "-m":
-        import typer
-
         functions = {"pretrain": pretrain.main, "profile_heads": profile_heads.run, "head_maps": study.run}
         function = functions[words[2].rpartition(".")[2]]
-        app = typer.Typer()
-        app.command()(function)
-        known = {option for parameter in get_command(app).params for option in parameter.opts}
-        assert {word for word in words[3:] if word.startswith("--")} <= known
+        assert {word for word in words[3:] if word.startswith("--")} <= options_of(function)
     else:
         assert (ROOT / words[1]).is_file()
 

@@ -289,14 +289,17 @@ def tpu() -> str:
 
 def missed() -> str:
     """The targets that result files list and that were not met."""
-    lines = [
-        f"- {target.what}: **{'not measured' if target.value is None else f'{target.value:g}'}**, "
-        f"target {'at most' if target.sense == '<=' else 'at least'} {target.target:g}"
+    cells = [
+        [
+            target.what,
+            "not measured" if target.value is None else f"{target.value:g}",
+            f"{'≤' if target.sense == '<=' else '≥'} {target.target:g}",
+        ]
         for path in sorted(RESULTS.glob("*.json"))
         for target in read_targets(path)
         if not target.met
     ]
-    return "\n".join(lines)
+    return _table(["", "measured", "target"], cells)
 
 
 _MAKERS = (

@@ -1,4 +1,4 @@
-"""`python -m lychee_jax.studies.head_maps --output DIR`: trains, compares and reports; the same command goes on."""
+"""`python -m lychee_jax.studies.head_maps --output DIR`: trains, compares and reports; the same command resumes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def main() -> int:
         typer.echo(f"error: {error}", err=True)
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted: the same command goes on", err=True)
+        typer.echo("interrupted: the same command resumes", err=True)
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""What was counted so far, row by row, on disk: an interrupted study goes on where it was."""
+"""What was counted so far, row by row, on disk: an interrupted study resumes where it was."""
 
 from __future__ import annotations
 
