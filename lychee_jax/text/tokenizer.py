@@ -14,7 +14,7 @@ from typing import Any
 
 from lychee_jax.errors import UserError
 from lychee_jax.text.chat import Message, check_messages, check_template_kwargs, close_thinking, refuse_reserved
-from lychee_jax.text.sentence_pieces import read_pieces, restore_pieces
+from lychee_jax.text.sentence_pieces import with_pipeline
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(128, 256)}
@@ -39,16 +39,12 @@ class Tokenizer:
         folder = Path(path)
         if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             return None
-        pieces = read_pieces(folder)
-        with _quietly():
+        with _quietly(), with_pipeline(folder) as whole:
             auto = _auto_tokenizer()
             try:
                 # Never from the network, and never code that lies in the folder.
-                backend = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-                if pieces is None:
-                    _restore_pipeline(backend, folder)
-                else:
-                    restore_pieces(backend, pieces, folder)
+                backend = auto.from_pretrained(str(whole), local_files_only=True, trust_remote_code=False)
+                _restore_pipeline(backend, whole)
                 return cls(backend)
             except Exception as error:  # the Rust library raises plain Exception
                 raise UserError(f"the tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
