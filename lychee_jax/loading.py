@@ -23,6 +23,7 @@ from lychee_jax.files import read_json_object
 from lychee_jax.llm import LLM, Generation, LoadedModel
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.text.tokenizer import read_eos_id
 
 __all__ = ["BUNDLED", "LLM", "Generation", "LoadedModel", "find", "load", "read_config", "save"]
 
@@ -123,9 +124,13 @@ def _fill(config: ModelConfig, arrays: Iterator[tuple[str, Float[np.ndarray, ...
 
 
 def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
-    """generation_config.json's ids win, as checkpoints correct their config there; nothing else of it is read."""
+    """The tokens that end a text: generation_config.json's, else the config's, and the tokenizer's own.
+
+    The first file corrects the config (nothing else of it is read), but may know the end of a document alone where the
+    tokenizer knows the end of a turn.
+    """
     file = folder / "generation_config.json"
-    if not file.is_file():
-        return config.eos_token_ids
-    ids = read_json_object(file).get("eos_token_id")
-    return config.eos_token_ids if ids is None else token_ids(ids, f"{file}: eos_token_id")
+    ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    ends = config.eos_token_ids if ids is None else token_ids(ids, f"{file}: eos_token_id")
+    own = read_eos_id(folder)
+    return (*ends, own) if own is not None and own not in ends and own < config.vocab_size else ends

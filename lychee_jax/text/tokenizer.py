@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import read_json_object
 from lychee_jax.text.chat import Message, check_messages, check_template_kwargs, close_thinking, refuse_reserved
 from lychee_jax.text.sentence_pieces import with_pipeline
 
@@ -145,6 +146,20 @@ class Tokenizer:
         decoder = getattr(getattr(self._backend, "backend_tokenizer", None), "decoder", None)
         state = json.loads(decoder.__getstate__()) if decoder is not None else {}
         return "ByteLevel" in {part.get("type") for part in (state, *state.get("decoders", ()))}
+
+
+def read_eos_id(folder: Path) -> int | None:
+    """The id of the token that tokenizer_config.json calls the end, from the files alone; None if they do not say.
+
+    Raises:
+        UserError: a file that is no JSON object.
+    """
+    files = (folder / "tokenizer_config.json", folder / "tokenizer.json")
+    config, pipeline = (read_json_object(file) if file.is_file() else {} for file in files)
+    end = config.get("eos_token")
+    name = end.get("content") if isinstance(end, dict) else end
+    listed = [(token.get("content"), token.get("id")) for token in pipeline.get("added_tokens", ())]
+    return next((index for content, index in listed if content == name and isinstance(index, int)), None)
 
 
 def check_tokenizer(folder: Path) -> None:
