@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in, Orbax checkpoints out."""
+"""Hugging Face checkpoints and GGUF files in, Orbax checkpoints out."""
 
 import logging
 

@@ -26,12 +26,16 @@ def parser() -> argparse.ArgumentParser:
     """The arguments, which are those of `lychee convert`."""
     made = _Parser(
         prog="python -m checkpoints_convert",
-        description="Convert a Hugging Face checkpoint, tokenizer included. DST appears whole or not at all.",
+        description="Convert a Hugging Face checkpoint or a GGUF file, tokenizer included. DST appears whole or not.",
         allow_abbrev=False,
     )
-    made.add_argument("src", metavar="SRC", help="a Hugging Face folder, or a model's id on the Hub")
+    made.add_argument("src", metavar="SRC", help="a Hugging Face folder, a GGUF file, or a model's id on the Hub")
     made.add_argument("dst", metavar="DST", type=Path, help="the folder to make")
-    made.add_argument("--dtype", choices=DTYPES, help="of the converted weights (default: the checkpoint's)")
+    made.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the converted weights (default: the checkpoint's, bfloat16 if it is quantised)",
+    )
     made.add_argument("--verify", action="store_true", help="read everything again and compare every tensor")
     made.add_argument("--overwrite", action="store_true", help="replace DST if it exists, once the new folder is whole")
     return made

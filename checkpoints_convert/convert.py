@@ -1,4 +1,4 @@
-"""Converts a Hugging Face checkpoint into an Orbax folder that appears whole or not at all."""
+"""Converts a Hugging Face checkpoint or a GGUF file into an Orbax folder that appears whole or not at all."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from jaxtyping import Float
 from checkpoints_convert import store
 from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.converted import FORMAT
-from checkpoints_convert.hub import TEXT_FILES, locate
+from checkpoints_convert.hub import locate
 from checkpoints_convert.keys import Key
 from checkpoints_convert.progress import Progress
 from checkpoints_convert.source import MARKER
@@ -62,15 +62,16 @@ def convert(
     progress: Progress | None = None,
     config: ConvertConfig = DEFAULT,
 ) -> ConversionReport:
-    """Convert the checkpoint `src` (a folder, or a model on the Hugging Face Hub) into the folder `dst`.
+    """Convert the checkpoint `src` (a folder, a GGUF file, or a model on the Hugging Face Hub) into the folder `dst`.
 
     One tensor is in memory at a time. Everything is written to a folder beside `dst` that is renamed at the end and
     removed if anything goes wrong.
 
     Args:
-        src: a Hugging Face folder with config.json and safetensors, or a hub id.
+        src: a Hugging Face folder with config.json and safetensors, a hub id, or a GGUF file of the architecture
+            llama, qwen2 or qwen3 (of a split one any part; all lie in one folder).
         dst: the folder to make.
-        dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
+        dtype: float32, bfloat16 or float16; None keeps the checkpoint's, and makes bfloat16 of quantised GGUF files.
         verify: read everything again before `dst` appears: it must be finite and, to the bit, what the source says.
         overwrite: replace `dst`, whatever it holds, once the new folder is whole.
         progress: told how far the work has come.
@@ -88,7 +89,8 @@ def convert(
         if kept.is_relative_to(dst):
             raise UserError(f"{dst} cannot be replaced: {kept} is in use and would go with it")
     weights = Weights(source, config)
-    check_tokenizer(weights.source.folder)
+    if source.is_dir():
+        check_tokenizer(source)
     dtype = dtype or weights.config.dtype
     with _told_as_user_errors(dst), _appearing(dst, overwrite) as folder:
         _copy_files(weights, dtype, folder)
@@ -113,9 +115,7 @@ def _copy_files(weights: Weights, dtype: str, folder: Path) -> None:
     config |= {"dtype": dtype, "tie_word_embeddings": weights.config.tie_word_embeddings}
     (folder / "config.json").write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
     (folder / MARKER).write_text(json_text({"format": FORMAT}) + "\n", encoding="utf-8")
-    for name in TEXT_FILES:
-        if (weights.source.folder / name).is_file():
-            shutil.copyfile(weights.source.folder / name, folder / name)
+    weights.source.write_text_files(folder)
 
 
 def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progress | None, config: ConvertConfig) -> int:

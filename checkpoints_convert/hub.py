@@ -1,53 +1,51 @@
-"""Finds a checkpoint: a folder, or a model on the Hugging Face Hub of which only the needed files are fetched."""
+"""Finds a checkpoint: a folder, a GGUF file, or a model on the Hugging Face Hub, whose needed files are fetched."""
 
 import re
 from pathlib import Path
 
-from checkpoints_convert.source import INDEX, SINGLE, first_line, read_index
+from checkpoints_convert.gguf_file import is_gguf
+from checkpoints_convert.source import INDEX, SINGLE, TEXT_FILES, first_line, read_index
 from lychee_jax.errors import UserError
-
-TEXT_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "heads.json",
-)
-"""Beside config and weights: what a converted checkpoint keeps, where it is there."""
 
 _AGAIN = "try again with a network, and without HF_HUB_OFFLINE"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def locate(src: str, *, weights: bool = True) -> Path:
-    """The local folder of a checkpoint; what a hub id names is downloaded, or taken from the Hub's cache.
+    """The local folder or GGUF file of a checkpoint; what a hub id names is downloaded, or taken from the Hub's cache.
 
     A folder of that name comes first. Downloads show their progress on stderr where that is a terminal, and go on
     where an earlier one broke off.
 
     Args:
-        src: a folder, or a model's id on the Hub: owner/name.
+        src: a folder, a GGUF file, or a model's id on the Hub: owner/name.
         weights: False: of a model on the Hub, fetch the config alone.
 
     Raises:
-        UserError: no such folder, or nothing that the Hub would give us.
+        UserError: no such folder or file, or nothing that the Hub would give us.
     """
-    folder = Path(src).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{src} is a file; a checkpoint is a folder with config.json and safetensors")
+    path = Path(src).expanduser()
+    if path.is_dir():
+        files = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
+        if files:
+            raise UserError(f"{src} has no config.json but GGUF files; name one of them: {files[0]}")
+        return path
+    if path.is_file() and is_gguf(path):
+        return path
+    if path.exists():
+        raise UserError(f"{src} is a file; a checkpoint is a folder with config.json and safetensors, or a GGUF file")
+    if path.suffix == ".gguf":
+        raise UserError(f"no such file: {src}")
     if not _HUB_ID.fullmatch(src) or src.startswith("."):
         raise UserError(f"no such folder: {src} (a model on the Hugging Face Hub is named owner/name)")
     if not weights:
         return _fetch(src, ["config.json"])
     snapshot = _fetch(src, ["config.json", SINGLE, INDEX, *TEXT_FILES])
+    if not (snapshot / "config.json").is_file():
+        raise UserError(
+            f"{src} on the Hugging Face Hub has no config.json; of a model published as GGUF files, download one and "
+            "name it"
+        )
     if (snapshot / SINGLE).is_file():
         return snapshot
     if not (snapshot / INDEX).is_file():

@@ -1,10 +1,12 @@
-"""Where tensors come from: the safetensors file of a Hugging Face folder, or its shards, by the index."""
+"""Where a checkpoint comes from: the safetensors file of a Hugging Face folder, or its shards, by the index."""
 
+import abc
 import collections
 import dataclasses
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +23,21 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MARKER = "lychee.json"
 """What a converted folder has and a Hugging Face folder has not."""
+
+TEXT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "heads.json",
+)
+"""Beside config and weights: what a converted checkpoint keeps, where it is there."""
 
 # safetensors' names. Importing ml_dtypes is also what teaches its NumPy reader bfloat16.
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -40,26 +57,62 @@ class Stored:
     dtype: str
 
 
-class Source:
-    """The tensors of a Hugging Face folder. Opening it reads headers only.
+class Source(abc.ABC):
+    """A checkpoint whose tensors have Hugging Face's names.
 
     Attributes:
+        path: what messages call it.
         tensors: name → where it lies, for everything that can be read.
         problems: what is wrong with the files: kind of problem → where.
-        lost: names of tensors that were promised, but that a problem keeps from being read.
+        lost: names of tensors that are there or were promised, but that a problem keeps from being read.
         unlisted: tensors of the shards that the index does not name → the shard; the index decides, so they are none
             of the checkpoint's.
+    """
+
+    path: Path
+    tensors: dict[str, Stored]
+    problems: dict[str, list[str]]
+    lost: set[str]
+    unlisted: dict[str, str]
+
+    @abc.abstractmethod
+    def dtype(self, name: str) -> np.dtype | None:
+        """The dtype of a tensor's numbers as they are read; None for one that is not supported."""
+
+    @abc.abstractmethod
+    def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, " rows *rest"]]]:
+        """A tensor in pieces of whole rows: the first row's number, and the rows.
+
+        Raises:
+            UserError: the file has changed or cannot be read any more.
+        """
+
+    @abc.abstractmethod
+    def write_text_files(self, folder: Path) -> None:
+        """Whatever belongs to the text side, into a converted folder."""
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers."""
+        if self.tensors[one].shape != self.tensors[other].shape or None in (self.dtype(one), self.dtype(other)):
+            return False
+        return all(
+            np.array_equal(x.astype(np.float32), y.astype(np.float32))
+            for (_, x), (_, y) in zip(self.blocks(one), self.blocks(other), strict=True)
+        )
+
+
+class FolderSource(Source):
+    """The tensors of a Hugging Face folder. Opening it reads headers only.
 
     Raises:
         UserError: there are no safetensors to read at all.
     """
 
     def __init__(self, folder: Path, config: ConvertConfig = DEFAULT):
-        self.folder, self._config = folder, config
-        self.tensors: dict[str, Stored] = {}
-        self.problems: dict[str, list[str]] = collections.defaultdict(list)
-        self.lost: set[str] = set()
-        self.unlisted: dict[str, str] = {}
+        self.path, self._config = folder, config
+        self.tensors = {}
+        self.problems = collections.defaultdict(list)
+        self.lost, self.unlisted = set(), {}
         used = {SINGLE}
         # Where both are there, the single file is the checkpoint, as in transformers.
         if (folder / SINGLE).is_file():
@@ -80,11 +133,7 @@ class Source:
         return _DTYPES.get(self.tensors[name].dtype)
 
     def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, " rows *rest"]]]:
-        """A tensor in pieces of whole rows: the first row's number, and the rows.
-
-        Raises:
-            UserError: the file has changed or cannot be read any more.
-        """
+        """A tensor in pieces of whole rows."""
         stored = self.tensors[name]
         step = max(1, self._config.block_numbers // math.prod(stored.shape[1:]))
         rows = stored.shape[0]
@@ -97,15 +146,11 @@ class Source:
                 raise UserError(f"cannot read {name} from {stored.file}: {error}") from error
             yield first, block
 
-    def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers."""
-        a, b = self.tensors[one], self.tensors[other]
-        if a.shape != b.shape or not {a.dtype, b.dtype} <= _DTYPES.keys():
-            return False
-        return all(
-            np.array_equal(x.astype(np.float32), y.astype(np.float32))
-            for (_, x), (_, y) in zip(self.blocks(one), self.blocks(other), strict=True)
-        )
+    def write_text_files(self, folder: Path) -> None:
+        """Copy whatever belongs to the text side."""
+        for name in TEXT_FILES:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, folder / name)
 
     def _open_shards(self, weight_map: dict[str, str]) -> None:
         elsewhere: dict[str, str] = {}
@@ -129,13 +174,13 @@ class Source:
     def _tell_what_is_not_used(self, used: set[str]) -> None:
         """Log the weights in the folder that are none of the checkpoint's: an adapter, say, is not applied."""
         patterns = ("*.safetensors", "adapter_model.bin")
-        names = sorted(file.name for pattern in patterns for file in self.folder.glob(pattern))
+        names = sorted(file.name for pattern in patterns for file in self.path.glob(pattern))
         if unused := [name for name in names if name not in used]:
-            _log.warning("%s", f"{self.folder}: {describe({'not used': unused})}")
+            _log.warning("%s", f"{self.path}: {describe({'not used': unused})}")
 
     def _header(self, name: str) -> dict[str, Stored] | None:
         """What a file holds; None, and a problem noted, if that cannot be read."""
-        path = self.folder / name
+        path = self.path / name
         if not path.is_file():
             self.problems["missing file"].append(name)
             return None

@@ -40,4 +40,4 @@ def verify(weights: Weights, folder: Path, dtype: str, progress: Progress | None
     if problems:
         raise UserError(f"what was written differs from the checkpoint: {describe(problems)}")
     if not_finite:
-        raise UserError(f"{weights.source.folder}: {describe({NOT_FINITE: not_finite})}")
+        raise UserError(f"{weights.source.path}: {describe({NOT_FINITE: not_finite})}")

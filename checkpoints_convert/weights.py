@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from checkpoints_convert.config import DEFAULT, ConvertConfig
+from checkpoints_convert.gguf import GGUFSource
 from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, is_derived, is_quantised, keys, renaming
-from checkpoints_convert.source import Source, describe
+from checkpoints_convert.source import FolderSource, Source, describe
 from lychee_jax.config import DTYPES, ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
@@ -30,7 +31,7 @@ NOT_FINITE = "not finite (NaN or infinity)"
 
 
 class Weights:
-    """Every parameter that the config asks for, once and in its right shape.
+    """Every parameter that the config asks for, once and in its right shape, of a Hugging Face folder or a GGUF file.
 
     Attributes:
         config: the checkpoint's config; `tie_word_embeddings` is what its tensors say, and `dtype` theirs where the
@@ -41,11 +42,17 @@ class Weights:
         UserError: no checkpoint, an unsupported config, or the list of everything wrong with the tensors.
     """
 
-    def __init__(self, folder: str | Path, convert_config: ConvertConfig = DEFAULT):
-        folder = Path(folder)
-        config = ModelConfig.from_folder(folder)
-        self.raw_config: dict[str, Any] = read_json_object(folder / "config.json")
-        self.source = Source(folder, convert_config)
+    def __init__(self, path: str | Path, convert_config: ConvertConfig = DEFAULT):
+        path = Path(path)
+        self.source: Source
+        if path.is_file():
+            self.source = file = GGUFSource(path, convert_config)
+            self.raw_config: dict[str, Any] = file.raw_config
+            config = file.config
+        else:
+            config = ModelConfig.from_folder(path)
+            self.raw_config = read_json_object(path / "config.json")
+            self.source = FolderSource(path, convert_config)
         if config.tie_word_embeddings and self._has_own_head():
             config = dataclasses.replace(config, tie_word_embeddings=False)
         there = self.source.tensors.keys() | self.source.lost
@@ -115,7 +122,7 @@ class Weights:
         known = wanted.keys() | ({LM_HEAD} if tied else set())
         if quantised := sorted(name for name in tensors if is_quantised(name)):
             raise UserError(
-                f"{self.source.folder}: quantised checkpoints ({quantised[0]} is one of {len(quantised)} such "
+                f"{self.source.path}: quantised checkpoints ({quantised[0]} is one of {len(quantised)} such "
                 "tensors) are not supported; use the unquantised one"
             )
         accounted_for = tensors.keys() | lost | unlisted.keys()
@@ -136,9 +143,9 @@ class Weights:
         }
         problems = self.source.problems | {kind: names for kind, names in found.items() if names}
         if problems:
-            raise UserError(f"{self.source.folder}: {describe(problems)}")
+            raise UserError(f"{self.source.path}: {describe(problems)}")
         if strange := [name for name in unlisted if not is_derived(name)]:
-            _log.warning("%s", f"{self.source.folder}: {describe({'not in the index, so not used': strange})}")
+            _log.warning("%s", f"{self.source.path}: {describe({'not in the index, so not used': strange})}")
 
 
 def check_dtype(dtype: str | None) -> None:

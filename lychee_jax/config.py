@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json
 
-RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3"]
+RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 Family = Literal["llama", "qwen2", "qwen3"]
 
 ROPE_KINDS: tuple[str, ...] = get_args(RopeKind)
@@ -54,6 +54,8 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    # longrope: each frequency is divided by its own
+    factors: tuple[float, ...] | None = None
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
@@ -65,6 +67,8 @@ class RopeConfig:
         _positive("original_max_position_embeddings", self.original_max_position_embeddings)
         if self.theta <= 1:
             raise UserError(f"rope_theta must be greater than 1, not {self.theta}")
+        for factor in self.factors or ():
+            _positive("a longrope factor", factor)
         if self.high_freq_factor <= self.low_freq_factor:
             raise UserError(
                 f"high_freq_factor ({self.high_freq_factor}) must be greater than low_freq_factor "
@@ -75,6 +79,9 @@ class RopeConfig:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One decoder of the Llama, Qwen2 or Qwen3 family; `family` is a label, the fields decide the arithmetic.
+
+    `dtype` is that of activations, cache, embedding and norms; `quantize` that of all other kernels, the output head's
+    only with `quantize_head`. Config files do not say the last two: whoever loads the weights does.
 
     Raises:
         UserError: sizes that fit no decoder (not positive, heads not divisible, odd head_dim).
@@ -99,6 +106,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantize: Literal["int8", "fp8"] | None = None
+    quantize_head: bool = False
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -124,6 +133,9 @@ class ModelConfig:
             raise UserError(f"head_dim must be even, as rotary embedding turns pairs, not {self.head_dim}")
         if self.rope.kind == "dynamic" and self.head_dim == 2:
             raise UserError("dynamic rope needs a head_dim of at least 4: its base grows by the power H / (H - 2)")
+        if self.rope.factors is not None and len(self.rope.factors) != self.head_dim // 2:
+            wanted = self.head_dim // 2
+            raise UserError(f"longrope needs a factor for each of {wanted} frequencies, not {len(self.rope.factors)}")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype {self.dtype!r} is not supported; supported are {', '.join(DTYPES)}")
 
@@ -144,11 +156,14 @@ class ModelConfig:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON of everything that decides what the heads compute.
 
-        The storage dtype and the bos and eos ids are left out: a head map learned on a model fits its float32 copy too.
+        How weights are stored and the bos and eos ids are left out: a head map learned on a model fits its float32
+        copy too.
         """
         fields = dataclasses.asdict(self)
-        for name in ("dtype", "bos_token_id", "eos_token_ids"):
+        for name in ("dtype", "bos_token_id", "eos_token_ids", "quantize", "quantize_head"):
             del fields[name]
+        if self.rope.factors is None:
+            del fields["rope"]["factors"]  # configs without it keep the fingerprint that maps were learned with
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -345,6 +360,8 @@ def _rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
         raise UserError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}")
     # Only what the kind uses is taken, so that configs of the same meaning are equal and have one fingerprint.
     used: dict[str, Any] = {"kind": kind, "theta": _number(theta, "rope_theta")}
+    if kind == "longrope":
+        return RopeConfig(kind=kind, theta=used["theta"], factors=_longrope_factors(rope))
     if kind != "default":
         original = next((source for source in (raw, rope) if source.get("original_max_position_embeddings")), {})
         used["factor"] = _number(rope, "factor", owner=f"{kind} rope")
@@ -362,6 +379,17 @@ def _rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
         used["beta_slow"] = _number(rope, "beta_slow", 1.0) or 1.0
         used["truncate"] = _flag(rope, "truncate", default=True)
     return RopeConfig(**used)
+
+
+def _longrope_factors(rope: dict[str, Any]) -> tuple[float, ...]:
+    """The factors of the frequencies; where short and long texts have their own, no one cache would serve both."""
+    short, long = rope.get("short_factor"), rope.get("long_factor")
+    if not isinstance(long, list) or not long or short != long or rope.get("attention_factor") != 1:
+        raise UserError(
+            "rope type 'longrope' is supported only with one list of factors (short_factor equal to long_factor) and "
+            "an attention_factor of 1"
+        )
+    return tuple(_number({"longrope factor": value}, "longrope factor") for value in long)
 
 
 def _dtype(raw: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -36,17 +37,30 @@ def decode_text(data: bytes, name: object) -> str:
         raise UserError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def read_text(path: str | Path) -> str:
     """The text of a file, as `decode_text` reads it.
 
     Raises:
         UserError: it cannot be read, or is no UTF-8.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return decode_text(data, path)
+    return decode_text(read_bytes(path), path)
+
+
+def digest_of(text: str) -> str:
+    """What tells a text apart from others: the first 64 bits of its SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def parse_json(text: str, name: object) -> Any:

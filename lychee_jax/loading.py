@@ -21,6 +21,7 @@ from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
 from lychee_jax.llm import LLM, Generation, LoadedModel
+from lychee_jax.maps.shipped import SHIPPED, find_map
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.tokenizer import read_eos_id
@@ -43,11 +44,22 @@ def find(path: str | Path | None = None) -> Path:
     Raises:
         UserError: no such folder, or nothing that the Hub would give us.
     """
-    return BUNDLED if path is None else locate(str(path))
+    return BUNDLED if path is None else _locate_folder(str(path))
+
+
+def _locate_folder(path: str, *, weights: bool = True) -> Path:
+    found = locate(path, weights=weights)
+    if found.is_file():
+        raise UserError(f"{found} is a GGUF file; convert it first: lychee convert {found} FOLDER")
+    return found
 
 
 def load(
-    path: str | Path | None = None, dtype: str | None = None, *, before_weights: BeforeWeights | None = None
+    path: str | Path | None = None,
+    dtype: str | None = None,
+    *,
+    maps: Path = SHIPPED,
+    before_weights: BeforeWeights | None = None,
 ) -> LLM:
     """Load a converted folder or a Hugging Face folder (config.json and safetensors) onto the default device.
 
@@ -57,8 +69,10 @@ def load(
     Args:
         path: the folder, or a hub id such as "Qwen/Qwen3-8B"; None is the model that the package brings along.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
-        before_weights: called with the folder, the config, the folder's head map and the ids that end a text, before
-            the weights are read: what is compiled in the background from here on compiles while they come.
+        maps: a folder of head maps; where the model's own folder has no heads.json, the one made for its config is
+            taken. By default, the maps that the package ships.
+        before_weights: called with the folder, the config, the head map and the ids that end a text, before the
+            weights are read: what is compiled in the background from here on compiles while they come.
 
     Raises:
         UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line.
@@ -80,7 +94,8 @@ def load(
         config = weights.config
         dtype = dtype or config.dtype
         arrays = ((path, weights.read(path, dtype)) for path in weights.keys)
-    heads = HeadMap.load(folder / "heads.json", config) if (folder / "heads.json").exists() else None
+    own = folder / "heads.json"
+    heads = HeadMap.load(own, config) if own.exists() else find_map(config, maps)
     eos_ids = _eos_ids(folder, config)
     config = dataclasses.replace(config, dtype=dtype)
     if before_weights is not None:
@@ -94,7 +109,7 @@ def read_config(path: str | Path) -> ModelConfig:
     Raises:
         UserError: no such folder, or no checkpoint that is supported.
     """
-    folder = locate(str(path), weights=False)
+    folder = _locate_folder(str(path), weights=False)
     config = ModelConfig.from_folder(folder)
     shards = [folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()]
     # A checkpoint that calls itself tied may hold a head of its own, and then is another model.

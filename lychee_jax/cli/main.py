@@ -17,7 +17,9 @@ from lychee_jax.cli.bench import app as bench_app
 from lychee_jax.cli.console import load_model
 from lychee_jax.cli.evaluate import eval_app
 from lychee_jax.cli.generate import generate
+from lychee_jax.cli.harness import eval_harness
 from lychee_jax.cli.heads import heads_app
+from lychee_jax.cli.serve import serve
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
 from lychee_jax.notices import notices_on_stderr
@@ -39,8 +41,10 @@ app = typer.Typer(
 )
 app.add_typer(heads_app, name="heads")
 app.add_typer(bench_app, name="bench")
+eval_app.command("harness")(eval_harness)
 app.add_typer(eval_app, name="eval")
 app.command()(generate)
+app.command()(serve)
 app.command()(train_heads)
 
 
@@ -64,11 +68,13 @@ def _root(
 
 @app.command()
 def convert(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder, or a model's id on the Hub.")],
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="A Hugging Face folder, a GGUF file, or a model's id on the Hub.")
+    ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to make.")],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(show_default="the checkpoint's", help="Of the converted weights."),
+        typer.Option(show_default="the checkpoint's, bfloat16 if it is quantised", help="Of the converted weights."),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything again and compare every tensor, to the bit.")
@@ -77,13 +83,15 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace DST if it exists, once the new folder is whole.")
     ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint, tokenizer included.
+    """Convert a Hugging Face checkpoint or a GGUF file (llama, qwen2, qwen3), tokenizer included.
 
     One tensor is in memory at a time. DST appears whole or not at all.
 
     [b]Example[/b]
 
     [cyan]lychee convert Qwen/Qwen3-8B my-8b --dtype bfloat16 --verify[/cyan]
+
+    [cyan]lychee convert Qwen3-8B-Q4_K_M.gguf my-8b[/cyan]
     """
     from checkpoints_convert.convert import convert as run
     from lychee_jax.cli.console import progress_bar
@@ -150,6 +158,7 @@ def _prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("USE_TORCH", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone: XLA writes pages of warnings about GPU kernels
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # JAX leaves a quarter of a GPU unused by default
     if not has_tpu():  # libtpu may be there to compile with; it would complain on standard error
         without_tpu()

@@ -256,6 +256,24 @@ def test_yarn_options():
     assert read(rope_scaling=YARN | {"beta_fast": 0}).rope.beta_fast == 32
 
 
+def test_longrope_is_read_where_one_list_serves_all_lengths():
+    factors = [1 + pair / 2 for pair in range(4)]
+    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0}
+    config = read(rope_scaling=rope, rope_theta=500.0)
+    assert config.rope == RopeConfig("longrope", theta=500.0, factors=tuple(factors))
+    assert config.max_tokens == config.max_position_embeddings
+    assert config.fingerprint() != read(rope_theta=500.0).fingerprint()
+    for change, reason in (
+        ({"short_factor": [1, 1, 1, 1]}, "short_factor equal to long_factor"),
+        ({"attention_factor": None}, "attention_factor of 1"),
+        ({"long_factor": [1, 2], "short_factor": [1, 2]}, "a factor for each of 4 frequencies, not 2"),
+        ({"long_factor": [0] * 4, "short_factor": [0] * 4}, "longrope factor must be positive"),
+        ({"long_factor": ["1"] * 4, "short_factor": ["1"] * 4}, "longrope factor must be a number"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            read(rope_scaling=rope | change)
+
+
 @pytest.mark.parametrize(
     ("scaling", "expected"),
     [

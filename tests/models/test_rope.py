@@ -93,6 +93,18 @@ def test_tables_are_right_to_a_millionth_at_two_million(rope, head_dim):
     assert cos.dtype == sin.dtype == np.float32
 
 
+def test_longrope_divides_each_frequency_by_its_own_factor():
+    factors = tuple(1 + pair / 3 for pair in range(8))
+    rope = RopeConfig("longrope", theta=5e5, factors=factors)
+    cos, sin = rotary_tables(rope, 16, MAX_POSITION, FAR, np.array([1]))
+    with decimal.localcontext(prec=60):
+        plain = decimal_frequencies(RopeConfig(theta=5e5), 16, 1)
+        frequencies = [each / Decimal(factor) for each, factor in zip(plain, factors, strict=True)]
+        pairs = np.array([[decimal_cos_sin(int(p) * f) for f in frequencies] for p in FAR[0]])
+    np.testing.assert_allclose(cos[0], pairs[..., 0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(sin[0], pairs[..., 1], rtol=0, atol=1e-6)
+
+
 def test_float32_angles_would_not_do():
     """What the tables are protected from, so that the test above is known to be a demanding one."""
     rope = RopeConfig(theta=1e6)

@@ -80,7 +80,8 @@ class Study:
             raise UserError("the study asks in the bundled model's tokens; this model has another vocabulary")
         _check(grid, sizes, config.num_layers * config.num_kv_heads)
         self.chunk_tokens = chunk_tokens or (1 << 14 if jax.default_backend() == "cpu" else 1 << 18)
-        claim(output, {"model": config.fingerprint(), "chunk_tokens": self.chunk_tokens, **dataclasses.asdict(sizes)})
+        content = {"model": config.fingerprint(), "weights": model.weights_digest()}
+        claim(output, {**content, "chunk_tokens": self.chunk_tokens, **dataclasses.asdict(sizes)})
         self.tally = Tally(output)
 
     def run(self, command: str) -> Record:
