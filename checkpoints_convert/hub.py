@@ -80,13 +80,15 @@ def _fetch(repository: str, files: list[str]) -> Path:
             "then log in first (hf auth login, or a token in HF_TOKEN)"
         ) from error
     except Exception as error:  # HTTP, OS and validation errors of several libraries
-        answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
-        if answer is not None and (answer is error or isinstance(answer, HfHubHTTPError)):
+        # Not in the cache, that is; but the cause may be an answer, such as a refused file.
+        absent = isinstance(error, LocalEntryNotFoundError)
+        if absent and not isinstance(error.__cause__, HfHubHTTPError):
             raise UserError(
-                f"there is no folder {repository}, and the Hugging Face Hub did not give it "
-                f"({type(answer).__name__}: {first_line(answer)}); the next try goes on from what has come"
+                f"there is no folder {repository}, the Hugging Face Hub cannot be reached, and its cache does not "
+                f"have the whole model; {_AGAIN}"
             ) from error
+        answer = error.__cause__ if absent and error.__cause__ else error
         raise UserError(
-            f"there is no folder {repository}, the Hugging Face Hub cannot be reached, and its cache does not have "
-            f"the whole model; {_AGAIN}"
+            f"there is no folder {repository}, and the Hugging Face Hub did not give it "
+            f"({type(answer).__name__}: {first_line(answer)}); the next try goes on from what has come"
         ) from error

@@ -1,6 +1,7 @@
 """How Hugging Face names and divides each parameter of the decoder: the only place that knows its names."""
 
 import dataclasses
+from collections.abc import Callable, Collection
 
 import jax.numpy as jnp
 
@@ -32,6 +33,19 @@ def is_derived(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
+def renaming(found: Collection[str], *, tied: bool) -> Callable[[str], str]:
+    """From the usual names to those of a checkpoint with the tensors `found`.
+
+    One that was saved from the base model's class has no "model." in front (Qwen3-Embedding); of tied tensors either
+    may be the one that is stored.
+    """
+    if EMBEDDING not in found and EMBEDDING.removeprefix("model.") in found:
+        return lambda name: name.removeprefix("model.")
+    if EMBEDDING not in found and LM_HEAD in found and tied:
+        return lambda name: LM_HEAD if name == EMBEDDING else name
+    return lambda name: name
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Rows of one of our parameters that are a tensor of their own in a Hugging Face checkpoint, of shape `shape`.
@@ -55,6 +69,11 @@ class Key:
     path: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+
+    def renamed(self, rename: Callable[[str], str]) -> "Key":
+        """The key with other names for the checkpoint's tensors."""
+        parts = tuple(dataclasses.replace(part, name=rename(part.name)) for part in self.parts)
+        return dataclasses.replace(self, parts=parts)
 
 
 def keys(config: ModelConfig) -> tuple[Key, ...]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 
 from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.gguf import GGUFSource
-from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Key, Part, is_derived, is_quantised, keys
+from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, is_derived, is_quantised, keys, renaming
 from checkpoints_convert.source import FolderSource, Source, describe
 from lychee_jax.config import DTYPES, ModelConfig
 from lychee_jax.errors import UserError
@@ -55,12 +55,12 @@ class Weights:
             self.source = FolderSource(path, convert_config)
         if config.tie_word_embeddings and self._has_own_head():
             config = dataclasses.replace(config, tie_word_embeddings=False)
-        # Of a tied checkpoint, either name may be the one that is stored.
-        embedding = LM_HEAD if config.tie_word_embeddings and self._has_only_a_head() else EMBEDDING
-        self.keys = {key.path: _renamed(key, EMBEDDING, embedding) for key in keys(config)}
+        there = self.source.tensors.keys() | self.source.lost
+        rename = renaming(there, tied=config.tie_word_embeddings)
+        self.keys = {key.path: key.renamed(rename) for key in keys(config)}
         self._check(tied=config.tie_word_embeddings)
         if all(self.raw_config.get(key) is None for key in ("dtype", "torch_dtype")):
-            config = dataclasses.replace(config, dtype=str(self.source.dtype(embedding)))
+            config = dataclasses.replace(config, dtype=str(self.source.dtype(rename(EMBEDDING))))
         self.config = config
 
     @property
@@ -115,10 +115,6 @@ class Weights:
             return False
         return not self.source.equal(LM_HEAD, EMBEDDING)
 
-    def _has_only_a_head(self) -> bool:
-        tensors, lost = self.source.tensors, self.source.lost
-        return LM_HEAD in tensors and EMBEDDING not in tensors and EMBEDDING not in lost
-
     def _check(self, *, tied: bool) -> None:
         """Raise UserError with everything that is missing, extra, misshapen or unreadable."""
         tensors, lost, unlisted = self.source.tensors, self.source.lost, self.source.unlisted
@@ -150,12 +146,6 @@ class Weights:
             raise UserError(f"{self.source.path}: {describe(problems)}")
         if strange := [name for name in unlisted if not is_derived(name)]:
             _log.warning("%s", f"{self.source.path}: {describe({'not in the index, so not used': strange})}")
-
-
-def _renamed(key: Key, name: str, other: str) -> Key:
-    """The key with `other` for the tensor `name`."""
-    parts = (dataclasses.replace(part, name=other) if part.name == name else part for part in key.parts)
-    return dataclasses.replace(key, parts=tuple(parts))
 
 
 def check_dtype(dtype: str | None) -> None:

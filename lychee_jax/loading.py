@@ -24,6 +24,7 @@ from lychee_jax.llm import LLM, Generation, LoadedModel
 from lychee_jax.maps.shipped import SHIPPED, find_map
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.text.tokenizer import read_eos_id
 
 __all__ = ["BUNDLED", "LLM", "Generation", "LoadedModel", "find", "load", "read_config", "save"]
 
@@ -43,7 +44,14 @@ def find(path: str | Path | None = None) -> Path:
     Raises:
         UserError: no such folder, or nothing that the Hub would give us.
     """
-    return BUNDLED if path is None else locate(str(path))
+    return BUNDLED if path is None else _locate_folder(str(path))
+
+
+def _locate_folder(path: str, *, weights: bool = True) -> Path:
+    found = locate(path, weights=weights)
+    if found.is_file():
+        raise UserError(f"{found} is a GGUF file; convert it first: lychee convert {found} FOLDER")
+    return found
 
 
 def load(
@@ -101,7 +109,7 @@ def read_config(path: str | Path) -> ModelConfig:
     Raises:
         UserError: no such folder, or no checkpoint that is supported.
     """
-    folder = locate(str(path), weights=False)
+    folder = _locate_folder(str(path), weights=False)
     config = ModelConfig.from_folder(folder)
     shards = [folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()]
     # A checkpoint that calls itself tied may hold a head of its own, and then is another model.
@@ -131,9 +139,13 @@ def _fill(config: ModelConfig, arrays: Iterator[tuple[str, Float[np.ndarray, ...
 
 
 def _eos_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
-    """generation_config.json's ids win, as checkpoints correct their config there; nothing else of it is read."""
+    """The tokens that end a text: generation_config.json's, else the config's, and the tokenizer's own.
+
+    The first file corrects the config (nothing else of it is read), but may know the end of a document alone where the
+    tokenizer knows the end of a turn.
+    """
     file = folder / "generation_config.json"
-    if not file.is_file():
-        return config.eos_token_ids
-    ids = read_json_object(file).get("eos_token_id")
-    return config.eos_token_ids if ids is None else token_ids(ids, f"{file}: eos_token_id")
+    ids = read_json_object(file).get("eos_token_id") if file.is_file() else None
+    ends = config.eos_token_ids if ids is None else token_ids(ids, f"{file}: eos_token_id")
+    own = read_eos_id(folder)
+    return (*ends, own) if own is not None and own not in ends and own < config.vocab_size else ends

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
-from lychee_jax.files import digest_of, json_text
+from lychee_jax.files import digest_of, json_text, read_json_object
 from lychee_jax.text.chat import Message, check_messages, check_template_kwargs, close_thinking, refuse_reserved
-from lychee_jax.text.sentence_pieces import read_pieces, restore_pieces
+from lychee_jax.text.sentence_pieces import with_pipeline
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(128, 256)}
@@ -40,16 +40,12 @@ class Tokenizer:
         folder = Path(path)
         if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             return None
-        pieces = read_pieces(folder)
-        with _quietly():
+        with _quietly(), with_pipeline(folder) as whole:
             auto = _auto_tokenizer()
             try:
                 # Never from the network, and never code that lies in the folder.
-                backend = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-                if pieces is None:
-                    _restore_pipeline(backend, folder)
-                else:
-                    restore_pieces(backend, pieces, folder)
+                backend = auto.from_pretrained(str(whole), local_files_only=True, trust_remote_code=False)
+                _restore_pipeline(backend, whole)
                 return cls(backend)
             except Exception as error:  # the Rust library raises plain Exception
                 raise UserError(f"the tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
@@ -201,6 +197,20 @@ class Tokenizer:
         decoder = getattr(getattr(self._backend, "backend_tokenizer", None), "decoder", None)
         state = json.loads(decoder.__getstate__()) if decoder is not None else {}
         return "ByteLevel" in {part.get("type") for part in (state, *state.get("decoders", ()))}
+
+
+def read_eos_id(folder: Path) -> int | None:
+    """The id of the token that tokenizer_config.json calls the end, from the files alone; None if they do not say.
+
+    Raises:
+        UserError: a file that is no JSON object.
+    """
+    files = (folder / "tokenizer_config.json", folder / "tokenizer.json")
+    config, pipeline = (read_json_object(file) if file.is_file() else {} for file in files)
+    end = config.get("eos_token")
+    name = end.get("content") if isinstance(end, dict) else end
+    listed = [(token.get("content"), token.get("id")) for token in pipeline.get("added_tokens", ())]
+    return next((index for content, index in listed if content == name and isinstance(index, int)), None)
 
 
 def check_tokenizer(folder: Path) -> None:

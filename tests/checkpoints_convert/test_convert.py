@@ -160,6 +160,18 @@ def test_tied_with_a_head_alone_embeds_with_it(tmp_path, shards):
     np.testing.assert_array_equal(found, tensors["model.embed_tokens.weight"])
 
 
+def test_what_the_base_models_class_saved_has_no_prefix(tmp_path):
+    """As Qwen3-Embedding; the head is tied, so nothing is missing."""
+    raw = QWEN3 | {"tie_word_embeddings": True}
+    tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", raw)
+    rewrite(tmp_path / "hf", {name.removeprefix("model."): array for name, array in tensors.items()})
+    convert(tmp_path / "hf", tmp_path / "out", verify=True)
+    assert_same(read_all(tmp_path / "out"), expected(raw, tensors, "float32"))
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(QWEN3))
+    with pytest.raises(UserError, match=r": missing: lm_head\.weight$"):
+        convert(tmp_path / "hf", tmp_path / "untied")
+
+
 def test_rotary_frequencies_of_old_checkpoints_are_ignored(tmp_path):
     tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", LLAMA)
     frequencies = {

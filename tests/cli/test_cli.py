@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,6 +337,35 @@ def test_options_reach_the_engine(lychee, folder, monkeypatch):
         correct_every=7,
         implementation="xla",
     )
+
+
+def test_vllms_names_are_other_names_of_options(lychee, folder, monkeypatch):
+    caught = []
+
+    def stream(model, prompts, options, on_prefill=None):
+        caught.append((options.max_new_tokens, options.page_size))
+        raise UserError("seen")
+
+    monkeypatch.setattr(LLM, "stream_tokens", stream)
+    for tokens, page in (("--max-new-tokens", "--page-size"), ("--max-tokens", "--block-size")):
+        lychee("generate", "--model", folder, "--prompt-ids", "-", tokens, "13", page, "128", stdin="[5]")
+    assert caught == [(13, 128), (13, 128)]
+
+
+def test_what_is_not_done_is_told_once_on_stderr(lychee, folder, tmp_path):
+    copy, out = shutil.copytree(folder, tmp_path / "copy"), tmp_path / "out"
+    dual = {"chunk_size": 512, "local_size": 64, "original_max_position_embeddings": 256}
+    (copy / "config.json").write_text(json.dumps(RAW | {"dual_chunk_attention_config": dual}))
+    (copy / "adapter_model.safetensors").write_bytes(b"")
+    status, _, err = lychee("convert", copy, out)
+    exact = "config.json asks for dual chunk attention, which is not supported: attention is full, and the model exact"
+    notices = [f"notice: {copy}/{exact} up to 256 tokens", f"notice: {copy}: not used: adapter_model.safetensors"]
+    assert (status, err.splitlines()) == (0, notices)
+    status, _, err = lychee("heads", "show", folder / "heads.json", "--model", out)
+    assert (status, err.splitlines()) == (0, [f"notice: {out}/{exact} up to 256 tokens"])
+    dual["original_max_position_embeddings"] = RAW["max_position_embeddings"]
+    (out / "config.json").write_text(json.dumps(RAW | {"dual_chunk_attention_config": dual | {"chunk_size": 8192}}))
+    assert lychee("heads", "show", folder / "heads.json", "--model", out)[::2] == (0, "")
 
 
 def test_a_long_prompt_shows_its_progress_on_a_terminal(lychee, folder, monkeypatch):

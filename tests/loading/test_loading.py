@@ -131,6 +131,26 @@ def test_eos_ids_of_the_generation_config_win(tmp_path):
             load(folder)
 
 
+def test_the_tokenizers_own_end_is_one_too(tmp_path):
+    """A folder may name the end of a document alone, where the tokenizer knows the end of a turn."""
+    tiny_checkpoints.write_checkpoint(tmp_path, TEXTUAL)
+    tokenizer = tiny_tokenizers.chat_ml()
+    end = tokenizer.token_to_id("<|im_end|>")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    for name, wanted in (
+        ("<|im_end|>", (1, end)),
+        ({"content": "<|im_end|>"}, (1, end)),
+        ("</s>", (1,)),
+        (None, (1,)),
+        ("gone", (1,)),
+    ):
+        tiny_tokenizers.write_tokenizer(tmp_path, tokenizer, eos_token=name)
+        assert load(tmp_path).eos_ids == wanted
+    tiny_checkpoints.write_checkpoint(tmp_path, TEXTUAL | {"vocab_size": end})
+    tiny_tokenizers.write_tokenizer(tmp_path, tokenizer, eos_token="<|im_end|>")
+    assert load(tmp_path).eos_ids == (1,)
+
+
 def test_the_folders_head_map_is_checked(tmp_path):
     tiny_checkpoints.write_checkpoint(tmp_path / "hf", LLAMA)
     loaded = load(tmp_path / "hf")

@@ -1,9 +1,12 @@
 """Small tokenizers of the kinds that Llama and Qwen checkpoints bring, made without a download."""
 
+import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -84,6 +87,21 @@ def words() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return tokenizer
+
+
+def sentence_pieces(**options: Any) -> bytes:
+    """A `tokenizer.model`, of Llama 2's kind unless `options` of SentencePiece's trainer say otherwise."""
+    rng, model = random.Random(0), io.BytesIO()
+    words = (*_WORDS, "and", "cat", "river", "old", "fox", "ran", "to", "we", "saw", "birds", "many", "days")
+    texts = [" ".join(rng.choices(words, k=12)) for _ in range(300)]
+    likeness = {
+        "model_type": "bpe", "vocab_size": 340, "byte_fallback": True, "split_digits": True, "pad_id": -1,
+        "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "hard_vocab_limit": False,
+        "minloglevel": 2,
+    }  # fmt: skip
+    trainer = sentencepiece.SentencePieceTrainer
+    trainer.train(sentence_iterator=iter(texts), model_writer=model, **{**likeness, **options})
+    return model.getvalue()
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, *, chat_template: str | None = None, **settings: Any) -> Path:
