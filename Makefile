@@ -22,7 +22,7 @@ types: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 docs: $(VENV)/installed-dev
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

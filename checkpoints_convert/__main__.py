@@ -11,6 +11,7 @@ from typing import NoReturn
 from checkpoints_convert.convert import convert
 from lychee_jax.config import DTYPES
 from lychee_jax.errors import UserError
+from lychee_jax.notices import notices_on_stderr
 from lychee_jax.tpu_environment import has_tpu, without_tpu
 
 
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         without_tpu()
     progress = _show if sys.stderr.isatty() else None
     try:
-        print(convert(**vars(arguments), progress=progress))
+        with notices_on_stderr():
+            report = convert(**vars(arguments), progress=progress)
+        print(report)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:

@@ -23,7 +23,8 @@ from checkpoints_convert.source import MARKER
 from checkpoints_convert.verify import verify as compare
 from checkpoints_convert.weights import NUMPY_DTYPES, Weights, check_dtype
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text
+from lychee_jax.files import check_tensor_path, json_text
+from lychee_jax.text.tokenizer import check_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,8 @@ def convert(
         if kept.is_relative_to(dst):
             raise UserError(f"{dst} cannot be replaced: {kept} is in use and would go with it")
     weights = Weights(source, config)
+    if source.is_dir():
+        check_tokenizer(source)
     dtype = dtype or weights.config.dtype
     with _told_as_user_errors(dst), _appearing(dst, overwrite) as folder:
         _copy_files(weights, dtype, folder)
@@ -99,6 +102,7 @@ def convert(
 
 
 def _check_destination(dst: Path, overwrite: bool) -> None:
+    check_tensor_path(dst)
     if dst.exists() and not overwrite:
         raise UserError(f"{dst} exists; choose another destination, or say --overwrite to replace it")
     if dst.exists() and not dst.is_dir():

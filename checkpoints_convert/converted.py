@@ -16,7 +16,7 @@ from checkpoints_convert.source import MARKER, describe, first_line
 from checkpoints_convert.weights import NUMPY_DTYPES, cast
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.files import read_json_object
+from lychee_jax.files import check_tensor_path, read_json_object
 
 FORMAT = "lychee-checkpoint/2"
 _FIRST_FORMAT = "lychee-checkpoint/1"
@@ -33,6 +33,7 @@ class Converted:
     """
 
     def __init__(self, folder: Path):
+        check_tensor_path(folder)
         found = read_json_object(folder / MARKER).get("format")
         if found not in (FORMAT, _FIRST_FORMAT):
             raise UserError(f"{folder / MARKER} has format {found!r}; this version reads {_FIRST_FORMAT} and {FORMAT}")

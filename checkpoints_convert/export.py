@@ -1,4 +1,4 @@
-"""Weights of ours as a Hugging Face checkpoint: the way back, for models that are trained here."""
+"""Weights of ours as a Hugging Face checkpoint: the reverse, for models that are trained here."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -48,7 +48,7 @@ class GGUFSource(Source):
         names = _hugging_face_names(self.config)
         self._tensors = {names.get(name, name): each for name, each in file.tensors.items()}
         self.tensors = self._tensors
-        self.problems, self.lost = {}, set()  # what is wrong with a file is told when it is opened
+        self.problems, self.lost, self.unlisted = {}, set(), {}  # what is wrong with a file is told when it is opened
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype of a tensor's numbers once they are read; None for a type that is not supported."""

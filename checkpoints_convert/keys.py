@@ -19,6 +19,14 @@ _MODULES = {
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
+_QUANTISED = ("qweight", "qzeros", "g_idx", "scales", "weight_scale", "weight_scale_inv", "weight_packed", "absmax")
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to quantised weights: their numbers, or what scales them."""
+    return name.rpartition(".")[2] in _QUANTISED
+
+
 def is_derived(name: str) -> bool:
     """Whether a tensor of a checkpoint only repeats what its config says: old ones store the rotary frequencies."""
     return name.endswith("rotary_emb.inv_freq")

@@ -3,7 +3,9 @@
 import abc
 import collections
 import dataclasses
+import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +43,9 @@ TEXT_FILES = (
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # An error is one line: so many problems of a kind are told by name.
 _TOLD = 8
+_ADAPTER = "adapter_config.json"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +65,15 @@ class Source(abc.ABC):
         tensors: name → where it lies, for everything that can be read.
         problems: what is wrong with the files: kind of problem → where.
         lost: names of tensors that are there or were promised, but that a problem keeps from being read.
+        unlisted: tensors of the shards that the index does not name → the shard; the index decides, so they are none
+            of the checkpoint's.
     """
 
     path: Path
-    tensors: Mapping[str, Stored]
+    tensors: dict[str, Stored]
     problems: dict[str, list[str]]
     lost: set[str]
+    unlisted: dict[str, str]
 
     @abc.abstractmethod
     def dtype(self, name: str) -> np.dtype | None:
@@ -104,7 +112,8 @@ class FolderSource(Source):
         self.path, self._config = folder, config
         self.tensors = {}
         self.problems = collections.defaultdict(list)
-        self.lost = set()
+        self.lost, self.unlisted = set(), {}
+        used = {SINGLE}
         # Where both are there, the single file is the checkpoint, as in transformers.
         if (folder / SINGLE).is_file():
             header = self._header(SINGLE)
@@ -112,9 +121,12 @@ class FolderSource(Source):
                 raise UserError(f"{folder}: {describe(self.problems)}")
             self.tensors = header
         elif (folder / INDEX).is_file():
-            self._open_shards(read_index(folder / INDEX))
+            weight_map = read_index(folder / INDEX)
+            used = set(weight_map.values())
+            self._open_shards(weight_map)
         else:
             raise UserError(_nothing_to_read(folder))
+        self._tell_what_is_not_used(used)
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype in which a tensor is stored; None for one that is not supported."""
@@ -141,25 +153,30 @@ class FolderSource(Source):
                 shutil.copyfile(self.path / name, folder / name)
 
     def _open_shards(self, weight_map: dict[str, str]) -> None:
-        holders = collections.defaultdict(list)
+        elsewhere: dict[str, str] = {}
         for shard in sorted(set(weight_map.values())):
             header = self._header(shard)
             if header is None:
                 self.lost |= {name for name, file in weight_map.items() if file == shard}
                 continue
             for name, stored in header.items():
-                holders[name].append(shard)
-                if weight_map.get(name) == shard:
+                if name not in weight_map:
+                    self.unlisted[name] = shard
+                elif weight_map[name] == shard:
                     self.tensors[name] = stored
-        for name, shards in holders.items():
-            if len(shards) > 1:
-                self.problems["duplicate"].append(f"{name} (in {' and '.join(shards)})")
-            elif name not in weight_map:
-                self.problems["not in the index"].append(f"{name} (in {shards[0]})")
-            elif shards[0] != weight_map[name]:
-                place = f"{name} (in {shards[0]}, but the index says {weight_map[name]})"
-                self.problems["misplaced"].append(place)
-        self.lost |= holders.keys() - self.tensors.keys()
+                else:  # a second copy is no matter: the index says which one counts
+                    elsewhere[name] = shard
+        for name, shard in elsewhere.items():
+            if name not in self.tensors and name not in self.lost:
+                self.problems["misplaced"].append(f"{name} (in {shard}, but the index says {weight_map[name]})")
+                self.lost.add(name)
+
+    def _tell_what_is_not_used(self, used: set[str]) -> None:
+        """Log the weights in the folder that are none of the checkpoint's: an adapter, say, is not applied."""
+        patterns = ("*.safetensors", "adapter_model.bin")
+        names = sorted(file.name for pattern in patterns for file in self.path.glob(pattern))
+        if unused := [name for name in names if name not in used]:
+            _log.warning("%s", f"{self.path}: {describe({'not used': unused})}")
 
     def _header(self, name: str) -> dict[str, Stored] | None:
         """What a file holds; None, and a problem noted, if that cannot be read."""
@@ -192,7 +209,11 @@ def read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is no safetensors index: it must be a JSON object with a weight_map") from error
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} is no safetensors index: its weight_map must give a file name for every tensor")
-    return weight_map
+    # One file may have several spellings.
+    files = {name: os.path.normpath(file) for name, file in weight_map.items()}
+    if outside := [file for file in files.values() if os.path.isabs(file) or file.split(os.sep)[0] == os.pardir]:
+        raise UserError(f"{path} is no safetensors index: {outside[0]} lies outside its folder")
+    return files
 
 
 def describe(problems: Mapping[str, Sequence[str]]) -> str:
@@ -213,6 +234,8 @@ def _nothing_to_read(folder: Path) -> str:
     wanted = f"{SINGLE} or {INDEX}"
     if (folder / MARKER).is_file():
         return f"{folder} is converted already: it has {MARKER}, and no {wanted}"
+    if (folder / _ADAPTER).is_file():
+        return f"{folder} has an adapter and no model ({_ADAPTER}); merge it into its base model first"
     if any(folder.glob("*.bin")) or any(folder.glob("*.bin.index.json")):
         return f"{folder} has PyTorch .bin weights only, and safetensors are needed ({wanted}); save it as safetensors"
     if any(folder.glob("*.safetensors")):

@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint whose tensors were all checked against its config, ready to be read in our layout."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Float, Shaped
 
 from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.gguf import GGUFSource
-from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, is_derived, keys
+from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Key, Part, is_derived, is_quantised, keys
 from checkpoints_convert.source import FolderSource, Source, describe
 from lychee_jax.config import DTYPES, ModelConfig
 from lychee_jax.errors import UserError
@@ -23,6 +24,7 @@ NUMPY_DTYPES = {
     "float16": np.dtype(np.float16),
 }
 
+_log = logging.getLogger(__name__)
 
 NOT_FINITE = "not finite (NaN or infinity)"
 """A kind of problem: a tensor that was converted faithfully, and is worth nothing."""
@@ -53,10 +55,12 @@ class Weights:
             self.source = FolderSource(path, convert_config)
         if config.tie_word_embeddings and self._has_own_head():
             config = dataclasses.replace(config, tie_word_embeddings=False)
-        self.keys = {key.path: key for key in keys(config)}
+        # Of a tied checkpoint, either name may be the one that is stored.
+        embedding = LM_HEAD if config.tie_word_embeddings and self._has_only_a_head() else EMBEDDING
+        self.keys = {key.path: _renamed(key, EMBEDDING, embedding) for key in keys(config)}
         self._check(tied=config.tie_word_embeddings)
         if all(self.raw_config.get(key) is None for key in ("dtype", "torch_dtype")):
-            config = dataclasses.replace(config, dtype=str(self.source.dtype(EMBEDDING)))
+            config = dataclasses.replace(config, dtype=str(self.source.dtype(embedding)))
         self.config = config
 
     @property
@@ -111,13 +115,24 @@ class Weights:
             return False
         return not self.source.equal(LM_HEAD, EMBEDDING)
 
+    def _has_only_a_head(self) -> bool:
+        tensors, lost = self.source.tensors, self.source.lost
+        return LM_HEAD in tensors and EMBEDDING not in tensors and EMBEDDING not in lost
+
     def _check(self, *, tied: bool) -> None:
         """Raise UserError with everything that is missing, extra, misshapen or unreadable."""
-        tensors, lost = self.source.tensors, self.source.lost
+        tensors, lost, unlisted = self.source.tensors, self.source.lost, self.source.unlisted
         wanted = {part.name: part for key in self.keys.values() for part in key.parts}
         known = wanted.keys() | ({LM_HEAD} if tied else set())
+        if quantised := sorted(name for name in tensors if is_quantised(name)):
+            raise UserError(
+                f"{self.source.path}: quantised checkpoints ({quantised[0]} is one of {len(quantised)} such "
+                "tensors) are not supported; use the unquantised one"
+            )
+        accounted_for = tensors.keys() | lost | unlisted.keys()
         found: dict[str, list[str]] = {
-            "missing": [name for name in wanted if name not in tensors and name not in lost],
+            "missing": [name for name in wanted if name not in accounted_for],
+            "not in the index": [f"{name} (in {unlisted[name]})" for name in wanted if name in unlisted],
             "extra": [name for name in tensors if name not in known and not is_derived(name)],
             "misshapen": [
                 f"{name} ({_shape(tensors[name].shape)} instead of {_shape(part.shape)})"
@@ -133,6 +148,14 @@ class Weights:
         problems = self.source.problems | {kind: names for kind, names in found.items() if names}
         if problems:
             raise UserError(f"{self.source.path}: {describe(problems)}")
+        if strange := [name for name in unlisted if not is_derived(name)]:
+            _log.warning("%s", f"{self.source.path}: {describe({'not in the index, so not used': strange})}")
+
+
+def _renamed(key: Key, name: str, other: str) -> Key:
+    """The key with `other` for the tensor `name`."""
+    parts = (dataclasses.replace(part, name=other) if part.name == name else part for part in key.parts)
+    return dataclasses.replace(key, parts=tuple(parts))
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -31,6 +31,6 @@ for row, fact in enumerate(asked):
     for mode, answer in answers.items():
         print(f"  {mode:>6}: {answer.text[row].strip()!r}")
 for mode, answer in answers.items():
-    print(f"{mode}: {answer.attention['kv_read_share']:.0%} of the KV cache read for each token")
+    print(f"{mode}: {answer.attention.kv_read_share:.0%} of the KV cache read for each token")
 
 plot_heads(model.choose_heads(), arguments.output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +23,8 @@ Family = Literal["llama", "qwen2", "qwen3"]
 ROPE_KINDS: tuple[str, ...] = get_args(RopeKind)
 FAMILIES: tuple[str, ...] = get_args(Family)
 DTYPES = ("float32", "bfloat16", "float16")
+
+_log = logging.getLogger(__name__)
 
 
 def _positive(name: str, value: int | float) -> None:
@@ -77,6 +80,9 @@ class RopeConfig:
 class ModelConfig:
     """One decoder of the Llama, Qwen2 or Qwen3 family; `family` is a label, the fields decide the arithmetic.
 
+    `dtype` is that of activations, cache, embedding and norms; `quantize` that of all other kernels, the output head's
+    only with `quantize_head`. Config files do not say the last two: whoever loads the weights does.
+
     Raises:
         UserError: sizes that fit no decoder (not positive, heads not divisible, odd head_dim).
     """
@@ -100,6 +106,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    quantize: Literal["int8", "fp8"] | None = None
+    quantize_head: bool = False
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -148,10 +156,11 @@ class ModelConfig:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the canonical JSON of everything that decides what the heads compute.
 
-        The storage dtype and the bos and eos ids are left out: a head map learned on a model fits its float32 copy too.
+        How weights are stored and the bos and eos ids are left out: a head map learned on a model fits its float32
+        copy too.
         """
         fields = dataclasses.asdict(self)
-        for name in ("dtype", "bos_token_id", "eos_token_ids"):
+        for name in ("dtype", "bos_token_id", "eos_token_ids", "quantize", "quantize_head"):
             del fields[name]
         if self.rope.factors is None:
             del fields["rope"]["factors"]  # configs without it keep the fingerprint that maps were learned with
@@ -160,7 +169,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelConfig:
-        """Reads `config.json` in a checkpoint's folder.
+        """Reads `config.json` in a checkpoint's folder; what it asks for and does not get is logged as a warning.
 
         Raises:
             UserError: no such folder, no config.json, no JSON object in it, or a config that `from_hf` refuses.
@@ -173,9 +182,18 @@ class ModelConfig:
             raise UserError(f"not a checkpoint: {folder} has no config.json")
         raw = read_json(file)
         try:
-            return cls.from_hf(raw)
+            config = cls.from_hf(raw)
+            exact = _exact_tokens(raw)
         except UserError as error:
             raise UserError(f"{file}: {error}") from error
+        if exact is not None and exact < config.max_tokens:
+            _log.warning(
+                "%s asks for dual chunk attention, which is not supported: attention is full, and the model exact up "
+                "to %d tokens",
+                file,
+                exact,
+            )
+        return config
 
     @classmethod
     def from_hf(cls, raw: Any) -> ModelConfig:
@@ -253,10 +271,35 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if raw.get(key):
             raise UserError(f"mixture-of-experts models ({key} = {raw[key]!r}) are not supported")
-    for key in ("quantization_config", "compression_config"):
+    # The last is MLX's, which has no method but bits; it writes quantization_config, too, of the same content.
+    for key in ("quantization_config", "compression_config", "quantization"):
         if raw.get(key):
-            method = raw[key].get("quant_method", "unnamed") if isinstance(raw[key], dict) else raw[key]
-            raise UserError(f"quantised checkpoints ({key}: {method}) are not supported; use the unquantised one")
+            raise UserError(
+                f"quantised checkpoints ({key}: {_quantisation(raw[key])}) are not supported; use the unquantised one"
+            )
+
+
+def _quantisation(value: Any) -> str:
+    """The method's name, or what else tells how a checkpoint is quantised."""
+    if not isinstance(value, dict):
+        return str(value)
+    for key in ("quant_method", "quant_algo", "mode"):
+        if isinstance(value.get(key), str):
+            return value[key]
+    return f"{value['bits']} bits" if "bits" in value else "unnamed"
+
+
+def _exact_tokens(raw: dict[str, Any]) -> int | None:
+    """Up to which length full attention is what the config asks for; None: at every length.
+
+    Dual chunk attention (Qwen2.5-1M; An et al. 2024, arXiv 2402.17463) folds positions from chunk_size on, and Qwen
+    scales attention by the length beyond original_max_position_embeddings.
+    """
+    dual = _object(raw, "dual_chunk_attention_config")
+    if not dual:
+        return None
+    chunk = _integer(dual, "chunk_size")
+    return min(chunk, _integer(dual, "original_max_position_embeddings", chunk))
 
 
 def _refuse_sliding_layers(raw: dict[str, Any], num_layers: int) -> None:

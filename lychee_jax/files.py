@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+
+
+def check_tensor_path(path: str | Path) -> None:
+    """Raise UserError for a path that TensorStore, with which Orbax reads and writes arrays, takes for another one."""
+    name = os.path.abspath(path)
+    if os.sep == "/" and "\\" in name:
+        raise UserError(f"{name} has a backslash in it, which the library that stores arrays takes for a slash")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        shown = name.encode(errors="backslashreplace").decode()
+        raise UserError(f"{shown} is not UTF-8, and no arrays can be stored there") from error
 
 
 def decode_text(data: bytes, name: object) -> str:
@@ -23,17 +37,30 @@ def decode_text(data: bytes, name: object) -> str:
         raise UserError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def read_text(path: str | Path) -> str:
     """The text of a file, as `decode_text` reads it.
 
     Raises:
         UserError: it cannot be read, or is no UTF-8.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    return decode_text(data, path)
+    return decode_text(read_bytes(path), path)
+
+
+def digest_of(text: str) -> str:
+    """What tells a text apart from others: the first 64 bits of its SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def parse_json(text: str, name: object) -> Any:

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -18,14 +18,16 @@ from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import Engine, check_prompt
 from lychee_jax.engine.kernel_support import refuse_uncovered
+from lychee_jax.engine.keywords import GenerateKeywords, sort_keywords
 from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions, max_pages
-from lychee_jax.engine.outputs import Result, Timing
+from lychee_jax.engine.outputs import AttentionStatistics, Result, Timing, Usage
 from lychee_jax.engine.page_trace import Reading, trace_step
 from lychee_jax.engine.request import FinishReason
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.engine.stream import Router, TokenStream, make_requests
 from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.digest import weights_digest
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.chat import Message
 from lychee_jax.text.prompts import Conversations, Prompts, encode_prompts
@@ -34,28 +36,33 @@ from lychee_jax.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-# Keywords as the command line has them; both groups have a top_p, and the shorter name is sampling's.
-_SAMPLING = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
-_POLICY = {
-    "top_p_mass" if field.name == "top_p" else field.name: field.name for field in dataclasses.fields(SelectionPolicy)
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """What `LLM.generate` returns; every list has one entry for each prompt.
 
-    `tokens` are the new ones, a stopping eos included; `logprobs` belong to them; `text` is None without a tokenizer
-    and never shows the eos. `finish_reason`: "stop" (an eos or a stop text) or "length".
+    Attributes:
+        tokens: the new ones, a stopping eos included.
+        logprobs: of these tokens.
+        text: None without a tokenizer; it never shows the eos.
+        finish_reason: "stop" (an eos or a stop text) or "length".
+        usage: tokens of the prompt, those of them that the cache had, and new ones.
+        timing: seconds, of all prompts together.
+        attention: how it attended, and how much of the cache was read.
     """
 
-    prompt_tokens: list[int]
     tokens: list[list[int]]
     logprobs: list[list[float]]
     text: list[str] | None
     finish_reason: list[FinishReason]
+    usage: list[Usage]
     timing: Timing
-    attention: dict[str, Any]
+    attention: AttentionStatistics
+
+    @property
+    def prompt_tokens(self) -> list[int]:
+        """Tokens of each prompt."""
+        return [each.prompt_tokens for each in self.usage]
 
 
 @dataclasses.dataclass
@@ -66,13 +73,10 @@ class LLM:
         path: the folder.
         config: with the dtype that the weights have, and tied embeddings if the tensors say so.
         model: the module.
-        heads: the folder's heads.json, if there is one.
+        heads: the folder's heads.json, else the map that the package ships for this very config, if there is one.
         eos_ids: the tokens that end a text.
 
-    `generate` and `stream` take these keywords, as `lychee generate` does: `attention` ("auto", "hybrid", "dense"),
-    `heads` ("all", "none", a file, a HeadMap; default: the folder's, else all), `page_size`, `budget`, `sink`,
-    `recent`, `rule`, `ratio`, `top_p_mass`, `threshold`, `page_score`, `max_new_tokens`, `temperature`, `top_k`,
-    `top_p`, `min_p`, `repetition_penalty`, `seed`, `ignore_eos`, `correct_every`, `implementation`.
+    `generate` and `stream` take the keywords of `GenerateKeywords`, as `lychee generate` does.
     """
 
     path: Path
@@ -87,11 +91,27 @@ class LLM:
     def __post_init__(self) -> None:
         self.spec, self.weights = ModelSpec.split(self.model)
         self._router: Router | None = None
+        self._digest: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its id on the Hub if it lies in the Hub's cache, else its folder's name."""
+        folder = self.path.resolve()
+        repository = folder.parent.parent.name
+        if folder.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/")
+        return folder.name
 
     @property
     def dtype(self) -> np.dtype:
         """Of weights, activations and cache."""
         return np.dtype(self.weights[0].dtype)
+
+    def weights_digest(self, on_progress: Callable[[int, int], None] | None = None) -> str:
+        """What tells the weights from others, by every number; hashed once. `on_progress` gets bytes done and all."""
+        if self._digest is None:
+            self._digest = weights_digest(self.spec.names, self.weights, on_progress)
+        return self._digest
 
     def engine(self, options: EngineOptions) -> Engine:
         """The engine for these options. There is one at a time: other options free its cache first.
@@ -205,7 +225,7 @@ class LLM:
         template_kwargs: Mapping[str, Any] | None = None,
         stop: str | Iterable[str] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
-        **options: Any,
+        **options: Unpack[GenerateKeywords],
     ) -> Generation:
         """Continue one prompt or several: texts, conversations, or rows of token ids, which are used as they are.
 
@@ -217,10 +237,11 @@ class LLM:
             template_kwargs: keywords for the chat template, such as `{"enable_thinking": False}`.
             stop: a text before which a row ends, or several; a special token's name is one too.
             on_prefill: called with the prompt tokens that were read, and how many there are.
-            options: see the class.
+            options: see `GenerateKeywords`.
 
         Raises:
             UserError: bad input, told in one line.
+            TypeError: an option that does not exist.
         """
         chosen = self.options(**options)
         rows = encode_prompts(
@@ -233,13 +254,16 @@ class LLM:
             pass
         result = stream.result()
         return Generation(
-            [len(row) for row in rows],
-            result.tokens,
-            result.logprobs,
-            [text.text for text in texts] if texts is not None else None,
-            result.finish_reason,
-            result.timing,
-            result.attention,
+            tokens=result.tokens,
+            logprobs=result.logprobs,
+            text=[text.text for text in texts] if texts is not None else None,
+            finish_reason=result.finish_reason,
+            usage=[
+                Usage(len(row), cached, len(new))
+                for row, cached, new in zip(rows, result.cached_tokens, result.tokens, strict=True)
+            ],
+            timing=result.timing,
+            attention=result.attention,
         )
 
     def stream(
@@ -252,7 +276,7 @@ class LLM:
         template_kwargs: Mapping[str, Any] | None = None,
         stop: str | Iterable[str] | None = None,
         on_prefill: Callable[[int, int], None] | None = None,
-        **options: Any,
+        **options: Unpack[GenerateKeywords],
     ) -> Iterator[str]:
         """Continue one prompt: read now, its text is yielded as it becomes final. All else is as in `generate`."""
         chosen = self.options(**options)
@@ -267,25 +291,24 @@ class LLM:
             raise UserError(f"there are {len(rows)} prompts; only one can be streamed")
         return _pieces(self.stream_tokens(rows, chosen, on_prefill=on_prefill), texts)
 
-    def options(self, *, heads: str | Path | HeadMap | None = None, **keywords: Any) -> GenerateOptions:
+    def options(self, **keywords: Unpack[GenerateKeywords]) -> GenerateOptions:
         """The engine's options for the keywords that `generate` takes.
 
         Raises:
             UserError: a value out of its range, or a head map of another model.
             TypeError: a keyword that does not exist.
         """
-        policy = {field: keywords.pop(name) for name, field in _POLICY.items() if name in keywords}
-        sampling = {field: keywords.pop(name) for name, field in _SAMPLING.items() if name in keywords}
+        policy, sampling, others = sort_keywords(keywords)
         return GenerateOptions(
-            heads=self.choose_heads(heads),
+            **others,
+            heads=self.choose_heads(keywords.get("heads")),
             policy=SelectionPolicy(**policy),
             sampling=SamplingParams(**sampling),
             eos_ids=self.eos_ids,
-            **keywords,
         )
 
     def choose_heads(self, heads: str | Path | HeadMap | None = None) -> HeadMap:
-        """The map that `heads` names: "all", "none", a map or its file; None is the folder's, else all.
+        """The map that `heads` names: "all", "none", a map or its file; None is the model's own, else all.
 
         Raises:
             UserError: a map that cannot be read, or was made for another model.
@@ -305,7 +328,7 @@ class LLM:
 
 
 def choose_heads(config: ModelConfig, own: HeadMap | None, heads: str | Path | HeadMap | None) -> HeadMap:
-    """The map that `heads` names; None is the folder's `own`, else all heads. See `LLM.choose_heads`."""
+    """The map that `heads` names; None is the model's `own`, else all heads. See `LLM.choose_heads`."""
     if heads is None:
         return own or HeadMap.all(config)
     if heads == "all":

@@ -1,4 +1,4 @@
-"""A folder on disk in, a model ready to generate out: converted checkpoints, and Hugging Face's as they are."""
+"""A folder or a hub id in, a model ready to generate out: converted checkpoints, and Hugging Face's as they are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from checkpoints_convert import store
 from checkpoints_convert.converted import Converted
 from checkpoints_convert.export import export_hugging_face
+from checkpoints_convert.hub import locate
 from checkpoints_convert.source import INDEX, MARKER, SINGLE
 from checkpoints_convert.weights import Weights, check_dtype
 from lychee_jax.attention.head_map import HeadMap
@@ -20,10 +21,11 @@ from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
 from lychee_jax.llm import LLM, Generation, LoadedModel
+from lychee_jax.maps.shipped import SHIPPED, find_map
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.spec import ModelSpec
 
-__all__ = ["BUNDLED", "LLM", "Generation", "LoadedModel", "load", "read_config", "save"]
+__all__ = ["BUNDLED", "LLM", "Generation", "LoadedModel", "find", "load", "read_config", "save"]
 
 BUNDLED = Path(__file__).parent / "bundled"
 """The model that the package brings along."""
@@ -32,26 +34,43 @@ BUNDLED = Path(__file__).parent / "bundled"
 type BeforeWeights = Callable[[Path, ModelConfig, HeadMap | None, tuple[int, ...]], None]
 
 
+def find(path: str | Path | None = None) -> Path:
+    """The folder of a model: the one of that name, else of a model on the Hugging Face Hub, which is downloaded.
+
+    Args:
+        path: a folder, or a hub id such as "Qwen/Qwen3-8B"; None is the model that the package brings along.
+
+    Raises:
+        UserError: no such folder, or nothing that the Hub would give us.
+    """
+    return BUNDLED if path is None else locate(str(path))
+
+
 def load(
-    path: str | Path | None = None, dtype: str | None = None, *, before_weights: BeforeWeights | None = None
+    path: str | Path | None = None,
+    dtype: str | None = None,
+    *,
+    maps: Path = SHIPPED,
+    before_weights: BeforeWeights | None = None,
 ) -> LLM:
     """Load a converted folder or a Hugging Face folder (config.json and safetensors) onto the default device.
 
-    Tensors come one at a time (of a converted folder: one layer at a time), are checked, cast and sent to the device.
+    A model on the Hugging Face Hub is downloaded first, the needed files only, or taken from the Hub's cache. Tensors
+    come one at a time (of a converted folder: one layer at a time), are checked, cast and sent to the device.
 
     Args:
-        path: the folder; None is the model that the package brings along.
+        path: the folder, or a hub id such as "Qwen/Qwen3-8B"; None is the model that the package brings along.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
-        before_weights: called with the folder, the config, the folder's head map and the ids that end a text, before
-            the weights are read: what is compiled in the background from here on compiles while they come.
+        maps: a folder of head maps; where the model's own folder has no heads.json, the one made for its config is
+            taken. By default, the maps that the package ships.
+        before_weights: called with the folder, the config, the head map and the ids that end a text, before the
+            weights are read: what is compiled in the background from here on compiles while they come.
 
     Raises:
         UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line.
     """
-    folder = Path(path).expanduser() if path is not None else BUNDLED
     check_dtype(dtype)
-    if not folder.is_dir():
-        raise UserError(f"no such folder: {folder}")
+    folder = find(path)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"not a checkpoint: {folder} has no config.json; looked for a converted folder "
@@ -67,7 +86,8 @@ def load(
         config = weights.config
         dtype = dtype or config.dtype
         arrays = ((path, weights.read(path, dtype)) for path in weights.keys)
-    heads = HeadMap.load(folder / "heads.json", config) if (folder / "heads.json").exists() else None
+    own = folder / "heads.json"
+    heads = HeadMap.load(own, config) if own.exists() else find_map(config, maps)
     eos_ids = _eos_ids(folder, config)
     config = dataclasses.replace(config, dtype=dtype)
     if before_weights is not None:
@@ -76,12 +96,12 @@ def load(
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The config of a converted or a Hugging Face folder, whose weights are not loaded.
+    """The config of a converted or a Hugging Face folder, or of a model on the Hub, whose weights are not loaded.
 
     Raises:
         UserError: no such folder, or no checkpoint that is supported.
     """
-    folder = Path(path).expanduser()
+    folder = locate(str(path), weights=False)
     config = ModelConfig.from_folder(folder)
     shards = [folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()]
     # A checkpoint that calls itself tied may hold a head of its own, and then is another model.

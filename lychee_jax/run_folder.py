@@ -1,7 +1,7 @@
 """A folder that a run claims, resumes, and refuses if it holds another run.
 
-A file in it says what decides the run's results; lines of results are appended as they come. An interrupt may cut off
-the last line, which the next run removes.
+A file in it says what decides the run's results: settings, and digests of all contents that are read. Lines of results
+are appended as they come; an interrupt may cut off the last one, which the next run removes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lychee_jax.errors import UserError
@@ -18,34 +19,53 @@ _log = logging.getLogger(__name__)
 
 type Record = dict[str, Any]
 
+_INPUTS = "inputs"
 
-def claim(folder: Path, settings: Mapping[str, Any], file: str = "plan.json") -> None:
-    """Make a new folder this run's own, or check that the run in it has the same settings.
+
+def claim(
+    folder: Path,
+    settings: Mapping[str, Any],
+    file: str = "plan.json",
+    *,
+    inputs: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Make a new folder this run's own, or check that the run in it has the same settings and reads the same.
+
+    What a run reads counts by its content, not by its name or place: give digests.
 
     Args:
         folder: made if it is missing; other files in it are left alone.
         settings: what decides the results; plain data. A setting that is absent equals None.
         file: where the folder keeps them.
+        inputs: digests of texts and data, by name. A run may come to read more, but nothing it has read may change.
 
     Raises:
-        UserError: the folder is a file, or holds a run with other settings.
+        UserError: the folder is a file, or holds another run; what differs, by name.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; give a folder")
     record, wanted = folder / file, parse_json(json_text(settings), "the settings")
     if not record.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(record, wanted)
+        write_json(record, {**wanted, **({_INPUTS: dict(inputs)} if inputs else {})})
         return
     try:
         found = read_json_object(record)
     except UserError as error:
         raise UserError(f"{error}; remove the folder or give another --output") from error
+    known: dict[str, Any] = found.pop(_INPUTS, None) or {}
     if other := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
         changes = ", ".join(f"{name} was {found.get(name)!r}, now {wanted.get(name)!r}" for name in other)
         raise UserError(
             f"--output {folder} holds a run with other settings ({changes}); give another folder or remove that one"
         )
+    if changed := [name for name, digest in inputs.items() if known.get(name, digest) != digest]:
+        raise UserError(
+            f"--output {folder} holds a run that has read other contents of {', '.join(changed)}; "
+            "give another folder or remove that one"
+        )
+    if not inputs.keys() <= known.keys():
+        write_json(record, {**found, _INPUTS: {**known, **inputs}})
     _log.info("%s holds this run: it is resumed", folder)
 
 

@@ -35,6 +35,18 @@ def test_another_run_is_refused_by_the_settings_that_differ(tmp_path: Path):
     assert read_json(tmp_path / "plan.json") == json.loads(json.dumps(SETTINGS))
 
 
+def test_what_was_read_may_grow_but_not_change(tmp_path: Path):
+    claim(tmp_path, SETTINGS, inputs={"a.txt": "1"})
+    claim(tmp_path, SETTINGS, inputs={"b.txt": "2"})
+    claim(tmp_path, SETTINGS)
+    before = (tmp_path / "plan.json").read_bytes()
+    with pytest.raises(UserError, match=r"has read other contents of a\.txt, b\.txt; give another folder"):
+        claim(tmp_path, SETTINGS, inputs={"a.txt": "2", "b.txt": "1", "c.txt": "3"})
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        claim(tmp_path, SETTINGS | {"seed": 1}, inputs={"a.txt": "1"})
+    assert (tmp_path / "plan.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(("content", "message"), [("{]", "is not valid JSON"), ("[1]", "must hold a JSON object")])
 def test_what_is_in_the_way_stays_as_it_is(tmp_path: Path, content: str, message: str):
     file = tmp_path / "settings.json"

@@ -50,7 +50,7 @@ class Gated:
     def __call__(
         self, index: int, q: jax.Array, k: jax.Array, v: jax.Array, state: Bool[Array, "B K T P"] | None
     ) -> tuple[jax.Array, Bool[Array, "B K T P"]]:
-        """Attend in both ways, a block of queries at a time: no T × S matrix outlives its block."""
+        """Attend in both modes, a block of queries at a time: no T × S matrix outlives its block."""
         if self.remembered is not None:
             k, v = (_put(old, new, self.starts) for old, new in zip(self.remembered[index], (k, v), strict=True))
         batch, length, kv_heads, groups, head_dim = q.shape

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Float
+
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.files import json_text, parse_json, read_json
@@ -39,6 +42,22 @@ class HeadMap:
         """Only layer 0 retrieves."""
         first = (tuple(range(config.num_kv_heads)),)
         return cls(config.num_layers, config.num_kv_heads, first + ((),) * (config.num_layers - 1), model="none")
+
+    @classmethod
+    def from_roles(cls, roles: Bool[np.ndarray, "L K"], *, model: str, meta: dict[str, Any]) -> "HeadMap":
+        """The map in which the heads that are true in `roles` retrieve.
+
+        Raises:
+            UserError: a head of layer 0 does not.
+        """
+        retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
+        layers, kv_heads = roles.shape
+        return cls(layers, kv_heads, retrieval, model=model, meta=json_text(meta, sort_keys=True))
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The `ModelConfig.fingerprint` of the model that the map was made for, if the map tells it."""
+        return parse_json(self.meta, "the head map's meta").get("fingerprint")
 
     @property
     def num_retrieval(self) -> int:
@@ -109,9 +128,29 @@ class HeadMap:
                 f"{label}: made for {self.num_layers} layers × {self.num_kv_heads} KV heads, "
                 f"but the model has {config.num_layers} × {config.num_kv_heads}"
             )
-        fingerprint = parse_json(self.meta, "the head map's meta").get("fingerprint")
-        if fingerprint is not None and fingerprint != config.fingerprint():
+        if self.fingerprint is not None and self.fingerprint != config.fingerprint():
             raise UserError(f"{label}: made for another model (its fingerprint differs from this model's)")
+
+
+def highest_roles(scores: Float[np.ndarray, "L K"], count: int) -> Bool[np.ndarray, "L K"]:
+    """Which heads retrieve: all of layer 0, and those with the highest scores until there are `count`.
+
+    Ties go to the lower layer, then to the lower head. What stands in row 0 does not matter.
+
+    Raises:
+        UserError: fewer than layer 0 has, or more than there are.
+    """
+    layers, kv_heads = scores.shape
+    if not kv_heads <= count <= layers * kv_heads:
+        raise UserError(
+            f"{count} retrieval heads: layer 0 alone has {kv_heads}, and the model has {layers * kv_heads} KV heads"
+        )
+    order = np.argsort(-scores[1:].flatten(), kind="stable")
+    layer, head = np.divmod(order[: count - kv_heads], kv_heads)
+    roles = np.zeros((layers, kv_heads), bool)
+    roles[0] = True
+    roles[1 + layer, head] = True
+    return roles
 
 
 def _check_roles(num_layers: Any, num_kv_heads: Any, retrieval: Any) -> tuple[tuple[int, ...], ...]:

@@ -1,7 +1,7 @@
 """Time of a decoded token over a long cache: dense, hybrid and auto side by side, and their attention alone.
 
 The cache is filled with random keys and values: no prefill is needed, and the pages that heads pick lie everywhere.
-The ways take turns and every number is a median, so that whatever else the machine does slows all of them alike.
+The modes take turns and every number is a median, so that whatever else the machine does slows all of them alike.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lychee_jax.llm import LLM
 from pallas_kernels import KVPages
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
-# The plain way to attend in JAX, over keys and values that lie in one piece: what a paged cache has to stand beside.
+# JAX's own attention, over contiguous keys and values: the baseline of a paged cache.
 _RIVAL = "jax.nn"
 
 
@@ -101,7 +101,7 @@ class DecodeReport:
 def run(
     model: LLM, options: GenerateOptions, *, context: int = 32768, tokens: int = 16, repeats: int = 5
 ) -> DecodeReport:
-    """Measure one sequence of `context` cached tokens; a sample of a way is the mean over `tokens` decoded ones.
+    """Measure one sequence of `context` cached tokens; a sample of a mode is the mean over `tokens` decoded ones.
 
     Of `options`, the roles, the policy, the page size and the implementation count.
 
@@ -191,9 +191,9 @@ def _attention_calls(
         return out
 
     paged(None)  # appends what every later call appends again
-    # The keys and values of every layer in one piece, as a cache without pages has them.
+    # The keys and values of every layer, contiguous, as a cache without pages has them.
     plain = tuple(_contiguous(pool, table, context) for pool in held[0])
-    # Where one call may be shorter than what starts it, several are on their way at once.
+    # Where a call may be shorter than its dispatch, several are in flight at once.
     calls = 1 if jax.default_backend() == "cpu" else 8
 
     def timed(call: Callable[[], jax.Array]) -> tuple[float, float]:
@@ -269,7 +269,7 @@ def _report(
     kv_bytes = config.num_layers * config.num_kv_heads * page * pages_for(context, options.page_size)
     device = jax.devices()[0]
     return DecodeReport(
-        model=model.path.name,
+        model=model.name,
         device=f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind,
         dtype=str(model.dtype),
         context=context,

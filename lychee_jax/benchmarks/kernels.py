@@ -1,7 +1,7 @@
-"""Time of each op beside its rivals, in one process: our kernels, plain XLA, cuDNN through JAX, and torch if it can.
+"""Time of each op and its baselines, in one process: our kernels, plain XLA, cuDNN through JAX, and torch if it can.
 
-A sample is one program of many calls, over caches that take turns, so that nothing comes from the L2 and what the host
-does for a program hardly counts.
+A sample is one program of many calls, over caches that take turns, so that nothing comes from the L2 and the host's
+share hardly counts.
 """
 
 import dataclasses
@@ -165,7 +165,7 @@ def measure_batch(
 
     attention: dict[str, float] = {}
     if rivals:
-        report(f"dense rivals, batch {batch}")
+        report(f"dense baselines, batch {batch}")
         attention = _dense_rivals(shape, batch, context, queries, repeats, working_set)
     for name, heads, read, call in cases:
         add(
@@ -214,7 +214,7 @@ def _time(call: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) ->
 def _dense_rivals(
     shape: Shape, batch: int, context: int, queries: list[jax.Array], repeats: int, working_set: int
 ) -> dict[str, float]:
-    """Dense attention over keys and values that lie in one piece."""
+    """Dense attention over contiguous keys and values."""
     found = {}
     if jax.default_backend() == "gpu":
         turns = max(2, -(-working_set // (2 * batch * context * shape.kv_heads * shape.head_dim * 2)))
@@ -238,8 +238,8 @@ def _dense_rivals(
 
 
 def table(rows: Sequence[KernelRow]) -> str:
-    """For people."""
-    lines = [f"{'op':<14} {'batch':>5} {'retrieving':>10} {'µs':>9} {'bytes allow':>11} {'ratio':>6}  rivals (µs)"]
+    """The rows as text."""
+    lines = [f"{'op':<14} {'batch':>5} {'retrieving':>10} {'µs':>9} {'bytes allow':>11} {'ratio':>6}  baselines (µs)"]
     for row in rows:
         rivals = ", ".join(f"{name} {us:.1f}" for name, us in row.rivals.items())
         lines.append(

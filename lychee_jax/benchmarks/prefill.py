@@ -88,7 +88,7 @@ def measure(
 
 
 def table(rows: list[PrefillRow]) -> str:
-    """For people."""
+    """The rows as text."""
     lines = [
         f"{'model':<12} {'tokens':>8} {'seconds':>8} {'TFLOP/s':>8} {'of 989':>7}  attention's part of the operations"
     ]

@@ -1,6 +1,6 @@
 """Requests through the engine as a server gets them: arrivals at random, prompts of mixed lengths; no network.
 
-The same requests are served until a pass compiles nothing: the first warms up, and what compilers took is told apart.
+The same requests are served until a pass compiles nothing: the first warms up, and compile time is reported apart.
 """
 
 import collections
@@ -325,7 +325,7 @@ def targets(name: str, row: ServeRow) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[ServeRow]) -> str:
-    """For people."""
+    """The rows as text."""
 
     def each(label: str, *numbers: int | float | None, form: str = ",.2f") -> str:
         return f"{label:<42}" + "".join(f" {'–' if n is None else format(n, form):>14}" for n in numbers)

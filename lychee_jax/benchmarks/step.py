@@ -1,7 +1,7 @@
 """Time of the whole jitted decode step of a large model: random weights of its shape, a cache of random content.
 
-Dense attention is timed in two ways: over pages, as the engine decodes, and with cuDNN over caches that lie in one
-piece, the best that JAX offers without pages. Hybrid attention and its rivals run in the same process.
+Dense attention is timed with two backends: over pages, as the engine decodes, and with cuDNN over contiguous caches,
+the best that JAX offers without pages. Hybrid attention and these baselines run in the same process.
 """
 
 import concurrent.futures
@@ -28,6 +28,7 @@ from lychee_jax.cache.pages import Pools, make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.options import EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.programs import DecodePlan, Rows, decode_block, make_rows
+from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
@@ -99,7 +100,7 @@ def measure(
     repeats: int = 7,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[StepRow]:
-    """Time a decode step at each batch size: a row for the hybrid step, its rivals beside it.
+    """Time a decode step at each batch size: a row for the hybrid step, with the dense baselines in it.
 
     A sample is the mean of 3 × 16 steps that are sent without waiting, as `generate` does.
     """
@@ -218,7 +219,7 @@ class _Paged(_Program):
         table = np.zeros((width, max_pages(context, page_size)), np.int32)
         table[:batch, :each] = np.arange(batch * each).reshape(batch, each)
         busy = np.arange(slots) < batch
-        rows = make_rows(slots, config.vocab_size, 8)._replace(
+        rows = make_rows(slots, config.vocab_size, MAX_EOS_IDS)._replace(
             position=np.where(busy, context - _STEPS, 0).astype(np.int32), active=busy,
             remaining=np.full((slots,), np.iinfo(np.int32).max, np.int32),
         )  # fmt: skip
@@ -301,7 +302,7 @@ def _contiguous_block(
 
 @dataclasses.dataclass
 class _Contiguous(_Program):
-    """Caches that lie in one piece, and cuDNN."""
+    """Contiguous caches, and cuDNN."""
 
     cache: jax.ShapeDtypeStruct
     layers: int
@@ -339,7 +340,7 @@ def _rotary(config: ModelConfig, numbers: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def table(rows: Sequence[StepRow]) -> str:
-    """For people."""
+    """The rows as text."""
     lines = [
         f"{'model':<12} {'batch':>5} {'hybrid µs':>10} {'bytes allow':>11} {'ratio':>6}  dense (µs, and over hybrid)"
     ]

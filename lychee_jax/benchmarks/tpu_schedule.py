@@ -128,7 +128,7 @@ class Schedule:
         return sum(self.bundles.get(n, "").count(instruction) for n in range(loop[0], loop[1] + 1))
 
     def longest(self, first: int, last: int, without: Callable[[int], bool] = lambda _: False) -> int:
-        """Bundles on the longest way from `first` to `last` without going backwards, by no bundle of `without`."""
+        """Bundles on the longest path from `first` to `last` without going backwards and without those of `without`."""
         reach = {first: 1}
         best = 0
         for number in range(first, last + 1):
@@ -146,7 +146,7 @@ class Schedule:
             for to in following:
                 reach[to] = max(reach.get(to, 0), length + 1)
         if best == 0:
-            raise ValueError(f"no way from bundle {first} to bundle {last}")
+            raise ValueError(f"no path from bundle {first} to bundle {last}")
         return best
 
 

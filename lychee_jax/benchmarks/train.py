@@ -87,7 +87,7 @@ def measure(
 
 
 def table(rows: list[TrainRow]) -> str:
-    """For people."""
+    """The rows as text."""
     lines = [f"{'model':<12} {'loss':<7} {'batch':>5} {'tokens':>7} {'seconds':>8} {'peak GB':>8}  a step"]
     for row in rows:
         peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.1f}"

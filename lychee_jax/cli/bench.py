@@ -184,9 +184,7 @@ def bench_train(
 
 @app.command("serve")
 def bench_serve(
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Through the engine in this process; there is no other way yet.")
-    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Through the engine in this process.")] = False,
     scenario: Annotated[
         Literal["full-batch", "long-prompt", "mixed"],
         typer.Option(
@@ -276,7 +274,7 @@ def bench_serve(
     traffic = serve.scenario(scenario, config, jax.default_backend(), **changes)
     serve.arrivals(traffic, config, seed)  # refused before weights are made
     if loaded is not None:
-        name, spec, weights, head_map = loaded.path.name, loaded.spec, loaded.weights, loaded.choose_heads(heads)
+        name, spec, weights, head_map = loaded.name, loaded.spec, loaded.weights, loaded.choose_heads(heads)
     else:
         name = str(shape)
         named = {
@@ -318,7 +316,7 @@ def bench_kernels(
     ] = 1 << 30,
     json_file: JsonOption = None,
 ) -> None:
-    """Time each op for a layer of Llama-3-8B beside its rivals, in the same run."""
+    """Time each op for a layer of Llama-3-8B, and its baselines in the same run."""
     # torch, where it is, needs room beside JAX.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if min(context, page_size, repeats, working_set) < 1 or pages < 7:
@@ -339,7 +337,7 @@ def bench_tpu(
 ) -> None:
     """Predict the TPU kernels' times from the compiler's own schedule, on any Linux machine.
 
-    Needs libtpu (pip install libtpu), which compiles for TPUs without one. What is assumed stands below the table.
+    Needs libtpu (pip install libtpu), which compiles for TPUs without one. The assumptions are printed below the table.
     """
     from lychee_jax.benchmarks import tpu_schedule
     from lychee_jax.cli.console import progress_bar
@@ -348,6 +346,21 @@ def bench_tpu(
     with progress_bar() as progress:
         report = tpu_schedule.run(chips, on_row=lambda done, total: progress("compile", done, total))
     _show(dataclasses.asdict(report), json_file, str(report).rstrip("\n"))
+
+
+@app.command("targets")
+def bench_targets(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE…", help="Results as JSON, with the targets they list.")],
+) -> None:
+    """Print the targets that results files miss.
+
+    [b]Example[/b]
+
+    [cyan]lychee bench targets docs/results/engine.json[/cyan]
+    """
+    from lychee_jax.benchmarks import targets
+
+    print(targets.table(files))
 
 
 def _tell(line: str) -> None:

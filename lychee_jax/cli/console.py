@@ -36,7 +36,8 @@ def load_model(model: str | None, dtype: str | None, before_weights: BeforeWeigh
     """Load what --model and --dtype name, with a spinner on standard error where that is a terminal."""
     from rich.markup import escape
 
-    from lychee_jax.loading import load
+    from lychee_jax.loading import find, load
 
+    folder = find(model)  # a download shows its own progress
     with Console(stderr=True).status(f"Loading {escape(model) if model else 'the bundled model'}"):
-        return load(model, dtype, before_weights=before_weights)
+        return load(folder, dtype, before_weights=before_weights)

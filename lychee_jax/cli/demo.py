@@ -53,7 +53,7 @@ class DemoReport:
     facts: int
     questions: list[DemoQuestion]
     prefill_s: float
-    token_ms: dict[str, float]
+    token_ms: dict[str, float | None]  # None: no token after the first
     kv_read_share: dict[str, float]
     budget: int
     retrieval_heads: int
@@ -72,7 +72,7 @@ class DemoReport:
         sums = Table("", *_MODES)
         count = len(self.questions)
         sums.add_row("right answers", *(f"{sum(q.right[mode] for q in self.questions)} of {count}" for mode in _MODES))
-        sums.add_row("time per token", *(f"{self.token_ms[mode]:.1f} ms" for mode in _MODES))
+        sums.add_row("time per token", *(f"{ms:.1f} ms" if (ms := self.token_ms[mode]) else "–" for mode in _MODES))
         sums.add_row("share of the KV cache read", *(f"{self.kv_read_share[mode]:.1%}" for mode in _MODES))
         for column in sums.columns[1:]:
             column.justify = "right"
@@ -112,7 +112,7 @@ def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> Demo
         answers = {mode: _text(model, tokenizer, results[mode].tokens[row]) for mode in _MODES}
         right = {mode: is_right(answer, expected) for mode, answer in answers.items()}
         questions.append(DemoQuestion(_bare(question), expected, position, answers, right))
-    share = {mode: result.attention["kv_read_share"] for mode, result in results.items()}
+    share = {mode: result.attention.kv_read_share for mode, result in results.items()}
     total = heads.num_layers * heads.num_kv_heads
     sparse = total - heads.num_retrieval
     picture = output / "heads.png"
@@ -120,13 +120,15 @@ def run(model: LLM, output: Path, *, seed: int = 0, length: int = 16384) -> Demo
         heads, picture, sparse_share=(share["hybrid"] * total - heads.num_retrieval) / sparse if sparse else None
     )
     return DemoReport(
-        model=model.path.name,
+        model=model.name,
         seed=seed,
         document_tokens=len(tokenizer.encode(document)),
         facts=sum(hidden for hidden, _ in _FACTS.values()),
         questions=questions,
         prefill_s=results[_MODES[0]].timing.prefill_s,
-        token_ms={mode: 1e3 / result.timing.tokens_per_s for mode, result in results.items()},
+        token_ms={
+            mode: 1e3 / rate if (rate := result.timing.tokens_per_s) else None for mode, result in results.items()
+        },
         kv_read_share=share,
         budget=budget,
         retrieval_heads=heads.num_retrieval,

@@ -1,4 +1,4 @@
-"""`lychee eval`: benchmarks of what a model answers, in several variants to attend at once."""
+"""`lychee eval`: benchmarks of what a model answers, with several variants of attention at once."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def eval_passkey(
     made = [Passkey(tokenizer_of(loaded), name, facts, seed, chat=asked) for name in _names("--tasks", tasks)]
     cells = [Cell(task, length, samples, depth) for length in sizes for task in made for depth in places]
     plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts, **_settings(asked)})
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "facts": facts, **_settings(asked, loaded)})
 
 
 @eval_app.command("ruler")
@@ -227,7 +227,7 @@ def eval_ruler(
     made = [Ruler(tokenizer_of(loaded), name, files, seed, asked) for name in names]
     cells = [Cell(task, length, samples) for length in sizes for task in made]
     plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": False, **_settings(asked)})
+    _evaluate(loaded, STYLE, plan, output, {"seed": seed, "chat": False, **_settings(asked, loaded)})
 
 
 @eval_app.command("longbench")
@@ -310,7 +310,7 @@ def eval_longbench(
     sizes = sizes or [loaded.config.max_tokens - max(LONGBENCH[name].max_new_tokens for name in names)]
     cells = [Cell(task, length, min(samples, len(task.lines))) for length in sizes for task in made]
     plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch, decode_last)
-    _evaluate(loaded, STYLE, plan, output, {"chat": False, **_settings(asked)})
+    _evaluate(loaded, STYLE, plan, output, {"chat": False, **_settings(asked, loaded)})
 
 
 @eval_app.command("perplexity")
@@ -362,7 +362,7 @@ def eval_perplexity(
     [cyan]lychee eval perplexity --model my-8b --text book.txt --lengths 8192,32768 --budget 1024,4096[/cyan]
     """
     from lychee_jax.evaluation.cases import Cell
-    from lychee_jax.evaluation.perplexity import STYLE, FilePerplexity, OwnPerplexity
+    from lychee_jax.evaluation.perplexity import STYLE, OwnPerplexity, file_tasks
     from lychee_jax.evaluation.runner import EvaluationPlan, tokenizer_of
     from lychee_jax.evaluation.variants import variants_of
 
@@ -375,7 +375,7 @@ def eval_perplexity(
     )
     loaded = load_model(model, dtype)
     tokenizer = tokenizer_of(loaded)
-    made: list[Task] = [FilePerplexity(tokenizer, path, scored, samples) for path in text or ()]
+    made: list[Task] = [*file_tasks(tokenizer, text or (), scored, samples)]
     made = made or [OwnPerplexity(tokenizer, scored, seed)]
     cells = [Cell(task, length, samples) for task in made for length in sizes]
     plan = EvaluationPlan(cells, variants, _of_model(loaded, options, heads), batch)
@@ -453,9 +453,13 @@ def _chat(chat: bool, system: str | None, messages: Path | None, template_kwargs
     return make_chat_options(chat=chat, system=system, messages=turns, template_kwargs=keywords)
 
 
-def _settings(chat: ChatOptions | None) -> dict[str, object]:
+def _settings(chat: ChatOptions | None, loaded: LLM) -> dict[str, object]:
     """What a run's folder keeps of the chat."""
-    return {} if chat is None else chat.to_json()
+    from lychee_jax.files import digest_of, json_text
+
+    if chat is None or loaded.tokenizer is None:
+        return {}
+    return {**chat.to_json(), "chat_template": digest_of(json_text(loaded.tokenizer.chat_template))}
 
 
 def _of_model(loaded: LLM, options: GenerateOptions, heads: str | None) -> GenerateOptions:

@@ -102,7 +102,14 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel=shared.SAMPLING)] = 0,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Tokens to generate at most.", rich_help_panel=_OUTPUT)
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            "--max-tokens",
+            metavar="N",
+            help="Tokens to generate at most.",
+            rich_help_panel=_OUTPUT,
+        ),
     ] = 128,
     stop: Annotated[
         list[str] | None,
@@ -286,7 +293,7 @@ def _as_json(prompts: list[list[int]], result: Result, texts: list[TextStream] |
         "text": [text.text for text in texts] if texts is not None else None,
         "finish_reason": result.finish_reason,
         "timing": dataclasses.asdict(result.timing),
-        "attention": result.attention,
+        "attention": dataclasses.asdict(result.attention),
     }
 
 
@@ -296,8 +303,8 @@ def _statistics(prompts: list[list[int]], result: Result) -> str:
     parts = [
         f"{prompt:,} prompt tokens in {timing.prefill_s:.2f} s",
         f"{new:,} new in {timing.decode_s:.2f} s ({timing.tokens_per_s:.1f} tokens/s)",
-        f"{attention['mode']} attention, {attention['retrieval_heads']} of {attention['kv_heads']} KV heads retrieve, "
-        f"{attention['kv_read_share']:.0%} of the cache read",
+        f"{attention.mode} attention, {attention.retrieval_heads} of {attention.kv_heads} KV heads retrieve, "
+        f"{attention.kv_read_share:.0%} of the cache read",
     ]
     return " · ".join(parts)
 

@@ -1,4 +1,4 @@
-"""`lychee heads`: head maps as text and as pictures."""
+"""`lychee heads`: head maps as text and as pictures, and maps made of what other projects publish."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import typer
 if TYPE_CHECKING:
     from lychee_jax.attention.head_map import HeadMap
 
-heads_app = typer.Typer(help="Look at a head map: which KV heads retrieve.", rich_markup_mode="rich")
+heads_app = typer.Typer(
+    help="Look at a head map, which says what KV heads retrieve, or import one.", rich_markup_mode="rich"
+)
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A head map (heads.json).")]
 ModelOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--model",
-        metavar="DIR",
+        metavar="DIR|HUB-ID",
         show_default="any model's maps are shown",
-        help="Refuse a map that was not made for the checkpoint in this folder; its weights are not loaded.",
+        help="Refuse a map that was not made for this checkpoint; its weights are not loaded.",
     ),
 ]
 
@@ -58,6 +60,52 @@ def heads_plot(
     print(target)
 
 
+@heads_app.command("import")
+def heads_import(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="DuoAttention's full_attention_heads.tsv: a line for each layer, with a number from 0 to 1 for each "
+            "KV head, separated by tabs.",
+        ),
+    ],
+    model: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Folder of the checkpoint that the scores belong to; its weights are not loaded."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the head map goes.")],
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCORE", show_default="0.5", help="Heads with at least this score retrieve, and all of layer 0."
+        ),
+    ] = None,
+    retrieval_heads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Instead of a threshold: the N heads with the highest scores retrieve, all of layer 0 among them.",
+        ),
+    ] = None,
+) -> None:
+    """Make a head map of the scores that DuoAttention (arXiv 2410.10819) publishes for a model.
+
+    [b]Example[/b]
+
+    [cyan]lychee heads import full_attention_heads.tsv --model my-8b --output heads.json --retrieval-heads 32[/cyan]
+    """
+    from lychee_jax.loading import read_config
+    from lychee_jax.maps.duo_attention import import_map
+
+    label = model.expanduser().resolve().name
+    head_map = import_map(file, read_config(model), label, threshold=threshold, retrieval_heads=retrieval_heads)
+    head_map.save(output)
+    print_map(head_map, str(output))
+
+
 def print_map(head_map: HeadMap, name: str) -> None:
     """The roles of all heads on standard output, under the map's label or else `name`."""
     total = head_map.num_layers * head_map.num_kv_heads
@@ -67,7 +115,7 @@ def print_map(head_map: HeadMap, name: str) -> None:
         print(f"layer {layer:>3}  {marks}")
 
 
-def _read(file: Path, model: Path | None) -> HeadMap:
+def _read(file: Path, model: str | None) -> HeadMap:
     from lychee_jax.attention.head_map import HeadMap
 
     if model is None:

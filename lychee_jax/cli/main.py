@@ -17,9 +17,12 @@ from lychee_jax.cli.bench import app as bench_app
 from lychee_jax.cli.console import load_model
 from lychee_jax.cli.evaluate import eval_app
 from lychee_jax.cli.generate import generate
+from lychee_jax.cli.harness import eval_harness
 from lychee_jax.cli.heads import heads_app
+from lychee_jax.cli.serve import serve
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
+from lychee_jax.notices import notices_on_stderr
 from lychee_jax.tpu_environment import has_tpu, without_tpu
 
 app = typer.Typer(
@@ -38,8 +41,10 @@ app = typer.Typer(
 )
 app.add_typer(heads_app, name="heads")
 app.add_typer(bench_app, name="bench")
+eval_app.command("harness")(eval_harness)
 app.add_typer(eval_app, name="eval")
 app.command()(generate)
+app.command()(serve)
 app.command()(train_heads)
 
 
@@ -115,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        status = get_command(app).main(arguments, "lychee", standalone_mode=False)
+        with notices_on_stderr():
+            status = get_command(app).main(arguments, "lychee", standalone_mode=False)
         sys.stdout.flush()
     except (UserError, NotImplementedError) as error:  # the latter: a named implementation that does not cover this
         return _fail(str(error))
@@ -152,6 +158,7 @@ def _prepare_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     os.environ.setdefault("USE_TORCH", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone: XLA writes pages of warnings about GPU kernels
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # JAX leaves a quarter of a GPU unused by default
     if not has_tpu():  # libtpu may be there to compile with; it would complain on standard error
         without_tpu()

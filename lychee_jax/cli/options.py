@@ -1,5 +1,6 @@
 """The options that several commands share: names, help, defaults. Nothing here imports JAX, so that --help is quick."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -16,9 +17,10 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        metavar="DIR",
+        metavar="DIR|HUB-ID",
         show_default="the bundled model",
-        help="Folder of a converted or a Hugging Face checkpoint.",
+        help="Folder of a converted or a Hugging Face checkpoint, or a model on the Hugging Face Hub, which is "
+        "downloaded.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -51,12 +53,15 @@ HeadsOption = Annotated[
     typer.Option(
         "--heads",
         metavar="FILE|all|none",
-        show_default="heads.json in the model's folder",
+        show_default="heads.json in the model's folder, else the package's map for this config, else all",
         help="Which KV heads retrieve: a head map, [b]all[/b] (the dense result) or [b]none[/b] (only layer 0).",
         rich_help_panel=ATTENTION,
     ),
 ]
-PageSizeOption = Annotated[int, typer.Option(help="Tokens of a cache page.", rich_help_panel=ATTENTION)]
+PAGE_SIZE_NAMES = ("--page-size", "--block-size")  # the latter is vLLM's
+PageSizeOption = Annotated[
+    int, typer.Option(*PAGE_SIZE_NAMES, help="Tokens of a cache page.", rich_help_panel=ATTENTION)
+]
 BudgetOption = Annotated[
     int,
     typer.Option(
@@ -110,6 +115,11 @@ TemplateKwargsOption = Annotated[
         rich_help_panel=CHAT,
     ),
 ]
+
+
+def model_name(model: str | None) -> str:
+    """What a model is called that --model names: the last part of a path or of a hub id."""
+    return Path(model).expanduser().resolve().name if model is not None else "lychee"
 
 
 def template_kwargs_of(text: str | None) -> dict[str, Any] | None:

@@ -111,7 +111,9 @@ def train_heads(
             metavar="N", help="Tokens after a prompt: answers, and questions between them.", rich_help_panel=_ASKED
         ),
     ] = 768,
-    page_size: Annotated[int, typer.Option(help="Tokens of a cache page.", rich_help_panel=_READS)] = 64,
+    page_size: Annotated[
+        int, typer.Option(*shared.PAGE_SIZE_NAMES, help="Tokens of a cache page.", rich_help_panel=_READS)
+    ] = 64,
     budget: Annotated[
         int | None,
         typer.Option(

@@ -59,7 +59,7 @@ class Writer:
         self.eos: Tokens = [language.EOS] if self._own else list(config.eos_token_ids[:1])
         self.bos: Tokens = [language.BOS]
         if tokenizer is not None and not self._own:
-            self.bos = [token for token in tokenizer.encode("") if token not in self.eos]
+            self.bos = tokenizer.prefix_ids
 
     def text(self, text: str) -> Tokens:
         """Tokens of a text."""

@@ -51,12 +51,14 @@ class Programs:
         """How many different programs were called."""
         return len(self._called)
 
-    def prepare(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> None:
+    def prepare(
+        self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any
+    ) -> concurrent.futures.Future[Any]:
         """Start compiling `function(*static, *args)` in the background; `args` may be shapes."""
-        self._future(function, key, static, args, background=True)
+        return self._future(function, key, static, args, background=True)
 
     def __call__(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> Any:
-        """What the function returns; its arrays may still be on their way.
+        """What the function returns; its arrays may still be computed.
 
         Args:
             function: jitted; its first arguments are the `static` ones.

@@ -7,6 +7,7 @@ always has work while the host reads. What a request becomes never depends on it
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
@@ -18,11 +19,12 @@ import numpy as np
 from lychee_jax.cache.allocator import Allocator, next_power_of_two, pages_for
 from lychee_jax.cache.pages import cache_bytes
 from lychee_jax.config import ModelConfig
+from lychee_jax.engine.grammar import Grammar
 from lychee_jax.engine.kernel_support import refuse_uncovered
 from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.outputs import RequestOutput
 from lychee_jax.engine.programs import NO_TOKEN, NOT_FINITE
-from lychee_jax.engine.request import FinishReason, Request
+from lychee_jax.engine.request import MAX_EOS_IDS, FinishReason, Request
 from lychee_jax.engine.runner import Runner, SentBlock
 from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS
 from lychee_jax.engine.scheduler import Scheduler, SchedulerConfig
@@ -109,6 +111,11 @@ class Engine:
         return bool(self._requests or self._sent or self._ended)
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens that a prompt and what follows it may have: the model's limit, or all that the cache can hold."""
+        return min(self.max_model_len, self._most_pages * self.options.page_size)
+
+    @property
     def _allocated_pages(self) -> int:
         return self._runner.num_pages - self._scratch if self._runner is not None else 0
 
@@ -139,7 +146,7 @@ class Engine:
             raise UserError(f"the engine has ended: {self._failure}")
         if request.id in self._requests:
             raise UserError(f"request id {request.id!r} is taken")
-        need = self._check(request)
+        need = self.check(request)
         if self._scheduler is not None and not self._unscheduled and need <= self._allocated_pages:
             self._scheduler.add(request)
         else:
@@ -195,9 +202,11 @@ class Engine:
         outputs, self._ended = self._ended, []
         try:
             sent = self._send()
-            while self._sent and (len(self._sent) > self.config.blocks_ahead or not sent):
+            awaited = self._scheduler is not None and self._scheduler.awaits_tokens
+            ahead = 0 if awaited else self.config.blocks_ahead
+            while self._sent and (len(self._sent) > ahead or not sent):
                 outputs += self._receive(self._sent.popleft())
-                if outputs:
+                if outputs and not awaited:
                     break
         except (KeyboardInterrupt, NotImplementedError, UserError):
             self._fail("interrupted")
@@ -258,19 +267,22 @@ class Engine:
         together = 2 * sum(sorted(needs)[-self.options.max_num_seqs :])
         return max(max(needs), min(next_power_of_two(together), self._default_pages()))
 
-    def prepare(self, requests: Sequence[Request]) -> None:
+    def prepare(self, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
         """Compile in the background what these requests will need; neither weights nor a cache have to be there.
+
+        Returns:
+            one future for each program, done when it is compiled.
 
         Raises:
             UserError, NotImplementedError: as for `add_request`.
         """
         for request in requests:
-            self._check(request)
+            self.check(request)
         pages = max(self._pages_for(requests), self._allocated_pages) + self._scratch
         rehearsal = Rehearsal(
             self.spec, self.weights, self.options, self.config, num_pages=pages, max_model_len=self.max_model_len
         )
-        rehearsal.rehearse(self._books(rehearsal)[1], requests)
+        return rehearsal.rehearse(self._books(rehearsal)[1], requests)
 
     def _make_books(self, runner: Runner) -> None:
         """Nobody owns a page of the runner's cache, and nothing in it is known."""
@@ -309,6 +321,7 @@ class Engine:
         return [output for block in sent.blocks for output in self._read(block)]
 
     def _read(self, sent: SentBlock) -> Iterable[RequestOutput]:
+        assert self._scheduler is not None
         block = sent.block
         tokens, logprobs = np.asarray(block.tokens), np.asarray(block.logprobs)
         read = np.asarray(block.pages_read)
@@ -319,8 +332,11 @@ class Engine:
             top = np.asarray(block.top_ids), np.asarray(block.top_logprobs)
         for column, (request, first) in enumerate(zip(sent.requests, sent.first_steps, strict=True)):
             progress = self._requests.get(request.id)
-            if progress is None or progress.request is not request or progress.ended:
+            if progress is None or progress.request is not request:
                 continue  # it has ended meanwhile
+            self._scheduler.received(request.id)
+            if progress.ended:
+                continue
             output = RequestOutput(request.id)
             for step in range(len(tokens)):
                 token = int(tokens[step, column])
@@ -328,10 +344,7 @@ class Engine:
                     break
                 if token == NOT_FINITE:
                     output.finish_reason = "error"
-                    output.error = (
-                        f"the logits are not finite after {progress.delivered} new tokens: weights or activations "
-                        f"overflow in {self.dtype}; try float32 or bfloat16, and convert --verify"
-                    )
+                    output.error = self._why_no_token(request, progress.delivered)
                     break
                 output.tokens.append(token)
                 output.logprobs.append(float(logprobs[step, column]))
@@ -345,14 +358,36 @@ class Engine:
                     output.pages_read += int(read[step, column])
                     output.pages_held += self._pages_held(len(request.prompt) + first + step)
                 output.finish_reason = self._finish_reason(request, token, progress.delivered)
+                if request.grammar is not None:
+                    self._follow(request.grammar, token, output)
+            output.cached_tokens = self._scheduler.cached_tokens(request.id)
             if output.finish_reason is not None:
-                assert self._scheduler is not None
-                output.cached_tokens = self._scheduler.cached_tokens(request.id)
                 progress.ended = True
                 if not progress.hold:
                     self._end(request.id)
             if output.tokens or output.finish_reason is not None:
                 yield output
+
+    def _why_no_token(self, request: Request, delivered: int) -> str:
+        if request.grammar is not None and not request.grammar.mask().any():
+            return f"the grammar allows no token after {delivered} new ones"
+        return (
+            f"the logits are not finite after {delivered} new tokens: weights or activations overflow in "
+            f"{self.dtype}; try float32 or bfloat16, and convert --verify"
+        )
+
+    @staticmethod
+    def _follow(grammar: Grammar, token: int, output: RequestOutput) -> None:
+        """Tell the grammar of a token, and end the text where it does."""
+        if output.finish_reason == "stop":
+            return
+        try:
+            grammar.accept(token)
+        except UserError as error:
+            output.finish_reason, output.error = "error", str(error)
+            return
+        if grammar.finished:
+            output.finish_reason = "stop"
 
     def _pages_held(self, length: int) -> int:
         model = self.spec.config
@@ -364,8 +399,12 @@ class Engine:
             return "stop"
         return "length" if count >= request.max_new_tokens else None
 
-    def _check(self, request: Request) -> int:
-        """Pages that the request needs; UserError if this engine cannot take it."""
+    def check(self, request: Request) -> int:
+        """Pages that the request needs; any thread may ask.
+
+        Raises:
+            UserError: this engine can never take it.
+        """
         model = self.spec.config
         check_prompt(model, request.prompt, request.max_new_tokens, self.max_model_len)
         for token in request.forced:
@@ -375,8 +414,13 @@ class Engine:
             raise UserError(f"{len(request.forced)} tokens are forced, more than the {request.max_new_tokens} new ones")
         if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
             raise UserError(f"top_logprobs is {request.top_logprobs}; it must lie between 0 and {MAX_TOP_LOGPROBS}")
-        if len(request.eos_ids) > 8:
-            raise UserError(f"{len(request.eos_ids)} token ids end the text; at most 8 may")
+        if len(request.eos_ids) > MAX_EOS_IDS:
+            raise UserError(f"{len(request.eos_ids)} token ids end the text; at most {MAX_EOS_IDS} may")
+        for token, _ in request.sampling.logit_bias:
+            if token >= model.vocab_size:
+                raise UserError(f"logit_bias has token id {token}; the vocabulary has ids 0 to {model.vocab_size - 1}")
+        if request.grammar is not None:
+            self._check_grammar(request, request.grammar)
         attention = request.attention
         assert isinstance(attention, AttentionOptions)
         attention.policy.validate(self.options.page_size)
@@ -395,6 +439,19 @@ class Engine:
                 page_size=self.options.page_size,
             )  # fmt: skip
         return pages
+
+    def _check_grammar(self, request: Request, grammar: Grammar) -> None:
+        if request.forced:
+            raise UserError("tokens are forced, and a grammar is given; only one of both can choose")
+        if self.options.correct_every:
+            raise UserError(
+                "a grammar needs blocks of one step, and cache correction fixes them: correct_every must be 0"
+            )
+        mask, size = grammar.mask(), self.spec.config.vocab_size
+        if mask.shape != (size,):
+            raise UserError(f"the grammar's mask has the shape {mask.shape}; the vocabulary has {size} ids")
+        if not mask.any():
+            raise UserError("the grammar allows no first token")
 
 
 def free_memory(weights: tuple[Any, ...]) -> int:

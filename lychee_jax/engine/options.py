@@ -136,7 +136,7 @@ class EngineConfig:
         block_steps: decode steps that one program runs before the host hears of them.
         blocks_ahead: blocks that are sent before the oldest is read, so that the device never waits for the host.
         dense_below: tokens below which `auto` decodes densely: up to the budget both read the same, and hybrid decoding
-            selects besides. Measured on CPU and GPU (docs/results.md), not on TPUs.
+            selects besides. Measured on CPU and GPU (docs/laboratory.md), not on TPUs.
         table_factor, batch_factor: steps between the sizes of page tables and batches that programs are compiled for.
     """
 

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+from lychee_jax.engine.options import AttentionMode
 from lychee_jax.engine.request import FinishReason
+from pallas_kernels.types import Rule
 
 
 @dataclasses.dataclass
@@ -43,6 +45,64 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Usage:
+    """Tokens of one prompt.
+
+    Attributes:
+        prompt_tokens: all that the model was to read.
+        cached_tokens: those of them that an earlier prompt had begun with, and that were not read again.
+        completion_tokens: new ones, a stopping eos included.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Of the prompt and new ones."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionStatistics:
+    """How a generation attended: what was asked for, and what that came to.
+
+    Attributes:
+        mode: "auto", "hybrid" or "dense".
+        heads: the label of the head map.
+        retrieval_heads: how many KV heads read the whole cache.
+        kv_heads: how many there are.
+        page_size: tokens of a page.
+        budget: tokens that a sparse head reads at most.
+        sink: first tokens that are always read.
+        recent: last tokens that are always read.
+        rule: by which pages are picked.
+        correct_every: new tokens after which the cache is corrected; 0: never.
+        kv_read_share: of the cache, how much decode steps read; dense attention reads 1.
+    """
+
+    mode: AttentionMode
+    heads: str
+    retrieval_heads: int
+    kv_heads: int
+    page_size: int
+    budget: int
+    sink: int
+    recent: int
+    rule: Rule
+    correct_every: int
+    kv_read_share: float
+
+    def __getitem__(self, name: str) -> Any:
+        """An attribute by its name, as when this was a dictionary."""
+        try:
+            return getattr(self, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
     """What was generated: one entry a row, a stopping eos included in `tokens`."""
 
@@ -54,4 +114,4 @@ class Result:
     pages_read: list[int]
     pages_held: list[int]
     timing: Timing
-    attention: dict[str, Any]
+    attention: AttentionStatistics

@@ -82,7 +82,7 @@ def _selected(engine: Engine, request: Request, attention: AttentionOptions, tok
     table[0, : len(allocated)] = allocated
     positions = np.full((width, 1), position, np.int64)
     cos, sin = runner.rotary(positions, positions + 1)
-    plan = dataclasses.replace(runner.plan(attention, np.zeros((1,), bool)), steps=1)
+    plan = runner.plan(attention, np.zeros((1,), bool), 1)
     runner.pools, seen = runner.programs(
         watch_step, width, (engine.spec, plan), engine.weights, runner.pools, np.full((width,), token, np.int32),
         positions[:, 0].astype(np.int32), np.arange(width) == 0, table, cos, sin,

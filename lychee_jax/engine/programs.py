@@ -16,9 +16,19 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.prefill import Extend
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.pages import Pools
-from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS, Sampled, SamplingArrays, sample
+from lychee_jax.engine.sampling import (
+    MAX_TOP_LOGPROBS,
+    Adjustments,
+    Sampled,
+    SamplingArrays,
+    bias_row,
+    sample,
+    sampling_row,
+)
+from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.models.spec import ModelSpec
 
+_PLAIN = SamplingParams()  # what empty slots, and slots that are nobody's, ask for
 NO_TOKEN, NOT_FINITE = -1, -2
 """Instead of a token: the row took no part in the step; its logits were not finite."""
 
@@ -42,7 +52,7 @@ class Rows(NamedTuple):
 
     `token`: the newest token, not yet fed; `position`: where it goes; `active`: not ended; `step`: index of the token
     that comes next; `remaining`: tokens that may still come; `eos`: ids that end the row (−1: none); `num_top`: top
-    log-probabilities that it wants; `seen`: tokens in its prompt and text, for a repetition penalty.
+    log-probabilities that it wants; `adjustments`: with the counts of tokens in its text.
     """
 
     token: Int32[Array, " S"]
@@ -53,7 +63,7 @@ class Rows(NamedTuple):
     eos: Int32[Array, "S ends"]
     num_top: Int32[Array, " S"]
     sampling: SamplingArrays
-    seen: Bool[Array, "S V"]
+    adjustments: Adjustments
 
 
 class Block(NamedTuple):
@@ -96,13 +106,13 @@ def make_rows(slots: int, vocab_size: int, ends: int) -> Rows:
     def of(value: Any, dtype: Any) -> jax.Array:
         return jnp.full((slots,), value, dtype)
 
-    sampling = SamplingArrays(
-        of(0, jnp.float32), of(0, jnp.int32), of(1, jnp.float32), of(-jnp.inf, jnp.float32), of(1, jnp.float32),
-        of(0, jnp.uint32), of(0, jnp.int32),
-    )  # fmt: skip
+    sampling = SamplingArrays(*(of(value, value.dtype) for value in sampling_row(_PLAIN)))
+    biases = (jnp.tile(row, (slots, 1)) for row in bias_row(_PLAIN))
+    vocabulary = (slots, vocab_size)
     return Rows(
         of(0, jnp.int32), of(0, jnp.int32), of(False, bool), of(0, jnp.int32), of(0, jnp.int32),
-        jnp.full((slots, ends), -1, jnp.int32), of(0, jnp.int32), sampling, jnp.zeros((slots, vocab_size), bool),
+        jnp.full((slots, ends), -1, jnp.int32), of(0, jnp.int32), sampling,
+        Adjustments(jnp.zeros(vocabulary, bool), jnp.zeros(vocabulary, jnp.int32), *biases),
     )  # fmt: skip
 
 
@@ -139,34 +149,43 @@ def _advance(
     def put(field: jax.Array, values: jax.Array) -> jax.Array:
         return field.at[target].set(values, mode="drop")
 
+    counts = rows.adjustments.counts.at[target, sampled.token].add(1, mode="drop")
     return rows._replace(
         token=put(rows.token, sampled.token),
         active=put(rows.active, alive),
         step=rows.step.at[target].add(1, mode="drop"),
         remaining=put(rows.remaining, remaining),
-        seen=rows.seen.at[target, sampled.token].set(True, mode="drop"),
+        adjustments=rows.adjustments._replace(counts=counts),
     )
 
 
-def _choose(logits: Float32[Array, "B V"], rows: Rows, slots: Int[Array, " B"], forced: Int[Array, " B"]) -> Sampled:
+def _choose(
+    logits: Float32[Array, "B V"],
+    rows: Rows,
+    slots: Int[Array, " B"],
+    forced: Int[Array, " B"],
+    allowed: Bool[Array, "B V"] | None,
+) -> Sampled:
     """Sample for the rows in `slots`; slots out of range are nobody's and ask for nothing."""
-    nobody = (0.0, 0, 1.0, -jnp.inf, 1.0, 0, 0)
     arrays = SamplingArrays(
         *(
             field.at[slots].get(mode="fill", fill_value=value)
-            for field, value in zip(rows.sampling, nobody, strict=True)
+            for field, value in zip(rows.sampling, sampling_row(_PLAIN), strict=True)
         )
     )
+
+    def adjustments() -> Adjustments:
+        return Adjustments(*(field.at[slots].get(mode="clip") for field in rows.adjustments))
+
     return sample(
-        logits, arrays, rows.seen.at[slots].get(mode="fill", fill_value=False),
-        rows.step.at[slots].get(mode="fill", fill_value=0), forced,
-        rows.num_top.at[slots].get(mode="fill", fill_value=0),
+        logits, arrays, adjustments, rows.step.at[slots].get(mode="fill", fill_value=0), forced,
+        rows.num_top.at[slots].get(mode="fill", fill_value=0), allowed,
     )  # fmt: skip
 
 
 class Start(NamedTuple):
-    """What a row begins with: scalars, but for `eos [ends]` and `seen [V]`. `sampling`: the fields of `SamplingArrays`;
-    `forced`: its first token, or −1.
+    """What a row begins with: scalars, but for `eos [ends]`, `in_prompt [V]` and the biases. `sampling`: the fields of
+    `SamplingArrays`; `forced`: its first token, or −1.
     """
 
     slot: ArrayLike
@@ -175,7 +194,8 @@ class Start(NamedTuple):
     eos: ArrayLike
     num_top: ArrayLike
     sampling: tuple[ArrayLike, ...]
-    seen: ArrayLike
+    in_prompt: ArrayLike
+    biases: tuple[ArrayLike, ArrayLike]
     forced: ArrayLike
 
 
@@ -188,10 +208,12 @@ def start_row(
     last: Float[Array, "B E"],
     index: Int[Array, ""],
     start: Start,
+    allowed: Bool[Array, " V"] | None = None,
 ) -> tuple[Rows, Block]:
     """Put a sequence into a slot, and choose its first new token from the prefill's hidden states `last[index]`.
 
-    `width`: rows that the product with the output head has, of which one counts.
+    `width`: rows that the product with the output head has, of which one counts. `allowed`: which tokens a guided row
+    may begin with.
     """
     slot = start.slot
     rows = Rows(
@@ -205,14 +227,21 @@ def start_row(
         sampling=SamplingArrays(
             *(field.at[slot].set(value) for field, value in zip(rows.sampling, start.sampling, strict=True))
         ),
-        seen=rows.seen.at[slot].set(start.seen),
+        adjustments=Adjustments(
+            *(
+                field.at[slot].set(value)
+                for field, value in zip(rows.adjustments, (start.in_prompt, 0, *start.biases), strict=True)
+            )
+        ),
     )
     hidden = jnp.zeros((width, last.shape[1]), last.dtype).at[0].set(last[index])
     logits = spec.merge(weights).logits(hidden)
     slots = jnp.full((width,), rows.token.shape[0], jnp.int32).at[0].set(slot)
     on = jnp.arange(width) == 0
     forced = jnp.full((width,), -1, jnp.int32).at[0].set(start.forced)
-    sampled = _choose(logits, rows, slots, forced)
+    if allowed is not None:
+        allowed = jnp.ones(logits.shape, bool).at[0].set(allowed)
+    sampled = _choose(logits, rows, slots, forced, allowed)
     rows = _advance(rows, slots, on, forced, sampled)
     block = Block.empty(1, width, logits.shape[1]).put(jnp.int32(0), on, sampled, jnp.zeros((width,), jnp.int32))
     return rows, block
@@ -231,10 +260,12 @@ def decode_block(
     sin: Float32[Array, "B steps half"],
     forced: Int[Array, "B steps"],
     dense: Bool[Array, " B"],
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> tuple[Pools, Rows, Block, Int32[Array, " B"]]:
     """Up to `plan.steps` decode steps of the rows in `slots`, on the device; ends early with the last row.
 
     Slots out of range are nobody's. `dense`: rows that read all pages in every head (looked at if `plan.mixed`).
+    `allowed`: which tokens may come next where rows are guided: then a block has one step.
     Returns also the tokens that the first step fed. Pools and rows are donated: the caller's are gone after the call.
     """
     model = spec.merge(weights)
@@ -259,7 +290,7 @@ def decode_block(
         hidden, state = model(token[:, None], cos_i, sin_i, backend, backend.start(pools))
         logits = model.logits(hidden[:, 0])
         forced_i = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
-        sampled = _choose(logits, rows, slots, forced_i)
+        sampled = _choose(logits, rows, slots, forced_i, allowed)
         target = jnp.where(active, slots, rows.token.shape[0])
         rows = _advance(rows, slots, active, forced_i, sampled)
         rows = rows._replace(position=rows.position.at[target].add(1, mode="drop"))

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Literal
 
+from lychee_jax.engine.grammar import Grammar
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 
+MAX_EOS_IDS = 24
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -22,12 +24,14 @@ class Request:
         max_new_tokens: at least 1; pages for prompt and new tokens are reserved at admission, so nothing is preempted.
         sampling: how tokens are chosen.
         attention: what the decode steps read; requests of equal attention share programs. (Opaque to the scheduler.)
-        eos_ids: tokens that end the text.
+        eos_ids: tokens that end the text, at most `MAX_EOS_IDS`.
         forced: tokens that are taken instead of sampled ones, from the first new token on (teacher forcing).
         sample_index: with seed and step, what randomness depends on.
         top_logprobs: how many of the likeliest tokens are reported at each step, with their log-probabilities.
         cache_salt: prompts share cached pages only if this is equal too. The engine puts into it whatever else decides
             what a page holds: model fingerprint, dtypes, page size, implementation, adapter.
+        grammar: what says which tokens may come next. Such a request is guided: its next step is sent when its newest
+            token was read, and as long as it decodes the blocks of all rows have one step.
 
     Raises:
         UserError: an empty prompt, or no token to be generated.
@@ -43,6 +47,7 @@ class Request:
     sample_index: int = 0
     top_logprobs: int = 0
     cache_salt: bytes = b""
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

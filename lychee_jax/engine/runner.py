@@ -23,8 +23,8 @@ from lychee_jax.engine.programs import (
     prefill_chunk,
     start_row,
 )
-from lychee_jax.engine.request import Request
-from lychee_jax.engine.sampling import sampling_row
+from lychee_jax.engine.request import MAX_EOS_IDS, Request
+from lychee_jax.engine.sampling import bias_row, sampling_row
 from lychee_jax.engine.scheduler import DecodeWork, PrefillWork
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
@@ -34,7 +34,7 @@ _COPIES = 8  # pages that one program copies
 
 @dataclasses.dataclass(frozen=True)
 class SentBlock:
-    """A block on its way, and whose rows are in its columns."""
+    """A block in flight, and whose rows are in its columns."""
 
     block: Any  # a Block; shapes where nothing is sent
     requests: tuple[Request, ...]
@@ -57,8 +57,8 @@ class Runner:
         self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
         model = spec.config
         self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype)
-        self.rows: Rows = make_rows(self.slots, model.vocab_size, self.ends)
-        self._nothing_seen: Any = jnp.zeros((model.vocab_size,), bool)
+        self.rows: Rows = make_rows(self.slots, model.vocab_size, MAX_EOS_IDS)
+        self._empty_prompt: Any = jnp.zeros((model.vocab_size,), bool)
 
     def _set_up(
         self,
@@ -77,7 +77,6 @@ class Runner:
         self.slots = options.max_num_seqs
         self.max_pages = max_pages(max_model_len, options.page_size)
         self.num_pages = num_pages
-        self.ends = 8
         self.blocks_sent = 0
         self.programs: Any = Programs(self.dtype, (spec, self.dtype, num_pages, options.page_size, self.slots))
 
@@ -122,26 +121,28 @@ class Runner:
         return last, started
 
     def _start(self, request: Request, slot: int, index: np.int32, last: Any) -> SentBlock:
-        seen: Any = self._nothing_seen
+        in_prompt: Any = self._empty_prompt  # only a repetition penalty looks at it
         if request.sampling.repetition_penalty != 1:
-            seen = np.zeros((self.spec.config.vocab_size,), bool)
-            seen[list(request.prompt)] = True
-        eos = np.full((self.ends,), -1, np.int32)
+            in_prompt = np.zeros((self.spec.config.vocab_size,), bool)
+            in_prompt[list(request.prompt)] = True
+        eos = np.full((MAX_EOS_IDS,), -1, np.int32)
         eos[: len(request.eos_ids)] = request.eos_ids
         start = Start(
             np.int32(slot), np.int32(len(request.prompt)), np.int32(request.max_new_tokens), eos,
-            np.int32(request.top_logprobs), sampling_row(request.sampling, request.sample_index), seen,
-            np.int32(request.forced[0] if request.forced else -1),
+            np.int32(request.top_logprobs), sampling_row(request.sampling, request.sample_index), in_prompt,
+            bias_row(request.sampling), np.int32(request.forced[0] if request.forced else -1),
         )  # fmt: skip
+        allowed = self._allowed((request,), 1)[0] if request.grammar is not None else None
         self.rows, block = self.programs(
-            start_row, last.shape[0], (self.spec, self.config.min_rows), self.weights, self.rows, last, index, start
-        )
+            start_row, (last.shape[0], allowed is not None), (self.spec, self.config.min_rows), self.weights, self.rows,
+            last, index, start, allowed,
+        )  # fmt: skip
         return SentBlock(_on_its_way(block), (request,), (0,))
 
     def decode(self, work: DecodeWork) -> SentBlock:
         """Send a block of decode steps, and the correction of what it wrote."""
         assert isinstance(work.attention, AttentionOptions)
-        options, config, size = self.options, self.config, self.block_steps
+        options, config, size = self.options, self.config, self.steps_of(work)
         count = len(work.rows)
         batch = config.batch_bucket(count, self.slots)
         pages = max(len(row.pages) for row in work.rows)
@@ -156,12 +157,13 @@ class Runner:
             forced[index, : len(given)] = given
         dense = np.zeros((batch,), bool)
         dense[:count] = [work.attention.takes_dense_steps(row.position + 1, config.dense_below) for row in work.rows]
-        plan = self.plan(work.attention, dense[:count])
+        plan = self.plan(work.attention, dense[:count], size)
+        allowed = self._allowed(tuple(row.request for row in work.rows), batch) if work.guided else None
         positions = begin[:, None] + np.arange(size)
         cos, sin = self.rotary(positions, positions + 1)
         self.pools, self.rows, block, fed = self.programs(
-            decode_block, table.shape, (self.spec, plan), self.weights, self.pools, self.rows, slots, table, cos, sin,
-            forced, dense,
+            decode_block, (*table.shape, work.guided), (self.spec, plan), self.weights, self.pools, self.rows, slots,
+            table, cos, sin, forced, dense, allowed,
         )  # fmt: skip
         if options.correct_every:
             at_once = config.correct_rows or batch
@@ -181,11 +183,23 @@ class Runner:
         """Steps of a decode block."""
         return self.options.correct_every or self.config.block_steps
 
-    def plan(self, attention: AttentionOptions, dense: np.ndarray) -> DecodePlan:
+    def steps_of(self, work: DecodeWork) -> int:
+        """Steps of this decode block."""
+        return 1 if work.guided else self.block_steps
+
+    def plan(self, attention: AttentionOptions, dense: np.ndarray, steps: int) -> DecodePlan:
         """Which decode program rows of this kind need; `dense`: which of them read everything."""
         heads = None if dense.all() else (attention.heads or HeadMap.all(self.spec.config))
         mixed = bool(dense.any()) and not bool(dense.all())
-        return DecodePlan(heads, attention.policy, self.block_steps, self.options.implementation, mixed)
+        return DecodePlan(heads, attention.policy, steps, self.options.implementation, mixed)
+
+    def _allowed(self, requests: tuple[Request, ...], batch: int) -> np.ndarray:
+        """Which tokens may come next `[batch, V]`."""
+        allowed = np.ones((batch, self.spec.config.vocab_size), bool)
+        for row, request in zip(allowed, requests, strict=False):  # rows beyond are idle
+            if request.grammar is not None:
+                row[:] = request.grammar.mask()
+        return allowed
 
     def _table(self, rows: list[tuple[int, ...]], height: int, width: int) -> np.ndarray:
         # Entries past a row's need are never followed; page 0 keeps them inside the pool all the same.

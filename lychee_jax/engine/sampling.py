@@ -1,10 +1,11 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p, min-p, all in float32, a row its own.
+"""From logits to the next token: penalties, biases, temperature, top-k, top-p, min-p, all in float32, a row its own.
 
 Tokens are ranked by logit, equal logits by id (the lowest first). Every filter keeps the head of that ranking, so that
 "the k best" are exactly k tokens also among ties, and greedy decoding is rank 0.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
-from lychee_jax.engine.sampling_params import SamplingParams
+from lychee_jax.engine import ranking
+from lychee_jax.engine.sampling_params import MAX_LOGIT_BIASES, SamplingParams
 
 MAX_TOP_LOGPROBS = 20
+_NO_ID = np.iinfo(np.int32).max
 _FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -26,15 +29,31 @@ class SamplingArrays(NamedTuple):
     top_p: Float32[Array, " B"]
     log_min_p: Float32[Array, " B"]
     repetition_penalty: Float32[Array, " B"]
+    presence_penalty: Float32[Array, " B"]
+    frequency_penalty: Float32[Array, " B"]
+    num_biases: Int32[Array, " B"]
     seed: UInt32[Array, " B"]
     sample_index: Int32[Array, " B"]
+
+
+class Adjustments(NamedTuple):
+    """What changes single logits: tokens that the prompt holds, how often each is in the text so far, and biases.
+
+    `bias_ids`: as many as `MAX_LOGIT_BIASES`, beyond the vocabulary where there are fewer.
+    """
+
+    in_prompt: Bool[Array, "B V"]
+    counts: Int32[Array, "B V"]
+    bias_ids: Int32[Array, "B biases"]
+    bias_values: Float32[Array, "B biases"]
 
 
 class Sampled(NamedTuple):
     """The tokens chosen, and what is reported of them.
 
-    `logprob`: the natural log-softmax of the raw logits (before penalty, temperature and filters) at the token.
-    `greedy`: the token is the likeliest one (raw logits, the lowest id of equals). `finite`: all logits are.
+    `logprob`: the natural log-softmax of the raw logits (before mask, penalties, temperature and filters) at the token.
+    `greedy`: the token is the likeliest one (raw logits, the lowest id of equals). `finite`: all logits are, and a
+    token could be chosen.
     `top_ids`, `top_logprobs`: the likeliest tokens, if any row wants some; else zeros.
     """
 
@@ -54,17 +73,28 @@ def sampling_row(params: SamplingParams, sample_index: int = 0) -> tuple[np.numb
     log_min_p = math.log(params.min_p) if params.min_p > 0 else -math.inf
     return (
         np.float32(temperature), np.int32(params.top_k), np.float32(params.top_p), np.float32(log_min_p),
-        np.float32(params.repetition_penalty), np.uint32(params.seed), np.int32(sample_index),
+        np.float32(params.repetition_penalty), np.float32(params.presence_penalty),
+        np.float32(params.frequency_penalty), np.int32(len(params.logit_bias)), np.uint32(params.seed),
+        np.int32(sample_index),
     )  # fmt: skip
+
+
+def bias_row(params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and values `[biases]` of one row, as `Adjustments` holds them."""
+    ids, values = np.full((MAX_LOGIT_BIASES,), _NO_ID, np.int32), np.zeros((MAX_LOGIT_BIASES,), np.float32)
+    for place, (token, value) in enumerate(params.logit_bias):
+        ids[place], values[place] = token, value
+    return ids, values
 
 
 def sample(
     logits: Float32[Array, "B V"],
     arrays: SamplingArrays,
-    seen: Bool[Array, "B V"],
+    adjustments: Callable[[], Adjustments],
     steps: Int[Array, " B"],
     forced: Int[Array, " B"],
     num_top: Int[Array, " B"],
+    allowed: Bool[Array, "B V"] | None = None,
 ) -> Sampled:
     """Choose one token a row.
 
@@ -75,43 +105,52 @@ def sample(
     Args:
         logits: raw float32 logits.
         arrays: what each row asked for.
-        seen: which tokens occur in the row's prompt or its text so far.
+        adjustments: gives what they depend on; called where they are computed, if any row asks for some.
         steps: index of the token to be chosen, from 0.
         forced: tokens that are taken whatever the logits say; −1: none.
         num_top: how many of the likeliest tokens each row wants to be told of.
+        allowed: which tokens may be chosen, before anything else is looked at; None: all.
     """
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # argmax returns the first of equals
     normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     width = min(MAX_TOP_LOGPROBS, logits.shape[-1])
-    penalised, random = arrays.repetition_penalty != 1.0, arrays.temperature > 0.0
+    random, asks_top = arrays.temperature > 0.0, num_top > 0
+    penalised = (arrays.presence_penalty != 0.0) | (arrays.frequency_penalty != 0.0)
+    adjusted = (arrays.repetition_penalty != 1.0) | penalised | (arrays.num_biases > 0)
+    open_to = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+    no_top = jnp.zeros((logits.shape[0], width), jnp.float32), jnp.zeros((logits.shape[0], width), jnp.int32)
 
     def greedy() -> tuple[jax.Array, jax.Array, jax.Array]:
-        shape = (logits.shape[0], width)
-        return likeliest, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+        return likeliest if allowed is None else jnp.argmax(open_to, axis=-1).astype(jnp.int32), *no_top
 
     def chosen() -> tuple[jax.Array, jax.Array, jax.Array]:
-        scores = jax.lax.cond(
-            jnp.any(penalised), lambda: _penalise(logits, seen, arrays.repetition_penalty), lambda: logits
-        )
+        scores = jax.lax.cond(jnp.any(adjusted), lambda: _adjust(open_to, arrays, adjustments()), lambda: open_to)
         best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         drawn = jax.lax.cond(jnp.any(random), lambda: _draw(scores, arrays, steps), lambda: best)
-        values, ids = jax.lax.top_k(logits, width)
-        return jnp.where(random, drawn, best), ids.astype(jnp.int32), values - normaliser
+        top = jax.lax.cond(jnp.any(asks_top), lambda: ranking.best(logits, width), lambda: no_top)
+        return jnp.where(random, drawn, best), *top
 
     # One condition for all that is rare: on a GPU each one makes the host wait for the device.
-    rare = jnp.any(penalised | random | (num_top > 0))
-    token, top_ids, top_logprobs = jax.lax.cond(rare, chosen, greedy)
+    rare = jnp.any(adjusted | random | asks_top)
+    token, top, top_ids = jax.lax.cond(rare, chosen, greedy)
     token = jnp.where(forced >= 0, forced, token)
     logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normaliser[:, 0]
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return Sampled(token, logprob, token == likeliest, finite, top_ids, top_logprobs)
+    if allowed is not None:
+        finite &= jnp.any(allowed, axis=-1)
+    return Sampled(token, logprob, token == likeliest, finite, top_ids, top - normaliser)
 
 
-def _penalise(
-    logits: Float32[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float32[Array, " B"]
-) -> Float32[Array, "B V"]:
-    factor = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+def _adjust(logits: Float32[Array, "B V"], arrays: SamplingArrays, adjustments: Adjustments) -> Float32[Array, "B V"]:
+    """Sums come after the factor, which could otherwise undo a bias that forbids a token."""
+    in_prompt, counts, bias_ids, bias_values = adjustments
+    factor = arrays.repetition_penalty[:, None]
+    in_text = counts > 0
+    scores = jnp.where(in_prompt | in_text, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    scores -= arrays.frequency_penalty[:, None] * counts.astype(jnp.float32)
+    scores -= jnp.where(in_text, arrays.presence_penalty[:, None], 0.0)
+    row = jnp.arange(len(scores))[:, None]
+    return scores.at[row, bias_ids].add(bias_values, mode="drop")
 
 
 def _gumbel(arrays: SamplingArrays, steps: Int[Array, " B"], vocab_size: int) -> Float32[Array, "B V"]:
@@ -128,31 +167,24 @@ def _draw(scores: Float32[Array, "B V"], arrays: SamplingArrays, steps: Int[Arra
     # The maximum is taken off first: a tiny temperature then sends the others to -inf instead of everything to NaN.
     scaled = (scores - jnp.max(scores, axis=-1, keepdims=True)) / temperature
     noise = _gumbel(arrays, steps, scores.shape[-1])
-    # The best token survives every filter and its scaled score is 0, so min-p is a bound on scaled scores.
-    least = arrays.log_min_p[:, None]
-    plain = jnp.argmax(jnp.where(scaled >= least, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
     filtered = ((arrays.top_k > 0) | (arrays.top_p < 1.0)) & (arrays.temperature > 0.0)
-
-    def ranked() -> jax.Array:
-        ids = jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 1)
-        negated, order, moved = jax.lax.sort((-scaled, ids, noise), num_keys=2)
-        kept = _top_k(-negated, arrays.top_k)
-        kept = jnp.where(_top_p(kept, arrays.top_p), kept, -jnp.inf)
-        kept = jnp.where(kept >= least, kept + moved, -jnp.inf)
-        return jnp.take_along_axis(order, jnp.argmax(kept, axis=-1, keepdims=True), axis=-1)[:, 0]
-
-    return jnp.where(filtered, jax.lax.cond(jnp.any(filtered), ranked, lambda: plain), plain)
+    kept = jax.lax.cond(
+        jnp.any(filtered), lambda: _top_p(scaled, _top_k(scaled, arrays.top_k), arrays.top_p),
+        lambda: jnp.ones(scaled.shape, bool),
+    )  # fmt: skip
+    # The best token survives every filter and its scaled score is 0, so min-p is a bound on scaled scores.
+    kept &= scaled >= arrays.log_min_p[:, None]
+    return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
-def _top_k(ranked: Float32[Array, "B V"], top_k: Int32[Array, " B"]) -> Float32[Array, "B V"]:
-    rank = jax.lax.broadcasted_iota(jnp.int32, ranked.shape, 1)
-    return jnp.where((rank < top_k[:, None]) | (top_k == 0)[:, None], ranked, -jnp.inf)
+def _top_k(scaled: Float32[Array, "B V"], top_k: Int32[Array, " B"]) -> Bool[Array, "B V"]:
+    most = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
+    return ranking.head(scaled, jnp.ones_like(scaled), most)
 
 
-def _top_p(ranked: Float32[Array, "B V"], top_p: Float32[Array, " B"]) -> Bool[Array, "B V"]:
-    """Which ranks survive: those whose better ranks do not yet hold mass p. Rank 0 always does."""
-    mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
-    before = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
-    least = top_p[:, None]
+def _top_p(scaled: Float32[Array, "B V"], kept: Bool[Array, "B V"], top_p: Float32[Array, " B"]) -> Bool[Array, "B V"]:
+    """Which of those `kept` survive: the fewest likeliest whose probabilities sum to at least p. Rank 0 always does."""
+    weights = jnp.where(kept, jnp.exp(scaled), 0.0)
+    least = jnp.maximum(top_p * jnp.sum(weights, axis=-1), _FLOAT32_TINY)
     # At p = 1 rounding in the sum must not cut the tail off.
-    return ((before < least) | (before == 0) | (least >= 1)) & (ranked > -jnp.inf)
+    return kept & ranking.head(scaled, weights, jnp.where(top_p < 1.0, least, jnp.inf))

@@ -1,12 +1,15 @@
 """How the next token is chosen, as callers say it; host only, no JAX."""
 
 import dataclasses
+from collections.abc import Iterable
 
-from lychee_jax.arguments import settle_numbers
+from lychee_jax.arguments import MAX_INT32, number, settle_numbers, whole_number
 from lychee_jax.errors import UserError
 
 # The largest finite float32.
 FLOAT32_MAX = 3.4028234663852886e38
+
+MAX_LOGIT_BIASES = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,9 @@ class SamplingParams:
       (Nguyen et al. 2024, arXiv 2407.01082); 0 keeps all.
     - `repetition_penalty`: logits of tokens in the prompt or in the text so far are divided by it where positive,
       else multiplied (Keskar et al. 2019, arXiv 1909.05858); 1 is off.
+    - `presence_penalty`, `frequency_penalty`: are taken off the logits of tokens in the text so far (not the prompt),
+      once, and as often as the token is in it; −2 to 2, 0 is off.
+    - `logit_bias`: (token id, number) pairs: numbers from −100 to 100 that are added to logits, after all penalties.
     - `seed`: of the random choice, 0 ≤ seed < 2³².
 
     Raises:
@@ -33,6 +39,9 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         settle_numbers(self)
@@ -51,3 +60,19 @@ class SamplingParams:
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be a whole number from 0 to {2**32 - 1}, not {self.seed}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} must lie between -2 and 2 (0 is off), not {getattr(self, name)}")
+        object.__setattr__(self, "logit_bias", _as_biases(self.logit_bias))
+
+
+def _as_biases(pairs: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    biases = {whole_number(token, "a token id of logit_bias"): number(value, "logit_bias") for token, value in pairs}
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise UserError(f"logit_bias has {len(biases)} tokens; at most {MAX_LOGIT_BIASES} may have one")
+    for token, value in biases.items():
+        if not 0 <= token <= MAX_INT32:
+            raise UserError(f"logit_bias has the token id {token}; it must lie in the vocabulary")
+        if not -100 <= value <= 100:
+            raise UserError(f"logit_bias must lie between -100 and 100, not {value} (token {token})")
+    return tuple(biases.items())

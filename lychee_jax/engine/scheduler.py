@@ -115,10 +115,11 @@ class DecodeRow:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeWork:
-    """Rows of one decode block; all have the same `attention`."""
+    """Rows of one decode block; all have the same `attention`. `guided`: it has one step, as some row is guided."""
 
     attention: Hashable
     rows: tuple[DecodeRow, ...]
+    guided: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,7 @@ class _Sequence:
     cached_tokens: int = 0
     sent: int = 0  # tokens of the prompt, cached ones included
     step: int = 0  # index of the next new token to be sent for
+    unread: bool = False  # a guided row's newest token, on which its next step depends
 
     @property
     def length(self) -> int:
@@ -180,6 +182,16 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests with a slot: from admission until `finish` or `abort`."""
         return len(self._running)
+
+    @property
+    def awaits_tokens(self) -> bool:
+        """Whether no row decodes before `received` was told of a guided one: its token should be read at once."""
+        return any(sequence.unread for sequence in self._decoding.values())
+
+    def received(self, request_id: str) -> None:
+        """The newest token of a guided request was read, and its grammar knows it. Other ids are ignored."""
+        if request_id in self._running:
+            self._running[request_id].unread = False
 
     def cached_tokens(self, request_id: str) -> int:
         """How many tokens of a running request's prompt were not read, because their pages were known or shared."""
@@ -374,17 +386,26 @@ class Scheduler:
     def _start_decoding(self, sequence: _Sequence) -> None:
         """The prompt's last logits give the first new token; steps are there for the others."""
         sequence.step = 1
+        sequence.unread = sequence.request.grammar is not None
         if sequence.step < sequence.request.max_new_tokens:
             self._decoding[sequence.request.id] = sequence
 
     def _send_blocks(self) -> tuple[DecodeWork, ...]:
-        """Count a block of steps as sent for every row with steps left."""
+        """Count a block of steps as sent for every row with steps left.
+
+        As long as a guided row decodes, all blocks have one step, and are sent when its newest token was read: the rows
+        stay together, and the guided one waits for no step of the others.
+        """
+        if self.awaits_tokens:
+            return ()
+        guided = any(sequence.request.grammar is not None for sequence in self._decoding.values())
         groups: dict[Hashable, list[DecodeRow]] = {}
         for sequence in list(self._decoding.values()):
             request = sequence.request
             row = DecodeRow(request, sequence.slot, sequence.pages, sequence.length + sequence.step - 1, sequence.step)
             groups.setdefault(request.attention, []).append(row)
-            sequence.step += self._config.block_steps
+            sequence.step += 1 if guided else self._config.block_steps
+            sequence.unread = request.grammar is not None
             if sequence.step >= request.max_new_tokens:
                 del self._decoding[request.id]
-        return tuple(DecodeWork(attention, tuple(rows)) for attention, rows in groups.items())
+        return tuple(DecodeWork(attention, tuple(rows), guided) for attention, rows in groups.items())

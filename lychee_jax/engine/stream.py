@@ -5,12 +5,11 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import GenerateOptions
-from lychee_jax.engine.outputs import RequestOutput, Result, Timing
+from lychee_jax.engine.outputs import AttentionStatistics, RequestOutput, Result, Timing
 from lychee_jax.engine.request import Request
 from lychee_jax.errors import UserError
 
@@ -218,19 +217,19 @@ class TokenStream(Iterator[tuple[int, RequestOutput]]):
             self._attention(read / held if held else 1.0),
         )
 
-    def _attention(self, share: float) -> dict[str, Any]:
+    def _attention(self, share: float) -> AttentionStatistics:
         options = self._options
         heads = options.heads or HeadMap.all(self._router.engine.spec.config)
-        return {
-            "mode": options.attention,
-            "heads": heads.model,
-            "retrieval_heads": heads.num_retrieval,
-            "kv_heads": heads.num_layers * heads.num_kv_heads,
-            "page_size": options.page_size,
-            "budget": options.policy.budget,
-            "sink": options.policy.sink,
-            "recent": options.policy.recent,
-            "rule": options.policy.rule,
-            "correct_every": options.correct_every,
-            "kv_read_share": share,
-        }
+        return AttentionStatistics(
+            mode=options.attention,
+            heads=heads.model,
+            retrieval_heads=heads.num_retrieval,
+            kv_heads=heads.num_layers * heads.num_kv_heads,
+            page_size=options.page_size,
+            budget=options.policy.budget,
+            sink=options.policy.sink,
+            recent=options.policy.recent,
+            rule=options.policy.rule,
+            correct_every=options.correct_every,
+            kv_read_share=share,
+        )

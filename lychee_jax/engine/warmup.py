@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from lychee_jax.cache.pages import make_pools
 from lychee_jax.engine.compile_timer import Programs
 from lychee_jax.engine.options import EngineConfig, EngineOptions
 from lychee_jax.engine.programs import Block, decode_block, make_rows, prefill_chunk, start_row
-from lychee_jax.engine.request import Request
+from lychee_jax.engine.request import MAX_EOS_IDS, Request
 from lychee_jax.engine.runner import Runner
 from lychee_jax.engine.scheduler import Scheduler
 from lychee_jax.models.spec import ModelSpec
@@ -23,10 +24,10 @@ class _Noted:
 
     def __init__(self, spec: ModelSpec):
         self._model = spec.config
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: dict[Hashable, tuple[Any, ...]] = {}
 
     def __call__(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> Any:
-        self.calls.append((function, key, static, *args))
+        self.calls.setdefault((function, key, static), (function, key, static, *args))
         if function is prefill_chunk:
             tokens, dtype = args[3], args[0][0].dtype
             return args[1], jax.ShapeDtypeStruct((tokens.shape[0], self._model.hidden_size), dtype)
@@ -55,8 +56,8 @@ class Rehearsal(Runner):
         self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
         model, page_size = spec.config, options.page_size
         self.pools = jax.eval_shape(lambda: make_pools(model, num_pages, page_size, self.dtype))
-        self.rows = jax.eval_shape(lambda: make_rows(self.slots, model.vocab_size, self.ends))
-        self._nothing_seen = jax.ShapeDtypeStruct((model.vocab_size,), bool)
+        self.rows = jax.eval_shape(lambda: make_rows(self.slots, model.vocab_size, MAX_EOS_IDS))
+        self._empty_prompt = jax.ShapeDtypeStruct((model.vocab_size,), bool)
         self._compilers: Programs = self.programs
         self.programs = self._noted = _Noted(spec)
 
@@ -65,8 +66,13 @@ class Rehearsal(Runner):
         table = np.broadcast_to(np.float32(0), (*positions.shape, self.spec.config.head_dim // 2))
         return table, table
 
-    def rehearse(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
-        """Send everything that these requests need if they come together and none ends early."""
+    def _allowed(self, requests: tuple[Request, ...], batch: int) -> np.ndarray:
+        return np.broadcast_to(True, (batch, self.spec.config.vocab_size))
+
+    def rehearse(self, scheduler: Scheduler, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
+        """Send everything that these requests need if they come together and none ends early; returns the compilers'
+        futures.
+        """
         for request in requests:
             scheduler.add(request)
         sent = dict.fromkeys((request.id for request in requests), 0)
@@ -78,11 +84,12 @@ class Rehearsal(Runner):
             for group in work.decode:
                 self.decode(group)
                 for row in group.rows:
-                    sent[row.request.id] = row.step + self.block_steps
+                    sent[row.request.id] = row.step + self.steps_of(group)
             for request in requests:
+                scheduler.received(request.id)
                 if sent.get(request.id, 0) >= request.max_new_tokens:
                     scheduler.finish(request.id)
                     del sent[request.id]
         # Decode programs take the longest.
-        for call in sorted(self._noted.calls, key=lambda call: call[0] is not decode_block):
-            self._compilers.prepare(*call)
+        ordered = sorted(self._noted.calls.values(), key=lambda call: call[0] is not decode_block)
+        return list(dict.fromkeys(self._compilers.prepare(*call) for call in ordered))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
+
+from lychee_jax.files import digest_of, json_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Case:
     max_new_tokens: int
     forced: list[int] = dataclasses.field(default_factory=list)
 
+    @property
+    def digest(self) -> str:
+        """What tells it from other cases, whichever of its tokens are forced."""
+        return digest_of(json_text([[*self.tokens, *self.forced], self.references, self.max_new_tokens]))
+
 
 @runtime_checkable
 class Task(Protocol):
@@ -40,6 +48,16 @@ class Task(Protocol):
 
     def score(self, case: Case, answer: str, logprobs: list[float]) -> float:
         """How good an answer is (`logprobs` are those of the forced tokens), in the benchmark's unit."""
+        ...
+
+
+@runtime_checkable
+class ReadsFiles(Protocol):
+    """A task whose cases come from files."""
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Digests of what was read for the cases so far, by name."""
         ...
 
 

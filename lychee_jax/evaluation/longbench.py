@@ -21,7 +21,7 @@ from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.prompts import LONGBENCH
 from lychee_jax.evaluation.report import Style
-from lychee_jax.files import parse_json_lines, read_text
+from lychee_jax.files import digest_of, parse_json_lines, read_text
 from lychee_jax.text.chat import ChatOptions
 from lychee_jax.text.tokenizer import Tokenizer
 
@@ -64,17 +64,25 @@ class LongBench:
             raise UserError(f"task {self.name!r} is unknown; use some of {', '.join((*TASKS, *EXTRA_TASKS))}")
 
     @functools.cached_property
+    def _text(self) -> str:
+        try:
+            return read_text(self.data / f"{self.name}.jsonl")
+        except UserError as error:
+            raise UserError(f"{error}; {_SOURCE}") from error
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The digest of its file."""
+        return {f"{self.name}.jsonl": digest_of(self._text)}
+
+    @functools.cached_property
     def lines(self) -> list[dict[str, Any]]:
         """The file's samples.
 
         Raises:
             UserError: it is missing, or not LongBench's.
         """
-        path = self.data / f"{self.name}.jsonl"
-        try:
-            text = read_text(path)
-        except UserError as error:
-            raise UserError(f"{error}; {_SOURCE}") from error
+        path, text = self.data / f"{self.name}.jsonl", self._text
         try:
             found = parse_json_lines(text, path)
             for line in found:

@@ -6,9 +6,11 @@ log-likelihood in nats, and the table shows the exponential of the mean over all
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from lychee_jax.data import language
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case
 from lychee_jax.evaluation.report import Style
-from lychee_jax.files import read_text
+from lychee_jax.files import digest_of, read_text
 from lychee_jax.text.tokenizer import Tokenizer
 
 STYLE = Style("perplexity", "token perplexity, lower is better", "length", shown=math.exp, digits=4)
@@ -29,26 +31,40 @@ _OWN_QUESTIONS = 16  # few, so that facts are asked for that no earlier answer r
 
 @dataclasses.dataclass(frozen=True)
 class FilePerplexity:
-    """Windows of a text file, spread evenly over it; `scored` tokens follow each length."""
+    """Windows of a text file, spread evenly over it; `scored` tokens follow each length.
+
+    `label` is its name in the table; by default, the file's.
+    """
 
     tokenizer: Tokenizer
     path: Path
     scored: int
     windows: int
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The file's."""
-        return self.path.name
+        """The label, or the file's name."""
+        return self.label or self.path.name
 
     @functools.cached_property
-    def tokens(self) -> list[int]:
+    def text(self) -> str:
         """The whole file.
 
         Raises:
             UserError: it cannot be read, or is no UTF-8 text.
         """
-        return self.tokenizer.encode(read_text(self.path).replace("\r\n", "\n"))
+        return read_text(self.path).replace("\r\n", "\n")
+
+    @functools.cached_property
+    def tokens(self) -> list[int]:
+        """Those of the whole text, without what the tokenizer puts before and behind every text."""
+        return self.tokenizer.encode_plain(self.text)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The digest of the text."""
+        return {self.name: digest_of(self.text)}
 
     def case(self, length: int, depth: float | None, index: int) -> Case:
         """The window of this index; what the tokenizer puts in front of every text stands in front of it too.
@@ -56,8 +72,7 @@ class FilePerplexity:
         Raises:
             UserError: the text is too short.
         """
-        front = self.tokenizer.encode("")
-        body = self.tokens[len(front) :]
+        front, body = self.tokenizer.prefix_ids, self.tokens
         need = length + self.scored - len(front)
         if len(body) < need:
             raise UserError(f"{self.path} has {len(body)} tokens; {length} and {self.scored} to score are more")
@@ -68,6 +83,28 @@ class FilePerplexity:
     def score(self, case: Case, answer: str, logprobs: list[float]) -> float:
         """Mean negative log-likelihood of the scored tokens, in nats."""
         return mean_nll(logprobs)
+
+
+def file_tasks(tokenizer: Tokenizer, paths: Sequence[Path], scored: int, windows: int) -> list[FilePerplexity]:
+    """A task for each text, called by the end of its path that tells it from the others: mostly the file's name.
+
+    Raises:
+        UserError: a file that is given twice.
+    """
+    whole = [path.resolve() for path in paths]
+    if repeated := [path for path, count in collections.Counter(whole).items() if count > 1]:
+        raise UserError(f"the text {repeated[0]} is given twice")
+
+    def label(path: Path) -> str:
+        others = [other.parts for other in whole if other != path]
+        parts = path.parts
+        count = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        return "/".join(parts[-count:])
+
+    return [
+        FilePerplexity(tokenizer, path, scored, windows, label(resolved))
+        for path, resolved in zip(paths, whole, strict=True)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

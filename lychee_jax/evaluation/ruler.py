@@ -366,6 +366,11 @@ class Ruler:
         if self.name not in TASKS:
             raise UserError(f"task {self.name!r} is unknown; use some of {', '.join(TASKS)}")
 
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Digests of the data files that were read."""
+        return self.files.digests
+
     def case(self, length: int, depth: float | None, index: int) -> Case:
         """The prompt of this index: as long as fits.
 

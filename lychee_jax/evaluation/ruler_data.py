@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
-from lychee_jax.files import read_json
+from lychee_jax.files import digest_of, parse_json, read_text
 
 _SCRIPTS = "https://github.com/NVIDIA/RULER/tree/main/scripts/data/synthetic/json"
 ESSAYS = ("PaulGrahamEssays.json", f"download_paulgraham_essay.py in {_SCRIPTS} makes it")
@@ -42,9 +42,11 @@ class Files:
     """The user's folder of data files, each read at first use.
 
     Every method raises UserError for a file that is missing, with where to get it, or that is something else.
+    `digests`: of the files that were read so far, by name.
     """
 
     folder: Path | None
+    digests: dict[str, str] = field(default_factory=dict, compare=False)
 
     @functools.cached_property
     def essays(self) -> list[str]:
@@ -73,11 +75,13 @@ class Files:
             raise UserError(f"{reader} reads {name}: {where}; {source}")
         path = self.folder / name
         try:
-            parsed = parse(read_json(path))
+            text = read_text(path)
+            parsed = parse(parse_json(text, path))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not the file that {reader} reads; {source}") from error
         if not (parsed.questions if isinstance(parsed, Questionnaire) else parsed):
             raise UserError(f"{path} is empty; {source}")
+        self.digests[name] = digest_of(text)
         return parsed
 
 

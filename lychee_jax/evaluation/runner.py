@@ -30,7 +30,7 @@ class EvaluationPlan:
         options: heads, policy, page size, ends of text; attention, budget and lengths come from variants and cases.
         batch: prompts at a time.
         decode_last: so many last tokens of every prompt are fed one by one through the decode path, so that they too
-            are read in the way that is measured; 0: the whole prompt is read densely.
+            are decoded by the variant that is measured; 0: the whole prompt is read densely.
     """
 
     cells: Sequence[Cell]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import jax
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
-from lychee_jax.evaluation.cases import Cell
+from lychee_jax.evaluation.cases import Cell, ReadsFiles
 from lychee_jax.evaluation.journal import Journal
 from lychee_jax.evaluation.report import EvaluationReport, Style
-from lychee_jax.evaluation.runner import EvaluationPlan, run
-from lychee_jax.files import json_text
+from lychee_jax.evaluation.runner import EvaluationPlan, run, tokenizer_of
+from lychee_jax.files import digest_of, json_text
 from lychee_jax.llm import LLM
 from lychee_jax.run_folder import Record
 
@@ -29,9 +28,10 @@ def evaluate(
     settings: Record,
     on_progress: Callable[[Cell, int], None] = lambda cell, answers: None,
 ) -> EvaluationReport:
-    """Run a plan in the folder `output`, which is made, or resumed if it holds a run with the same settings.
+    """Run a plan in the folder `output`, which is made, or resumed if it holds the same run.
 
-    Tasks, lengths, samples, attentions and budgets may grow from run to run; the report is about all of the folder.
+    It is the same by its contents: weights, tokenizer, head map, files, prompts and settings. Tasks, lengths, samples,
+    attentions and budgets may grow from run to run; the report is about all of the folder.
 
     Args:
         model: that answers.
@@ -49,17 +49,28 @@ def evaluate(
         raise UserError("a task, a length or a depth is given twice" if keys else "there is nothing to evaluate")
     if (longest := max(cell.length for cell in plan.cells)) > (limit := model.config.max_tokens):
         raise UserError(f"a length of {longest:,} tokens is above the model's limit of {limit:,}")
-    for cell in plan.cells:  # a missing file or a length that is too short must not show after hours
-        cell.task.case(cell.length, cell.depth, 0)
-    about = {"model": model.path.resolve().name, "fingerprint": model.config.fingerprint()}
+    # A missing file or a length that is too short must not show after hours.
+    first = [(cell, cell.task.case(cell.length, cell.depth, 0)) for cell in plan.cells]
+    inputs = {
+        name: digest
+        for cell in plan.cells
+        if isinstance(cell.task, ReadsFiles)
+        for name, digest in cell.task.inputs.items()
+    }
+    about = {"model": model.name, "fingerprint": model.config.fingerprint()}
     fixed = {
         "benchmark": style.name,
-        **about,
-        **_attention(model, plan.options),
+        "fingerprint": about["fingerprint"],
+        "weights": model.weights_digest(),
+        "tokenizer": tokenizer_of(model).digest(),
+        "eos_ids": sorted(plan.options.eos_ids),
+        **attention_settings(model, plan.options),
         "decode_last": plan.decode_last,
         **settings,
     }
-    journal = Journal(output, fixed)
+    journal = Journal(output, fixed, inputs)
+    for cell, case in first:
+        journal.check_prompt(cell, 0, case)
     run(model, plan, journal, on_progress)
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     report = EvaluationReport.of(style, {**about, **machine, "settings": fixed}, journal.records)
@@ -67,7 +78,7 @@ def evaluate(
     return report
 
 
-def _attention(model: LLM, options: GenerateOptions) -> Record:
+def attention_settings(model: LLM, options: GenerateOptions) -> Record:
     """What decides the answers beside attention and budget; the head map by its roles."""
     heads = options.heads or HeadMap.all(model.config)
     policy = dataclasses.asdict(options.policy)
@@ -75,7 +86,7 @@ def _attention(model: LLM, options: GenerateOptions) -> Record:
     return {
         "dtype": str(model.dtype),
         "heads": f"{heads.num_retrieval} of {heads.num_layers * heads.num_kv_heads} retrieve",
-        "heads_sha256": hashlib.sha256(json_text(heads.retrieval).encode()).hexdigest()[:16],
+        "heads_sha256": digest_of(json_text(heads.retrieval)),
         "page_size": options.page_size,
         **policy,
         "correct_every": options.correct_every,

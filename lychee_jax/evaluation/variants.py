@@ -1,4 +1,4 @@
-"""The variants to attend that one evaluation compares: dense, and hybrid at several budgets."""
+"""The variants of attention that one evaluation compares: dense, and hybrid at several budgets."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """The decoder: tokens → hidden states → logits. How queries read keys is the caller's choice, an `AttentionBackend`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -22,7 +23,10 @@ class DecoderLayer(nnx.Module):
         self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(
+            config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, rngs=rngs,
+            quantize=config.quantize,
+        )  # fmt: skip
 
     def __call__(
         self,
@@ -48,8 +52,11 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         width, vocab, by_vocab = config.hidden_size, config.vocab_size, (axes.VOCAB, axes.EMBED)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Linear(width, vocab, axes=by_vocab, bias=False, dtype=dtype, rngs=rngs)
+        # A tied table is read out as it is, unless the head is to have 8 bits: then it is a copy.
+        head = config.quantize if config.quantize_head else None
+        own = head is not None or not config.tie_word_embeddings
+        linear = functools.partial(Linear, axes=by_vocab, bias=False, dtype=dtype, rngs=rngs, quantize=head)
+        self.lm_head = linear(width, vocab) if own else None
 
     def __call__(
         self,
@@ -104,10 +111,9 @@ class Attention(nnx.Module):
         embed, head_dim = config.hidden_size, config.head_dim
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self.head_dim, self.splits = head_dim, (queries, queries + keys)
-        self.qkv_proj = Linear(
-            embed, queries + 2 * keys, axes=(axes.HEADS, axes.EMBED), bias=config.qkv_bias, dtype=dtype, rngs=rngs
-        )
-        self.o_proj = Linear(queries, embed, axes=(axes.EMBED, axes.HEADS), bias=config.o_bias, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs, quantize=config.quantize)
+        self.qkv_proj = linear(embed, queries + 2 * keys, axes=(axes.HEADS, axes.EMBED), bias=config.qkv_bias)
+        self.o_proj = linear(queries, embed, axes=(axes.EMBED, axes.HEADS), bias=config.o_bias)
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
 

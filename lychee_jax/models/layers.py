@@ -1,15 +1,21 @@
 """The layers that every Llama-like decoder shares: Linear, RMSNorm, gated MLP, embedding."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
+from lychee_jax.models.quantization import STORED, Quantization
 from lychee_jax.parallel import axes
 
 # What a fresh model is drawn from; checkpoints overwrite it.
 _INIT_STD = 0.02
+# Output channels that a CPU converts from 8 bits at a time.
+_TILE = 128
 
 
 class Linear(nnx.Module):
@@ -23,14 +29,28 @@ class Linear(nnx.Module):
         kernel: `[out, in]`.
         scale: a float32 number per output channel `[out]`, for kernels that are stored scaled; None: all are 1.
         bias: `[out]`, or None.
+
+    A fresh kernel of 8 bits (`quantize`) is all zeros: such weights are made from others (`models.quantization`).
     """
 
     def __init__(
-        self, inputs: int, outputs: int, *, axes: tuple[str, str], bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        axes: tuple[str, str],
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        quantize: Quantization | None = None,
     ):
         self.axes = axes
-        self.kernel = nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (outputs, inputs), dtype))
         self.scale: nnx.Param | None = nnx.data(None)
+        if quantize is None:
+            self.kernel = nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (outputs, inputs), dtype))
+        else:
+            self.kernel = nnx.Param(jnp.zeros((outputs, inputs), STORED[quantize]))
+            self.scale = nnx.Param(jnp.ones((outputs,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(
@@ -42,7 +62,7 @@ class Linear(nnx.Module):
             out = contract(x, self.kernel[...], dtype)
         else:
             # Not rounded before it is scaled: float16 could not hold what 8-bit numbers add up to.
-            out = contract(x, self.kernel[...], jnp.float32)
+            out = jax.lax.platform_dependent(x, self.kernel[...], cpu=_contract_tiles, default=_contract_float32)
             out = (out * _channels(self.scale[...], out.ndim)).astype(result)
         return out if self.bias is None else out + _channels(self.bias[...].astype(result), out.ndim)
 
@@ -54,6 +74,29 @@ def contract(
     return jax.lax.dot_general(
         x, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
     )
+
+
+def _contract_float32(
+    x: Float[Array, "*lead inputs"], kernel: Shaped[Array, "outputs inputs"]
+) -> Float32[Array, "*lead outputs"]:
+    return contract(x, kernel, jnp.float32)
+
+
+def _contract_tiles(
+    x: Float[Array, "*lead inputs"], kernel: Shaped[Array, "outputs inputs"]
+) -> Float32[Array, "*lead outputs"]:
+    """For CPUs, where XLA would write the whole kernel out in the dtype of `x` before it multiplies."""
+    (outputs, inputs), stored = kernel.shape, kernel.dtype
+    tile = math.gcd(outputs, _TILE)
+    if stored != jnp.int8:  # as bytes: XLA would take tiles of e4m3 out of a copy in float16
+        kernel = jax.lax.bitcast_convert_type(kernel, jnp.int8)
+    tiles = kernel.reshape(outputs // tile, tile, inputs)
+
+    def one(rows: Shaped[Array, "tile inputs"]) -> Float32[Array, "*lead tile"]:
+        return contract(x, jax.lax.bitcast_convert_type(rows, stored), jnp.float32)
+
+    out = jax.lax.map(one, tiles)  # [tiles, *lead, tile]
+    return jnp.moveaxis(out, 0, -2).reshape(*x.shape[:-1], outputs)
 
 
 def _channels(vector: Float[Array, " outputs"], ndim: int) -> Float[Array, "..."]:
@@ -79,9 +122,19 @@ class RMSNorm(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) · up(x)); rows of `gate_up_proj`: gate, then up."""
 
-    def __init__(self, embed: int, inner: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate_up_proj = Linear(embed, 2 * inner, axes=(axes.MLP, axes.EMBED), bias=bias, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(inner, embed, axes=(axes.EMBED, axes.MLP), bias=bias, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        embed: int,
+        inner: int,
+        *,
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        quantize: Quantization | None = None,
+    ):
+        linear = functools.partial(Linear, bias=bias, dtype=dtype, rngs=rngs, quantize=quantize)
+        self.gate_up_proj = linear(embed, 2 * inner, axes=(axes.MLP, axes.EMBED))
+        self.down_proj = linear(inner, embed, axes=(axes.EMBED, axes.MLP))
 
     def __call__(self, x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
         """Apply the block at every position."""

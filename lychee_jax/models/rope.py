@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) with the ways to stretch it for long contexts.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) with the methods of stretching it for long contexts.
 
 Angles are computed on the host in float64: at position 2²⁰ a float32 angle is off by hundredths of a radian, a float64
 one by 1e-10, and no compiler's idea of a cosine is involved. The tables are small beside the weights of each step.

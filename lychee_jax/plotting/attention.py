@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
 
 from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.plotting.figures import save_png
 
 if TYPE_CHECKING:
     from lychee_jax.engine.page_trace import Reading
@@ -72,7 +73,7 @@ def plot_heads(head_map: HeadMap, path: str | Path, *, sparse_share: float | Non
         loc="lower left", bbox_to_anchor=(left / width, 0.1 / height), frameon=False, fontsize=8, labelcolor=_INK,
         borderaxespad=0.0, borderpad=0.0, handlelength=1.4,
     )  # fmt: skip
-    figure.savefig(path, format="png")
+    save_png(figure, path)
 
 
 def plot_reading(reading: Reading, path: str | Path, *, marks: Mapping[str, int] | None = None) -> None:
@@ -107,7 +108,7 @@ def plot_reading(reading: Reading, path: str | Path, *, marks: Mapping[str, int]
         ],
         loc="outside lower left", ncols=2, frameon=False, fontsize=8, labelcolor=_INK,
     )  # fmt: skip
-    figure.savefig(path, format="png")
+    save_png(figure, path)
 
 
 def _cell(layer: int, head: int, retrieves: bool) -> FancyBboxPatch:

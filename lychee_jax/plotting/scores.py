@@ -11,6 +11,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from lychee_jax.plotting.figures import save_png
+
 _INK = "#33272a"
 _COLOURS = ("#33272a", "#b3202f", "#d9863f", "#4f7f6b", "#5b6fa8", "#8a5a8f")
 _MARKERS = "osD^vP"
@@ -44,7 +46,7 @@ def plot_panels(values: Mapping[ScoreKey, float], path: Path, *, title: str, uni
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [_short(length) for length in lengths])
         axes.minorticks_off()
-        axes.set_title(tasks[panel], fontsize=9, color=_INK)
+        axes.set_title(tasks[panel], fontsize=9, color=_INK, parse_math=False)
         axes.tick_params(labelsize=8, colors=_INK)
         axes.grid(alpha=0.25)
         if at_most is not None:
@@ -52,7 +54,7 @@ def plot_panels(values: Mapping[ScoreKey, float], path: Path, *, title: str, uni
     figure.suptitle(f"{title} ({unit}, over length in tokens)", fontsize=11, color=_INK, parse_math=False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(variants), frameon=False, fontsize=8)
-    figure.savefig(path, format="png")
+    save_png(figure, path)
 
 
 def plot_heatmaps(values: Mapping[ScoreKey, float], path: Path, *, title: str, unit: str) -> None:
@@ -80,7 +82,7 @@ def plot_heatmaps(values: Mapping[ScoreKey, float], path: Path, *, title: str, u
                 axes.set_ylabel("depth", fontsize=8, color=_INK)
     figure.colorbar(ScalarMappable(Normalize(0, 100), _SCALE), ax=grid, fraction=0.04, label=unit)
     figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)
-    figure.savefig(path, format="png")
+    save_png(figure, path)
 
 
 def _figure(width: float, height: float) -> Figure:

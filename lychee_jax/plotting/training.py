@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.files import parse_json_lines, read_text
+from lychee_jax.plotting.figures import save_png
 
 _RETRIEVAL, _SPARSE, _OTHER, _INK = "#b3202f", "#d98c7e", "#2b5d8c", "#33272a"
 UNDECIDED = (0.05, 0.95)
@@ -79,7 +80,7 @@ def plot_training(metrics: Path, head_map: HeadMap, path: Path) -> None:
     _title(undecided, f"Undecided gates: E[z] between {UNDECIDED[0]} and {UNDECIDED[1]}")
     for axes in (loss, undecided):
         axes.set_xlabel("step", fontsize=9, color=_INK)
-    figure.savefig(path, format="png")
+    save_png(figure, path)
 
 
 def _draw_gates(axes: Axes, history: History, retrieves: Bool[np.ndarray, "above K"]) -> None:

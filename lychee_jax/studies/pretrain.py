@@ -289,7 +289,7 @@ def main(
     minutes: Annotated[float | None, typer.Option(help="Stop after about so many minutes; run again to go on.")] = None,
 ) -> None:
     """Train the bundled model on an accelerator (about ten minutes on an H200) and write it to OUTPUT/model."""
-    # The top floor, which may leave the house; all above trains without it.
+    # `loading` may import the converter; everything above trains without it.
     from lychee_jax.loading import save
 
     plan = PretrainingPlan(seed=seed)

@@ -3,7 +3,7 @@
 Which KV heads must read the whole cache while the model answers? Prompts are read once, densely; then their right
 answers are scored under hybrid decoding with any roles at little cost, all steps at once. From all heads retrieving,
 the head that is missed least becomes sparse, one by one, until the answers suffer. (Learning the roles is the better
-way, and the one of arXiv 2602.04541; this one needs no gradient.)
+method, and that of arXiv 2602.04541; this one needs no gradient.)
 """
 
 from collections.abc import Callable
@@ -75,9 +75,9 @@ class Judge:
 def eliminate(
     judge: Callable[[Bool[np.ndarray, "L K"]], tuple[float, float]], config: ModelConfig, tolerance: float
 ) -> tuple[HeadMap, list[dict[str, Any]]]:
-    """The smallest map on the way down whose loss is at most the dense one plus `tolerance`, and the whole way.
+    """The smallest map of the elimination whose loss is at most the dense one plus `tolerance`, and all of its steps.
 
-    The way ends where the loss is 1000 tolerances above the dense one.
+    It ends where the loss is 1000 tolerances above the dense one.
     """
     roles = np.ones((config.num_layers, config.num_kv_heads), bool)
     dense, exact = judge(roles)

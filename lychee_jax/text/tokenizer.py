@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lychee_jax.errors import UserError
+from lychee_jax.files import digest_of, json_text
 from lychee_jax.text.chat import Message, check_messages, check_template_kwargs, close_thinking, refuse_reserved
+from lychee_jax.text.sentence_pieces import read_pieces, restore_pieces
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(128, 256)}
@@ -35,14 +37,19 @@ class Tokenizer:
         Raises:
             UserError: tokenizer files are there, but cannot be loaded.
         """
-        if not any((Path(path) / name).is_file() for name in VOCABULARY_FILES):
+        folder = Path(path)
+        if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             return None
+        pieces = read_pieces(folder)
         with _quietly():
             auto = _auto_tokenizer()
             try:
                 # Never from the network, and never code that lies in the folder.
-                backend = auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-                _restore_pipeline(backend, Path(path))
+                backend = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+                if pieces is None:
+                    _restore_pipeline(backend, folder)
+                else:
+                    restore_pieces(backend, pieces, folder)
                 return cls(backend)
             except Exception as error:  # the Rust library raises plain Exception
                 raise UserError(f"the tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
@@ -61,15 +68,29 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
         *,
         answer: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins, or goes on after `answer`.
+        """Token ids of the text that `render_messages` makes.
 
         The template writes BOS itself where the model wants one, so the tokenizer adds none.
+        """
+        return self.encode_plain(self.render_messages(messages, template_kwargs, answer=answer, tools=tools))
+
+    def render_messages(
+        self,
+        messages: str | Sequence[Message],
+        template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        answer: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The text of a conversation, up to where the assistant's answer begins, or goes on after `answer`.
 
         Args:
             messages: `[{"role": "user", "content": …}, …]`, or the text of one message of the user.
             template_kwargs: keywords for the template, such as `{"enable_thinking": False}`.
             answer: words that are put into the assistant's mouth; thoughts that the template opened are closed first.
+            tools: JSON schemas of functions that the assistant may call.
 
         Raises:
             UserError: the checkpoint has no chat template, its template refuses the messages, or a keyword is not the
@@ -81,10 +102,24 @@ class Tokenizer:
             raise UserError("the checkpoint has no chat template; give the prompt without --chat")
         refuse_reserved(keywords, frozenset(self._backend.special_tokens_map))
         try:
-            text = self._backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **keywords)
+            text = self._backend.apply_chat_template(
+                messages, tools=list(tools) if tools else None, add_generation_prompt=True, tokenize=False, **keywords
+            )
         except Exception as error:  # templates are programs: they fail in their own ways
             raise UserError(f"the chat template refused the messages: {_first_line(error)}") from error
-        return self._encode(close_thinking(text) + answer if answer else text, add_special_tokens=False)
+        return close_thinking(text) + answer if answer else text
+
+    @property
+    def tool_template(self) -> str:
+        """The chat template that conversations with tools go through; empty if there is none."""
+        if not self._backend.chat_template:
+            return ""
+        return self._backend.get_chat_template(tools=[{}])
+
+    def to_json(self) -> str | None:
+        """The tokenizer.json that does what this tokenizer does; None for one that is written in Python."""
+        backend = getattr(self._backend, "backend_tokenizer", None)
+        return None if backend is None else backend.to_str()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -112,6 +147,29 @@ class Tokenizer:
     def token_text(self, index: int) -> str:
         """The text of a single token; of a special one, which makes none in a text, its name, such as `<|im_end|>`."""
         return self._backend.convert_ids_to_tokens(index) if index in self.special_ids else self.decode([index])
+
+    @functools.cached_property
+    def prefix_ids(self) -> list[int]:
+        """What is put in front of every text, such as BOS; what is put behind it is not among them."""
+        text, whole = self.encode_plain("a"), self.encode("a")
+        return next((whole[:front] for front in range(len(whole)) if whole[front : front + len(text)] == text), [])
+
+    def digest(self) -> str:
+        """What tells the tokenizer from others, its chat template aside."""
+        pipeline = getattr(self._backend, "backend_tokenizer", None)
+        return digest_of(
+            json_text(self._backend.get_vocab(), sort_keys=True) if pipeline is None else pipeline.to_str()
+        )
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, whether or not the tokenizer adds it; None if it has none."""
+        return self._backend.bos_token_id
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The checkpoint's, or several by name."""
+        return self._backend.chat_template
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
@@ -143,6 +201,12 @@ class Tokenizer:
         decoder = getattr(getattr(self._backend, "backend_tokenizer", None), "decoder", None)
         state = json.loads(decoder.__getstate__()) if decoder is not None else {}
         return "ByteLevel" in {part.get("type") for part in (state, *state.get("decoders", ()))}
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise UserError for a folder whose tokenizer has to be put together from older files, and cannot be."""
+    if not (folder / "tokenizer.json").is_file():
+        Tokenizer.from_folder(folder)
 
 
 def _restore_pipeline(backend: Any, folder: Path) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32
 
-from lychee_jax.errors import UserError
+from lychee_jax.attention.head_map import highest_roles
 
 type GateParams = dict[str, jax.Array]
 
@@ -177,18 +177,9 @@ def harden(expected: Float32[np.ndarray, "L K"], count: int | None = None) -> Bo
     Raises:
         UserError: fewer than layer 0 has, or more than there are.
     """
-    layers, kv_heads = expected.shape
-    if count is None:
-        roles = expected > _MORE_THAN_HALF
-    elif not kv_heads <= count <= layers * kv_heads:
-        raise UserError(
-            f"{count} retrieval heads: layer 0 alone has {kv_heads}, and the model has {layers * kv_heads} KV heads"
-        )
-    else:
-        order = np.argsort(-expected[1:].flatten(), kind="stable")
-        layer, head = np.divmod(order[: count - kv_heads], kv_heads)
-        roles = np.zeros((layers, kv_heads), bool)
-        roles[1 + layer, head] = True
+    if count is not None:
+        return highest_roles(expected, count)
+    roles = expected > _MORE_THAN_HALF
     roles[0] = True
     return roles
 

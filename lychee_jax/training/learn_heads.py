@@ -6,12 +6,13 @@ for batches and draws are functions of the seed and the step alone.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import QuestionSource, Writer, make_source
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text
+from lychee_jax.files import check_tensor_path, digest_of, json_text, read_text
 from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
@@ -51,6 +52,7 @@ _RAMP, _FLOOR = 0.2, 0.1  # of the learning rate's schedule: share of the steps,
 _BUCKETS = 4
 _TRIALS = 32
 _POLICY = SelectionPolicy(budget=1 << 20, rule="ratio", ratio=0.3)
+_compilers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,11 @@ class TrainingPlan:
             )
         data_mesh(self.batch)
 
+    def draw(self, step: int) -> tuple[np.random.Generator, int]:
+        """What the prompts of a step are drawn with, and about how many tokens they have."""
+        rng = np.random.default_rng([self.seed, step])
+        return rng, int(rng.integers(self.min_length, self.max_length + 1))
+
     def capacity(self, length: int) -> int:
         """Tokens of the compiled row that a prompt of `length` goes into, one of a few, so that few are compiled."""
         step = -(-self.max_length // _BUCKETS)
@@ -150,8 +157,7 @@ class Learned:
 
 def make_batch(plan: TrainingPlan, source: QuestionSource, step: int) -> Batch:
     """The rows of a step: a function of the plan and the step alone. All have about the same random length."""
-    rng = np.random.default_rng([plan.seed, step])
-    length = int(rng.integers(plan.min_length, plan.max_length + 1))
+    rng, length = plan.draw(step)
     tokens = np.zeros((plan.batch, plan.capacity(length)), np.int32)
     starts = np.zeros(plan.batch, np.int32)
     answers = np.zeros((plan.batch, plan.room), np.int32)
@@ -209,6 +215,19 @@ class Learner:
         # The state is some numbers a head: not worth donating, and so it outlives a step that is interrupted.
         self._step = jax.jit(self._advance, out_shardings=everywhere)
         self._tables: dict[int, tuple[jax.Array, jax.Array]] = {}
+        self._programs: dict[int, concurrent.futures.Future[Any]] = {}
+
+    @property
+    def programs(self) -> tuple[int, ...]:
+        """Tokens of a row in each program that was compiled, or is being compiled."""
+        return tuple(sorted(self._programs))
+
+    def prepare(self, steps: Iterable[int]) -> None:
+        """Compile in the background, side by side, all that these steps need, in the order of their need."""
+        lengths = dict.fromkeys(self.plan.capacity(self.plan.draw(step)[1]) for step in steps)
+        for length in lengths:
+            if length not in self._programs:
+                self._programs[length] = _compilers.submit(self._compile, length)
 
     def initial(self) -> State:
         """The state before the first step."""
@@ -219,16 +238,28 @@ class Learner:
 
     def step(self, state: State, step: int, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One step, of index `step` from 0. Returns before the device is done."""
-        tables = self._rotary(batch.tokens.shape[1])
-        # An argument, not a constant of the program: all seeds share one, and the compilation cache keeps one.
-        key = jax.random.fold_in(jax.random.key(self.plan.seed), step)
-        # Float32 models multiply in full float32, as they do in decoding.
-        with jax.default_matmul_precision("highest") if self.config.dtype == "float32" else contextlib.nullcontext():
-            return self._step(state, self._weights, key, batch.tokens, batch.starts, batch.answers, *tables)
+        length = batch.tokens.shape[1]
+        tables = self._rotary(length)
+        if length not in self._programs:
+            self._programs[length] = _compilers.submit(self._compile, length)
+        program = self._programs[length].result()
+        return program(state, self._weights, self._key(step), batch.tokens, batch.starts, batch.answers, *tables)
 
     def expected(self, state: State) -> Float32[np.ndarray, "L K"]:
         """E[z] of every KV head, 1 for those of layer 0."""
         return np.asarray(gates.with_first_layer(self.family.expected(state["gates"])))
+
+    def _key(self, step: int) -> jax.Array:
+        # An argument, not a constant of the program: all seeds share one, and the compilation cache keeps one.
+        return self._place(jax.random.fold_in(jax.random.key(self.plan.seed), step))
+
+    def _compile(self, length: int) -> Any:
+        plan, numbers = self.plan, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        rows = (numbers((plan.batch, length)), numbers((plan.batch,)), numbers((plan.batch, plan.room)))
+        # Float32 models multiply in full float32, as they do in decoding.
+        with jax.default_matmul_precision("highest") if self.config.dtype == "float32" else contextlib.nullcontext():
+            args = (self.initial(), self._weights, self._key(0), *rows, *self._rotary(length))
+            return self._step.lower(*args).compile()
 
     def _rotary(self, length: int) -> tuple[jax.Array, jax.Array]:
         if length not in self._tables:
@@ -298,8 +329,10 @@ def learn(
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     output, learner = Path(output), Learner(loaded, plan)
+    check_tensor_path(output)
     claim(output, _described(loaded, plan))
     checkpoints = Checkpoints(output / CHECKPOINTS, keep)
+    learner.prepare(range(checkpoints.latest() or 0, plan.steps))
     try:
         with Patience() as patience:
             run = _Run(learner, output, checkpoints, log_every)
@@ -377,16 +410,18 @@ class _Run:
 
 
 def _described(loaded: LLM, plan: TrainingPlan) -> dict[str, Any]:
-    """What a run must agree with to go on in a folder: the model, its weights by a sample, the plan, its files."""
-    model = loaded.model
-    sample = [np.asarray(part, np.float32) for part in (model.norm.scale[...], model.embed.embedding[:4])]
-    weights = hashlib.sha256(b"".join(part.tobytes() for part in sample)).hexdigest()
-    described = {"model": loaded.config.fingerprint(), "weights": weights, "dtype": loaded.config.dtype}
-    described |= dataclasses.asdict(plan)
+    """What a run must agree with to go on in a folder: weights, tokenizer and files by their contents, and the plan."""
+    tokenizer = loaded.tokenizer
+    described = {
+        "model": loaded.config.fingerprint(),
+        "weights": loaded.weights_digest(),
+        "tokenizer": tokenizer.digest() if tokenizer is not None else None,
+        "dtype": loaded.config.dtype,
+        **dataclasses.asdict(plan),
+    }
     for name in ("text", "file"):
-        if described[name]:  # wherever it lies
-            path = Path(described[name])
-            described[name] = f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        if described[name]:  # wherever it lies, and whatever it is called
+            described[name] = f"digest {digest_of(read_text(described[name]))}"
     return described
 
 
@@ -397,11 +432,7 @@ def _conclude(loaded: LLM, plan: TrainingPlan, output: Path, expected: Float32[n
         "fingerprint": loaded.config.fingerprint(), "method": plan.family, "seed": plan.seed, "steps": plan.steps,
         "above_half": above_half,
     }  # fmt: skip
-    retrieval = tuple(tuple(int(head) for head in np.flatnonzero(layer)) for layer in roles)
-    config, label = loaded.config, loaded.path.resolve().name
-    head_map = HeadMap(
-        config.num_layers, config.num_kv_heads, retrieval, model=label, meta=json_text(meta, sort_keys=True)
-    )
+    head_map = HeadMap.from_roles(roles, model=loaded.name, meta=meta)
     head_map.save(output / HEADS)
     described = {
         "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,

@@ -15,6 +15,7 @@ from checkpoints_convert.weights import NOT_FINITE, Weights
 from lychee_jax.cli import main as cli
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
+from lychee_jax.loading import load
 from tests.support import convert_memory, tiny_checkpoints
 
 LLAMA, QWEN2, QWEN3 = (tiny_checkpoints.TINY[family] for family in ("llama", "qwen2", "qwen3"))
@@ -143,6 +144,20 @@ def test_tied_with_another_head_keeps_both(tmp_path):
     assert not convert(tmp_path / "hf", tmp_path / "out", verify=True).tied
     np.testing.assert_array_equal(read_all(tmp_path / "out")["lm_head.kernel"], head)
     assert not ModelConfig.from_folder(tmp_path / "out").tie_word_embeddings
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_tied_with_a_head_alone_embeds_with_it(tmp_path, shards):
+    """As in transformers, where either name may be the one that is stored."""
+    tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", TIED | {"torch_dtype": None}, dtype="bfloat16")
+    renamed = {name.replace("model.embed_tokens", "lm_head"): array for name, array in tensors.items()}
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    tiny_checkpoints.write_shards(tmp_path / "hf", renamed, shards=shards)
+    report = convert(tmp_path / "hf", tmp_path / "out", verify=True)
+    assert (report.tied, report.dtype) == (True, "bfloat16")
+    assert_same(read_all(tmp_path / "out"), expected(TIED, tensors, "bfloat16"))
+    found = load(tmp_path / "hf").model.embed.embedding[...]
+    np.testing.assert_array_equal(found, tensors["model.embed_tokens.weight"])
 
 
 def test_rotary_frequencies_of_old_checkpoints_are_ignored(tmp_path):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 
-import huggingface_hub
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -19,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_convert import convert, store
 from lychee_jax.cli import main as cli
 from lychee_jax.errors import UserError
+from lychee_jax.loading import load
 from tests.support import tiny_checkpoints
 
 LLAMA = tiny_checkpoints.TINY["llama"] | {"num_hidden_layers": 1}
@@ -96,17 +96,47 @@ def test_tied_with_a_misshapen_head(hf):
 
 def test_shards_that_contradict_their_index(sharded):
     first, second = (load_file(sharded / name) for name in (FIRST, SECOND))
-    double, moved, unlisted, gone = *list(second)[:3], next(iter(first))
-    save_file(first | {double: second[double], moved: second[moved]}, sharded / FIRST)
+    moved, unlisted, gone = *list(second)[1:3], next(iter(first))
+    save_file(first | {moved: second[moved]}, sharded / FIRST)
     change(sharded, SECOND, drop=[moved])
     change(sharded, FIRST, drop=[gone])
     change_index(sharded, lambda weight_map: weight_map.pop(unlisted))
     message = refused(sharded)
-    assert f"duplicate: {double} (in {FIRST} and {SECOND})" in message
     assert f"misplaced: {moved} (in {FIRST}, but the index says {SECOND})" in message
     assert f"not in the index: {unlisted} (in {SECOND})" in message
     assert f"missing: {gone}" in message
     assert message.count(unlisted) == 1
+
+
+def test_the_index_decides(sharded, caplog):
+    """Copies that it does not mean, tensors that it does not name, one file under two names, and files beside."""
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    first, second = (load_file(sharded / name) for name in (FIRST, SECOND))
+    double, spelled = list(second)[:2]
+    wanted = first | second
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    strange = {"model.layers.7.input_layernorm.weight": np.ones(32, np.float32)}
+    save_file(first | {double: second[double] + 1} | frequencies | strange, sharded / FIRST)
+    change_index(sharded, lambda weight_map: weight_map.update({spelled: f"./{index[spelled]}"}))
+    save_file({"base_model.model.x.lora_A.weight": np.ones(2, np.float32)}, sharded / "adapter_model.safetensors")
+    (sharded / "adapter_config.json").write_text("{}")
+    convert(sharded, sharded.parent / "out", verify=True)
+    written = store.read(sharded.parent / "out" / "weights", store.shapes(sharded.parent / "out" / "weights"))
+    assert sum(array.size for array in written.values()) == sum(array.size for array in wanted.values())
+    parts = np.concatenate([wanted[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up")])
+    np.testing.assert_array_equal(written["layers.0.mlp.gate_up_proj.kernel"], parts)
+    assert caplog.messages == [
+        f"{sharded}: not used: adapter_model.safetensors",
+        f"{sharded}: not in the index, so not used: model.layers.7.input_layernorm.weight",
+    ]
+    change_index(sharded, lambda weight_map: weight_map.update({spelled: "../elsewhere.safetensors"}))
+    assert "../elsewhere.safetensors lies outside its folder" in refused(sharded)
+
+
+def test_an_adapter_alone_is_no_model(hf):
+    (hf / "model.safetensors").rename(hf / "adapter_model.safetensors")
+    (hf / "adapter_config.json").write_text("{}")
+    assert "has an adapter and no model (adapter_config.json); merge it" in refused(hf)
 
 
 def test_missing_and_truncated_shards(sharded):
@@ -151,10 +181,21 @@ def test_configs_that_are_refused(hf):
     for raw, reason in (
         (LLAMA | {"model_type": "gpt2"}, "gpt2"),
         (LLAMA | {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
-        (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "awq"),
+        (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "quantization_config: awq"),
+        (LLAMA | {"quantization": {"group_size": 64, "bits": 4}}, "quantization: 4 bits"),
+        (LLAMA | {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "quantization: mxfp4"),
+        (LLAMA | {"dual_chunk_attention_config": {"local_size": 8}}, "chunk_size"),
     ):
         (hf / "config.json").write_text(json.dumps(raw))
         assert reason in refused(hf)
+
+
+@pytest.mark.parametrize("name", ["qweight", "scales", "weight_scale_inv", "weight.absmax"])
+def test_quantised_weights_are_refused_in_one_word_whatever_the_config_says(hf, name):
+    change(hf, **{f"model__layers__0__mlp__up_proj__{name.replace('.', '__')}": np.ones(2, np.float32)})
+    message = refused(hf)
+    assert f"quantised checkpoints (model.layers.0.mlp.up_proj.{name} is one of 1" in message
+    assert "extra" not in message
 
 
 def test_unknown_dtype(hf):
@@ -174,44 +215,24 @@ def test_a_converted_folder_is_not_converted_again(hf):
         convert(hf.parent / "out", hf.parent / "again")
 
 
-def offline(*_, **__):
-    raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nand a long explanation")
+@pytest.mark.parametrize("name", [b"a\\b", b"deep\\er/out", b"a\xffb"])
+def test_destinations_that_the_array_library_misreads(hf, name, capsys):
+    before = sorted(hf.parent.rglob("*"))
+    for argv in (["convert", str(hf)], ["convert", str(hf), "--overwrite"]):
+        assert cli.main([*argv, str(hf.parent / os.fsdecode(name))]) == 2
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert re.search(r"backslash|not UTF-8", said.err)
+    assert sorted(hf.parent.rglob("*")) == before
 
 
-def test_hub_errors_are_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(UserError, match=r"some/model is no local folder, and the Hugging Face Hub.*no network\)$"):
-        convert("some/model", tmp_path / "out")
-    for path in ("./model", "/some/model", "a/b/c", ".."):
-        with pytest.raises(UserError, match=r"no such folder|in use|exists"):
-            convert(f"{path}/missing", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("shards", [1, 2])
-def test_only_the_needed_files_of_a_hub_model_are_fetched(tmp_path, monkeypatch, shards):
-    remote, cache = tmp_path / "remote", tmp_path / "cache"
-    tiny_checkpoints.write_checkpoint(remote, LLAMA, shards=shards)
-    for name in (
-        "tokenizer.json",
-        "consolidated.safetensors",
-        "model.fp16.safetensors",
-        "pytorch_model.bin",
-        "README.md",
-    ):
-        (remote / name).write_text("{}")
-    cache.mkdir()
-
-    def download(repository, allow_patterns):
-        assert repository == "some/model"
-        for name in huggingface_hub.utils.filter_repo_objects(os.listdir(remote), allow_patterns=allow_patterns):
-            shutil.copy(remote / name, cache / name)
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    convert("some/model", tmp_path / "out", verify=True)
-    weights = {"model.safetensors"} if shards == 1 else {"model.safetensors.index.json", FIRST, SECOND}
-    assert {file.name for file in cache.iterdir()} == {"config.json", "tokenizer.json"} | weights
+def test_a_converted_folder_that_was_moved_to_such_a_place(hf):
+    convert(hf, hf.parent / "out")
+    for name, reason in ((b"a\\b", "backslash"), (b"a\xffb", "not UTF-8")):
+        moved = (hf.parent / "out").rename(hf.parent / os.fsdecode(name))
+        with pytest.raises(UserError, match=reason):
+            load(moved)
+        moved.rename(hf.parent / "out")
 
 
 def test_an_existing_destination_is_not_touched(hf):
@@ -234,7 +255,11 @@ def test_overwrite_keeps_the_old_folder_when_the_new_one_fails(hf, monkeypatch):
     with pytest.raises(UserError, match="missing"):
         convert(hf, out, overwrite=True)
     change(hf, model__norm__weight=np.zeros(32, np.float32))
-    monkeypatch.setattr(store, "write", offline)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(store, "write", fail)
     with pytest.raises(UserError):
         convert(hf, out, overwrite=True)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before

@@ -19,6 +19,7 @@ from lychee_jax.engine import programs
 from lychee_jax.engine.compile_timer import forget_programs
 from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.engine.programs import DecodePlan, make_rows
+from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM, engine_options
@@ -42,7 +43,7 @@ def model() -> LLM:
 
 def _lower_decode(model, head_map, mixed=False):
     pools = make_pools(CONFIG, BATCH * PAGES + BATCH, PAGE, model.dtype)
-    rows = make_rows(16, CONFIG.vocab_size, 8)
+    rows = make_rows(16, CONFIG.vocab_size, MAX_EOS_IDS)
     angles = jnp.zeros((BATCH, 8, CONFIG.head_dim // 2))
     compiled = programs.decode_block.lower(
         model.spec, DecodePlan(head_map, POLICY, 8, None, mixed), model.weights, pools, rows,

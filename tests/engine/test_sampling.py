@@ -9,30 +9,45 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS, Sampled, SamplingArrays, sample, sampling_row
+from lychee_jax.engine.sampling import (
+    MAX_TOP_LOGPROBS,
+    Adjustments,
+    Sampled,
+    SamplingArrays,
+    bias_row,
+    sample,
+    sampling_row,
+)
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.errors import UserError
 
-compiled: Any = jax.jit(sample)
+compiled: Any = jax.jit(lambda logits, arrays, adjustments, *rest: sample(logits, arrays, lambda: adjustments, *rest))
 
 
-def choose(logits, params, *, index=None, steps=None, seen=None, forced=None, num_top=None) -> Sampled:
-    """One token a row; `params`: one for all rows, or one each."""
+def choose(
+    logits, params, *, index=None, steps=None, seen=None, counts=None, forced=None, num_top=None, allowed=None
+) -> Sampled:
+    """One token a row; `params`: one for all rows, or one each. `seen`: tokens of the prompt; `counts`: of the text."""
     logits = jnp.asarray(logits, jnp.float32)
     batch = len(logits)
     index = np.arange(batch) if index is None else index
-    if isinstance(params, SamplingParams):
-        fields = [np.full((batch,), number) for number in sampling_row(params)]
-    else:
-        fields = [np.stack(numbers) for numbers in zip(*map(sampling_row, params), strict=True)]
+    rows = [params] if isinstance(params, SamplingParams) else params
+    made = [(*sampling_row(row), *bias_row(row)) for row in rows]
+    fields = [np.broadcast_to(each, (batch, *each[0].shape)) for each in map(np.stack, zip(*made, strict=True))]
+    fields, biases = fields[:-2], fields[-2:]
     fields[-1] = np.asarray(index, np.int32)
     arrays = SamplingArrays(*map(jnp.asarray, fields))
 
-    def of(values, default, dtype):
-        return jnp.full((batch,), default, dtype) if values is None else jnp.asarray(values, dtype)
+    def of(values, default, dtype, shape=(batch,)):
+        return jnp.full(shape, default, dtype) if values is None else jnp.asarray(values, dtype)
 
-    seen = jnp.zeros(logits.shape, bool) if seen is None else jnp.asarray(seen)
-    return compiled(logits, arrays, seen, of(steps, 0, jnp.int32), of(forced, -1, jnp.int32), of(num_top, 0, jnp.int32))
+    adjustments = Adjustments(
+        of(seen, False, bool, logits.shape), of(counts, 0, jnp.int32, logits.shape), *map(jnp.asarray, biases)
+    )
+    return compiled(
+        logits, arrays, adjustments, of(steps, 0, jnp.int32), of(forced, -1, jnp.int32), of(num_top, 0, jnp.int32),
+        allowed,
+    )  # fmt: skip
 
 
 def survivors(logits, params, seen=None):
@@ -150,6 +165,50 @@ def test_the_penalty_moves_greedy_choices_and_leaves_logprobs_raw():
     np.testing.assert_allclose(sampled.logprob, [wanted.item(0, 1), wanted.item(1, 2)], atol=1e-6)
 
 
+def test_adjustments_are_those_of_the_formula():
+    """logits / or * the repetition penalty, − frequency · count − presence where counted, + bias; logprobs stay raw."""
+    rng = np.random.default_rng(8)
+    logits = rng.normal(0, 2, (6, 40)).astype(np.float32)
+    seen, counts = rng.random(logits.shape) < 0.3, rng.integers(0, 4, logits.shape)
+    params = [
+        SamplingParams(),
+        SamplingParams(presence_penalty=1.5),
+        SamplingParams(frequency_penalty=0.7),
+        SamplingParams(frequency_penalty=-2.0, presence_penalty=-0.5),
+        SamplingParams(logit_bias=((39, 100.0), (0, 99.5), (3, -100.0))),
+        SamplingParams(
+            repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2, logit_bias=((7, 2.5), (8, 2.0))
+        ),
+    ]
+    scores = logits.astype(np.float64)
+    for row, one in enumerate(params):
+        again = seen[row] | (counts[row] > 0)
+        factor = np.where(scores[row] > 0, 1 / one.repetition_penalty, one.repetition_penalty)
+        scores[row] *= np.where(again, factor, 1)
+        scores[row] -= one.frequency_penalty * counts[row] + one.presence_penalty * (counts[row] > 0)
+        for token, bias in one.logit_bias:
+            scores[row, token] += bias
+    sampled = choose(logits, params, seen=seen, counts=counts)
+    assert sampled.token.tolist() == scores.argmax(axis=1).tolist()
+    raw = logits.astype(np.float64)
+    wanted = raw - np.log(np.exp(raw).sum(axis=1))[:, None]
+    np.testing.assert_allclose(sampled.logprob, wanted[np.arange(6), sampled.token], atol=1e-6)
+    # Draws follow them, too: the probabilities that 4096 draws find.
+    mild = SamplingParams(
+        1.0, frequency_penalty=0.4, presence_penalty=0.2, logit_bias=((1, 1.0), (5, -100.0)), repetition_penalty=1.2
+    )
+    many = 4096
+    tiled = [np.broadcast_to(each[0, :12], (many, 12)) for each in (logits, seen, counts)]
+    steps = np.arange(many, dtype=np.int32)
+    drawn = choose(tiled[0], mild, index=steps * 0, steps=steps, seen=tiled[1], counts=tiled[2]).token
+    again = seen[0, :12] | (counts[0, :12] > 0)
+    score = logits[0, :12] * np.where(again, np.where(logits[0, :12] > 0, 1 / 1.2, 1.2), 1)
+    score = score - 0.4 * counts[0, :12] - 0.2 * (counts[0, :12] > 0)
+    score[1], score[5] = score[1] + 1, score[5] - 100
+    chances = np.exp(score) / np.exp(score).sum()
+    np.testing.assert_allclose(np.bincount(drawn, minlength=12) / many, chances, atol=0.03)
+
+
 def test_a_draw_depends_on_seed_row_and_step_alone():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(0, 0.1, (4, 500)), jnp.float32)
@@ -181,20 +240,49 @@ def test_a_filter_changes_only_what_it_removes():
 def test_rows_of_all_kinds_in_one_batch_are_what_they_are_alone():
     """Greedy, penalised, filtered and free rows side by side: none changes another, and nothing new is compiled."""
     rng = np.random.default_rng(5)
-    logits = rng.normal(0, 1, (len(CASES) + 2, 40)).astype(np.float32)
-    seen = rng.random(logits.shape) < 0.3
-    params = [SamplingParams(), SamplingParams(repetition_penalty=1.4), *CASES]
+    logits = rng.normal(0, 1, (len(CASES) + 4, 40)).astype(np.float32)
+    seen, counts = rng.random(logits.shape) < 0.3, rng.integers(0, 3, logits.shape)
+    params = [
+        SamplingParams(),
+        SamplingParams(repetition_penalty=1.4),
+        SamplingParams(presence_penalty=1.0, frequency_penalty=-0.7),
+        SamplingParams(0.9, logit_bias=((3, 4.0), (5, -100.0))),
+        *CASES,
+    ]
     steps, index = list(range(len(params))), [row % 3 for row in range(len(params))]
-    together = choose(logits, params, index=index, steps=steps, seen=seen)
+    together = choose(logits, params, index=index, steps=steps, seen=seen, counts=counts)
     before = compiled._cache_size()
     for row, one in enumerate(params):
         own = np.broadcast_to(logits[row], logits.shape)
         others = [SamplingParams()] * len(params)
         others[row] = one
-        alone = choose(own, others, index=index, steps=steps, seen=np.broadcast_to(seen[row], seen.shape))
+        own_seen, own_counts = (np.broadcast_to(each[row], each.shape) for each in (seen, counts))
+        alone = choose(own, others, index=index, steps=steps, seen=own_seen, counts=own_counts)
         assert alone.token[row] == together.token[row], one
         assert alone.logprob[row] == together.logprob[row]
     assert compiled._cache_size() == before
+
+
+def test_a_mask_comes_before_everything_else_and_leaves_logprobs_raw():
+    rng = np.random.default_rng(9)
+    logits = rng.normal(0, 2, (len(CASES) + 3, 16)).astype(np.float32)
+    params = [SamplingParams(), SamplingParams(logit_bias=((0, 100.0),)), SamplingParams(), *CASES]
+    allowed = rng.random(logits.shape) < 0.4
+    allowed[:, 0], allowed[:, 1], allowed[2] = False, True, False
+    raw = logits.astype(np.float64)
+    wanted = raw - np.log(np.exp(raw).sum(axis=1))[:, None]
+    whole = np.arange(len(params))
+    for step in range(20):
+        sampled = choose(logits, params, steps=whole * 0 + step, seen=~allowed, allowed=allowed, num_top=whole * 0 + 2)
+        tokens = np.asarray(sampled.token)
+        assert sampled.finite.tolist() == (whole != 2).tolist(), "a row without any allowed token says so"
+        assert allowed[whole != 2, tokens[whole != 2]].all()
+        assert tokens[0] == np.where(allowed[0], logits[0], -np.inf).argmax()
+        np.testing.assert_allclose(sampled.logprob, wanted[whole, tokens], atol=1e-5)
+        assert sampled.top_ids[:, 0].tolist() == logits.argmax(axis=1).tolist()
+    # All are allowed: as without a mask.
+    free, masked = choose(logits, params), choose(logits, params, allowed=np.ones(logits.shape, bool))
+    assert free.token.tolist() == masked.token.tolist()
 
 
 def test_forced_tokens_and_top_logprobs_and_logits_that_are_not_finite():
@@ -245,6 +333,11 @@ def test_a_large_vocabulary_keeps_its_tail_at_top_p_one():
         ({"min_p": 2.0}, "min-p"),
         ({"repetition_penalty": 0.0}, "repetition penalty"),
         ({"repetition_penalty": -1.0}, "repetition penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"logit_bias": ((1, 100.5),)}, "logit_bias"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias"),
+        ({"logit_bias": tuple((token, 1.0) for token in range(301))}, "logit_bias"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**32}, "seed"),
     ],

@@ -13,6 +13,7 @@ from lychee_jax.cache.allocator import Allocator, pages_for
 from lychee_jax.engine.request import Request
 from lychee_jax.engine.scheduler import Chunk, ChunkSizes, DecodeRow, Fork, Scheduler, SchedulerConfig, Work
 from lychee_jax.errors import UserError
+from tests.support.grammars import EvenThenEnd
 from tests.support.simulated_device import SimulatedDevice, prefix_hashes, text_length
 
 PAGE = 2
@@ -30,6 +31,7 @@ class Live:
     pages: tuple[int, ...]
     sent: int  # tokens of the prompt
     step: int = 0
+    unread: bool = False  # guided, and its newest token was not read
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -69,6 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         length=st.integers(1, 12),
         attention=st.sampled_from([None, "dense", "hybrid"]),
         salt=st.sampled_from([b"", b"", b"adapter"]),
+        guided=st.sampled_from([False, False, True]),
     )
     def add(
         self,
@@ -80,14 +83,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         length: int,
         attention: str | None,
         salt: bytes,
+        guided: bool,
     ) -> None:
         """Several requests at once, with a text of `length` tokens each."""
         for index in range(count):
             tokens = ((0, 1, stem) * 14)[:cut] + tuple(tail) + (index,)
             text = (0,) * (length - 1) + (EOS,)
             self.submit(
-                Request(self.new_id(), tokens, new, attention=attention, eos_ids=(EOS,), forced=text, cache_salt=salt)
-            )
+                Request(
+                    self.new_id(), tokens, new, attention=attention, eos_ids=(EOS,), forced=text, cache_salt=salt,
+                    grammar=EvenThenEnd(10, 1, EOS) if guided else None,
+                )
+            )  # fmt: skip
 
     @precondition(lambda self: self.known)
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=3), forks=st.integers(0, 2))
@@ -141,8 +148,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             work = self.scheduler.schedule()
             if work:
                 self.check_work(work)
+            awaited = self.scheduler.awaits_tokens
+            assert awaited == any(live.unread for live in self.live.values())
             self.end(self.device.send(work) if work else self.device.drain())
-            if not work:
+            self.tell_what_was_read()
+            if not work and not awaited:
                 assert not self.live, "something runs, but there is nothing to send for it, and nothing to read"
                 assert not self.queue or running, "nothing runs, and yet the queue does not move"
             self.check_books()
@@ -161,6 +171,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             if done.id in self.live and self.live[done.id].request is done:  # else aborted meanwhile
                 self.scheduler.finish(done.id)
                 del self.live[done.id]
+
+    def tell_what_was_read(self) -> None:
+        for request in self.device.read:
+            if request.id in self.live and self.live[request.id].request is request:
+                self.scheduler.received(request.id)
+                self.live[request.id].unread = False
+        self.device.read.clear()
 
     def check_work(self, work: Work) -> None:
         chunks: tuple[Chunk, ...] = work.prefill.chunks if work.prefill else ()
@@ -183,7 +200,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert fork.request.prompt == chunk.request.prompt
             length = len(chunk.request.prompt)
             self.admit(fork, length)
-            self.live[fork.request.id].step = 1
+            self.start_text(self.live[fork.request.id])
             assert fork.pages[: length // PAGE] == chunk.pages[: length // PAGE]
             if length % PAGE:
                 copies.append((chunk.pages[length // PAGE], fork.pages[length // PAGE]))
@@ -240,10 +257,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert chunk.count == min(CHUNKS.size(chunk.start), length - chunk.start)
         live.sent += chunk.count
         assert chunk.last == (live.sent == length)
-        live.step = int(chunk.last)
+        if chunk.last:
+            self.start_text(live)
         hashes = prefix_hashes(chunk.request)
         for end in range(PAGE, live.sent + 1, PAGE):
             self.published.add(hashes[end - 1])
+
+    @staticmethod
+    def start_text(live: Live) -> None:
+        live.step = 1
+        live.unread = live.request.grammar is not None and live.request.max_new_tokens > 1
 
     def check_decode(self, work: Work) -> None:
         assert len({block.attention for block in work.decode}) == len(work.decode)
@@ -254,12 +277,17 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert row.request.id not in rows
                 rows[row.request.id] = row
         due = {name for name, live in self.live.items() if 0 < live.step < live.request.max_new_tokens}
+        guided = any(self.live[name].request.grammar is not None for name in due)
+        if any(self.live[name].unread for name in due):
+            due = set()
+        assert all(block.guided == guided for block in work.decode)
         assert rows.keys() == due
         for name, row in rows.items():
             live = self.live[name]
             position = len(live.request.prompt) + live.step - 1
             assert row == DecodeRow(live.request, live.slot, live.pages, position, live.step)
-            live.step += self.config.block_steps
+            live.step += 1 if guided else self.config.block_steps
+            live.unread = live.request.grammar is not None and live.step < live.request.max_new_tokens
 
     @invariant()
     def check_books(self) -> None:
@@ -289,7 +317,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         requests = [*self.queue, *(live.request for live in self.live.values())]
-        most = sum(len(r.prompt) // CHUNKS.unit + 1 + text_length(r) + 3 for r in requests) + 3
+        most = sum(len(r.prompt) // CHUNKS.unit + 1 + 2 * text_length(r) + 3 for r in requests) + 3
         for _ in range(most):
             self.step(1)
         assert not self.live

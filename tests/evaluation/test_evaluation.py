@@ -9,7 +9,6 @@ import pytest
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cli import main as cli
-from lychee_jax.data import language
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation.cases import Case, Cell
@@ -19,21 +18,14 @@ from lychee_jax.evaluation.runner import EvaluationPlan
 from lychee_jax.evaluation.session import evaluate
 from lychee_jax.evaluation.variants import Budget, variants_of
 from lychee_jax.llm import LLM
-from lychee_jax.loading import BUNDLED, load
+from lychee_jax.loading import load
 from tests.support import tiny_checkpoints
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny random model that speaks the bundled tokenizer: its answers are noise, but always the same noise."""
-    folder = tmp_path_factory.mktemp("model")
-    raw = tiny_checkpoints.TINY["llama"] | {
-        "vocab_size": language.VOCAB_SIZE, "max_position_embeddings": 2048, "num_hidden_layers": 2,
-    }  # fmt: skip
-    tiny_checkpoints.write_checkpoint(folder, raw)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((BUNDLED / name).read_bytes())
-    return folder
+    return tiny_checkpoints.write_speaker(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

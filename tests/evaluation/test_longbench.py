@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lychee_jax.cli import main as cli
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.evaluation import metrics
 from lychee_jax.evaluation.longbench import EXTRA_TASKS, TASKS, LongBench
-from lychee_jax.evaluation.perplexity import FilePerplexity, OwnPerplexity
+from lychee_jax.evaluation.perplexity import FilePerplexity, OwnPerplexity, file_tasks
 from lychee_jax.loading import BUNDLED, load
 from lychee_jax.text.chat import ChatOptions
 from lychee_jax.text.tokenizer import Tokenizer
@@ -139,14 +140,41 @@ def test_windows_cover_the_text_from_its_beginning_to_its_end(tokenizer, tmp_pat
     task = FilePerplexity(tokenizer, tmp_path / "book.txt", scored=16, windows=3)
     cases = [task.case(100, None, index) for index in range(3)]
     assert all((len(case.tokens), len(case.forced)) == (100, 16) for case in cases)
-    front = tokenizer.encode("")
-    assert all(case.tokens[: len(front)] == front for case in cases)
-    assert [*cases[0].tokens, *cases[0].forced] == task.tokens[:116]
+    assert [*cases[0].tokens, *cases[0].forced] == tokenizer.encode(task.text)[:116]
+    assert all(case.tokens[0] == cases[0].tokens[0] for case in cases)
     assert cases[2].forced == task.tokens[-16:]
     with pytest.raises(UserError, match="100000 and 16 to score are more"):
         task.case(100_000, None, 0)
     with pytest.raises(UserError, match="cannot be read"):
         FilePerplexity(tokenizer, tmp_path / "none.txt", 16, 3).case(100, None, 0)
+
+
+@pytest.mark.parametrize("behind", ["</s>", "</s> </s>"])
+@pytest.mark.parametrize("front", ["", "<s> "])
+def test_an_end_that_the_tokenizer_appends_is_not_scored_and_no_token_is_lost(tmp_path, front, behind):
+    """Some tokenizers end every text with an eos, as T5's does, or with another special token."""
+    pipeline = tiny_tokenizers.byte_level()
+    pipeline.post_processor = TemplateProcessing(single=f"{front}$A {behind}", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tiny_tokenizers.write_tokenizer(tmp_path, pipeline)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer is not None
+    (tmp_path / "book.txt").write_text("the dog is no stop " * 30)
+    task = FilePerplexity(tokenizer, tmp_path / "book.txt", scored=8, windows=2)
+    (first, last), bos = [task.case(20, None, index) for index in range(2)], [0] if front else []
+    text = tokenizer.encode_plain("the dog is no stop " * 30)
+    assert [*first.tokens, *first.forced] == [*bos, *text][:28]
+    assert [*last.tokens, *last.forced] == [*bos, *text[len(bos) - 28 :]]
+
+
+def test_texts_of_one_name_are_told_apart_by_their_folders(tokenizer, tmp_path):
+    paths = [tmp_path / "a" / "x" / "book.txt", tmp_path / "b" / "x" / "book.txt", tmp_path / "b" / "other.txt"]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    assert [task.name for task in file_tasks(tokenizer, paths, 8, 1)] == ["a/x/book.txt", "b/x/book.txt", "other.txt"]
+    assert [task.name for task in file_tasks(tokenizer, paths[:1], 8, 1)] == ["book.txt"]
+    with pytest.raises(UserError, match=r"other\.txt is given twice"):
+        file_tasks(tokenizer, [paths[2], tmp_path / "b" / "x" / ".." / "other.txt"], 8, 1)
 
 
 def test_own_documents_need_the_own_tokenizer(tokenizer, tmp_path):

@@ -1,6 +1,7 @@
 """Loading: the same weights from either kind of folder, errors of one line, and the short Python API."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from typing import Any
@@ -218,7 +219,14 @@ def test_generate_takes_texts_and_ids(textual):
     assert 0 < len(one.tokens[0]) == len(one.logprobs[0]) <= 10
     assert one.text == [textual.tokenizer.decode(one.tokens[0])]
     assert one.timing.prefill_s > 0
-    assert one.attention["mode"] == "auto"
+    assert one.attention.mode == one.attention["mode"] == "auto"
+    assert (one.attention.retrieval_heads, one.attention.kv_read_share) == (4, 1.0)
+    with pytest.raises(KeyError, match="modes"):
+        one.attention["modes"]
+    (usage,) = one.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(ids), len(one.tokens[0]))
+    assert usage.total_tokens == len(ids) + len(one.tokens[0])
+    assert one.finish_reason == ["length" if len(one.tokens[0]) == 10 else "stop"]
     several = textual.generate([ids, "the dog"], **NEW)
     assert several.tokens[0] == one.tokens[0]
     assert several.prompt_tokens == [len(ids), len(textual.tokenizer.encode("the dog"))]
@@ -286,8 +294,9 @@ def test_options_reach_the_engine(textual, tmp_path):
         textual.options(budget=100)
     with pytest.raises(UserError, match="cannot be read"):
         textual.options(heads="some")
-    with pytest.raises(TypeError, match="warmth"):
-        textual.options(warmth=1)
+    for ask in (textual.options, functools.partial(textual.generate, TEXT), functools.partial(textual.stream, TEXT)):
+        with pytest.raises(TypeError, match="no option 'max_tokens'; did you mean max_new_tokens"):
+            ask(max_tokens=1)
 
 
 def test_text_needs_a_tokenizer(textual, tmp_path):

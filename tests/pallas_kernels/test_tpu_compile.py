@@ -22,6 +22,7 @@ from lychee_jax.cache.allocator import pages_for
 from lychee_jax.engine import programs
 from lychee_jax.engine.options import max_pages
 from lychee_jax.engine.programs import DecodePlan, make_rows
+from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.models.spec import ModelSpec
 from pallas_kernels import KVPages, Selection, SelectionSpec
 
@@ -169,7 +170,7 @@ def compile_decode(chip: Chip, model: str, batch: int, context: int, *, hybrid: 
         rest = tuple((layer % config.num_kv_heads,) for layer in range(1, config.num_layers))
         roles = HeadMap(config.num_layers, config.num_kv_heads, (every, *rest))
     plan = DecodePlan(roles, SelectionPolicy(), 8, "mosaic_tpu", mixed=hybrid and batch > 1)
-    rows = jax.eval_shape(lambda: make_rows(batch, config.vocab_size, 8))
+    rows = jax.eval_shape(lambda: make_rows(batch, config.vocab_size, MAX_EOS_IDS))
     angles = array(batch, 8, config.head_dim // 2, dtype=jnp.float32)
     with ops.recorded() as calls:
         compiled = compile_for(

@@ -62,6 +62,7 @@ def collect(engine: Engine, into: dict[str, RequestOutput], steps: int | None = 
             whole = into.setdefault(output.request_id, RequestOutput(output.request_id))
             whole.tokens += output.tokens
             whole.logprobs += output.logprobs
+            whole.top += output.top
             whole.cached_tokens += output.cached_tokens
             whole.finish_reason = output.finish_reason or whole.finish_reason
         steps = None if steps is None else steps - 1

@@ -40,6 +40,7 @@ class SimulatedDevice:
         self._pool: list[list[Content | None]] = [[None] * page_size for _ in range(num_pages)]
         self._slots: dict[int, tuple[int, int]] = {}  # slot: whose newest token it has, and how many there are
         self._queue: deque[Work] = deque()
+        self.read: list[Request] = []  # whose tokens were read, a request for each block
 
     def send(self, work: Work) -> Iterator[Request]:
         """Take a work; yields the requests whose ends are read now, because the works that reach them have run."""
@@ -63,11 +64,13 @@ class SimulatedDevice:
         for chunk in chunks:
             for start in [chunk, *chunk.forks] if chunk.last else ():
                 self._slots[start.slot] = (id(start.request), 1)
+                self.read.append(start.request)
                 if text_length(start.request) == 1:
                     yield start.request
         for block in work.decode:
             for row in block.rows:
-                if self._decode(row):
+                self.read.append(row.request)
+                if self._decode(row, 1 if block.guided else self._block_steps):
                     yield row.request
 
     def _locate(self, pages: tuple[int, ...], position: int) -> tuple[list[Content | None], int]:
@@ -86,7 +89,7 @@ class SimulatedDevice:
             page, offset = self._locate(chunk.pages, position)
             page[offset] = hashes[position]
 
-    def _decode(self, row: DecodeRow) -> bool:
+    def _decode(self, row: DecodeRow, steps: int) -> bool:
         """Run a row's part of a block; whether its text ends in it."""
         length = text_length(row.request)
         owner, step = self._slots[row.slot]
@@ -94,7 +97,7 @@ class SimulatedDevice:
         if step == length:
             return False  # it ended in a block that the host has not read yet
         assert step == row.step, f"{row} finds {step} tokens in its slot"
-        end = min(step + self._block_steps, length)
+        end = min(step + steps, length)
         for position in range(row.position, row.position + end - step):
             page, offset = self._locate(row.pages, position)
             page[offset] = (id(row.request), position)

@@ -8,6 +8,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from lychee_jax.data import language
+from lychee_jax.loading import BUNDLED
+
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 TINY = {
@@ -121,3 +124,12 @@ def write_checkpoint(
     tensors = random_tensors(raw, seed=seed, dtype=dtype)
     write_shards(folder, tensors, shards=shards)
     return tensors
+
+
+def write_speaker(folder: Path, *, seed: int = 0) -> Path:
+    """A folder with a tiny random model of 2,048 positions, and the bundled model's tokenizer."""
+    raw = TINY["llama"] | {"vocab_size": language.VOCAB_SIZE, "max_position_embeddings": 2048}
+    write_checkpoint(folder, raw, seed=seed)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((BUNDLED / name).read_bytes())
+    return folder

@@ -334,9 +334,14 @@ def test_another_plan_does_not_go_on(loaded, finished, change):
     assert contents(finished.folder) == before
 
 
-def test_other_weights_do_not_go_on(finished):
-    with pytest.raises(UserError, match="other settings"):
-        learn(tiny_models.make(seed=1), LONG, finished.folder)
+@pytest.mark.parametrize("name", ["layers.2.mlp.down_proj.kernel", "layers.1.attention.qkv_proj.kernel"])
+def test_other_weights_do_not_go_on(loaded, finished, name):
+    """A single number far from those that a sample would take, too."""
+    weights = dict(zip(loaded.spec.names, loaded.weights, strict=True))
+    weights[name] = weights[name].at[-1, -1].add(1e-3)
+    other = LLM(loaded.path, loaded.config, loaded.spec.merge(tuple(weights.values())), None, loaded.eos_ids)
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
+        learn(other, LONG, finished.folder)
 
 
 def test_a_text_is_known_by_its_content(loaded, tmp_path):
@@ -345,7 +350,7 @@ def test_a_text_is_known_by_its_content(loaded, tmp_path):
     def about(file: Path) -> TrainingPlan:
         return dataclasses.replace(LONG, text=str(file))
 
-    book, copy = tmp_path / "book.txt", tmp_path / "elsewhere" / "book.txt"
+    book, copy = tmp_path / "book.txt", tmp_path / "elsewhere" / "copy.txt"
     copy.parent.mkdir()
     for file in (book, copy):
         file.write_text("The old fox ran to the river. " * 30)
@@ -430,6 +435,18 @@ def test_gates_are_drawn_anew_in_every_step(learner):
     one, again, other = (float(learner.step(learner.initial(), step, batch)[1]["loss"]) for step in (0, 0, 1))
     assert one == again
     assert one != pytest.approx(other, rel=1e-3)
+
+
+def test_a_run_compiles_all_that_its_steps_need_and_nothing_else(small, learner):
+    two = plan(steps=3, retrieval_heads=2, min_length=100)
+    lengths = {step: make_batch(two, learner.source, step).tokens.shape[1] for step in range(two.steps)}
+    assert len(set(lengths.values())) == 2, "one length shows nothing"
+    one = Learner(small, two, learner.source)
+    assert one.programs == ()
+    one.prepare(range(two.steps))
+    assert list(one.programs) == sorted(set(lengths.values()))
+    one.step(one.initial(), 0, make_batch(two, learner.source, 0))
+    assert list(one.programs) == sorted(set(lengths.values()))
 
 
 @pytest.mark.parametrize(("longest", "room"), [(10240, 768), (256, 48), (3, 1), (1000, 100)])

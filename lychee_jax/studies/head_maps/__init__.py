@@ -1,1 +1,1 @@
-"""Which way of choosing retrieval heads is best? One command trains, compares and reports, and resumes row by row."""
+"""How are retrieval heads chosen best? One command trains, compares and reports, and resumes row by row."""

@@ -22,7 +22,7 @@ def run(
     model: Annotated[str | None, typer.Option(metavar="DIR", show_default="the bundled model", rich_help_panel=_RUN,
         help="Folder of a model with the bundled model's vocabulary.")] = None,
     points: Annotated[str, typer.Option(metavar="N,N,…", rich_help_panel=_ASKED,
-        help="1: budgets. 2: ways to choose heads. 3: pages, rules, cache correction. 4: gates over training.",
+        help="1: budgets. 2: methods of choosing heads. 3: pages, rules, cache correction. 4: gates over training.",
     )] = "1,2,3,4",
     tasks: Annotated[str, typer.Option(metavar="A,B,…", rich_help_panel=_ASKED,
         help="Some of only-passkey, passkey, lookup, variable.")] = "only-passkey,passkey,lookup,variable",

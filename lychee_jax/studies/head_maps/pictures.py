@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lychee_jax.plotting.figures import save_png
 from lychee_jax.run_folder import Record
 from lychee_jax.studies.head_maps.prompts import DIALOGUE
 from lychee_jax.studies.head_maps.report import PICTURES, by_seed, compared, method_names, share_name
@@ -27,7 +28,7 @@ def draw(results: Record, folder: Path) -> list[Path]:
         figure = picture(results)
         if figure is not None:
             drawn.append(folder / PICTURES[name])
-            figure.savefig(drawn[-1], format="png")
+            save_png(figure, drawn[-1])
     return drawn
 
 
@@ -65,7 +66,7 @@ def _budgets(results: Record) -> Figure | None:
 
 
 def _methods(results: Record) -> Figure | None:
-    """Bars: the mean over tasks and contexts of every way to choose heads, with the range of the seeds."""
+    """Bars: the mean over tasks and contexts of every method of choosing heads, with the range of the seeds."""
     budgets = [budget for budget in COMPARED if len(method_names(compared(results["rows"], budget))) > 1]
     if not budgets:
         return None

@@ -1,4 +1,4 @@
-"""What is compared: a row for every way to choose heads or pages, task, context and budget."""
+"""What is compared: a row for every method of choosing heads or pages, task, context and budget."""
 
 from __future__ import annotations
 

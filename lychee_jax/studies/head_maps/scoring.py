@@ -39,7 +39,7 @@ class Job:
 
 
 def jobs(rows: Sequence[Row], samples: int, chunk_tokens: int, tally: Tally) -> list[Job]:
-    """What is still to be done, chunk by chunk; each row brings its dense one along."""
+    """What is still to be done, chunk by chunk; each row comes with its dense one."""
     cells: dict[tuple[str, int], dict[Row, None]] = {}
     for row in rows:
         cells.setdefault((row.task, row.context), {}).update({row.dense: None, row: None})

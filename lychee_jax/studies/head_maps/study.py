@@ -80,7 +80,8 @@ class Study:
             raise UserError("the study asks in the bundled model's tokens; this model has another vocabulary")
         _check(grid, sizes, config.num_layers * config.num_kv_heads)
         self.chunk_tokens = chunk_tokens or (1 << 14 if jax.default_backend() == "cpu" else 1 << 18)
-        claim(output, {"model": config.fingerprint(), "chunk_tokens": self.chunk_tokens, **dataclasses.asdict(sizes)})
+        content = {"model": config.fingerprint(), "weights": model.weights_digest()}
+        claim(output, {**content, "chunk_tokens": self.chunk_tokens, **dataclasses.asdict(sizes)})
         self.tally = Tally(output)
 
     def run(self, command: str) -> Record:
@@ -110,7 +111,7 @@ class Study:
 
     def _maps(self, scorer: Scorer) -> dict[str, tuple[HeadMap, Record]]:
         """Every map by its name, and how it was found."""
-        config, sizes, label = self.model.config, self.sizes, self.model.path.resolve().name
+        config, sizes, label = self.model.config, self.sizes, self.model.name
         found: dict[str, tuple[HeadMap, Record]] = {}
         for family in self.grid.families:
             for seed in self.grid.seeds:
@@ -205,7 +206,7 @@ class Study:
         share = row.retrieval_heads / (config.num_layers * config.num_kv_heads)
         read = count.read / count.held
         return {
-            "model": self.model.path.resolve().name,
+            "model": self.model.name,
             **dataclasses.asdict(row),
             "amount": amounts.get(_amount_name(row)),
             "budget_tokens": row.budget_tokens,

@@ -1,0 +1,1 @@
+"""Head maps from elsewhere: those that the package ships, and those made of what other projects publish."""

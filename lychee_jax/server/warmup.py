@@ -1,0 +1,126 @@
+"""Which programs a server will need, found by rehearsing the requests that call for them."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import AttentionOptions, max_pages
+from lychee_jax.engine.request import Request
+from lychee_jax.errors import UserError
+
+
+class _Anything:
+    """A grammar that allows every token."""
+
+    finished = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self._allowed = np.ones(vocab_size, bool)
+
+    def mask(self) -> np.ndarray:
+        """All of them."""
+        return self._allowed
+
+    def accept(self, token: int) -> None:
+        """Nothing changes."""
+
+
+def warm_up(engine: Engine, attention: AttentionOptions) -> None:
+    """Compile what requests of this attention can need, side by side, and run one of them.
+
+    What only guided requests need is compiled in the background meanwhile and after that: it is as much again.
+
+    Raises:
+        UserError: not even a page of cache fits into the memory.
+    """
+    if engine.max_tokens < 2:
+        raise UserError("the KV cache has no room: give it more with --cache-memory")
+    compiling = [
+        future for requests in rehearsals(engine, attention) for future in engine.prepare(requests)
+    ]  # fmt: skip
+    if not engine.options.correct_every:
+        anything = _Anything(engine.spec.config.vocab_size)
+        for requests in rehearsals(engine, attention):
+            engine.prepare([dataclasses.replace(request, grammar=anything) for request in requests])
+    for future in compiling:
+        future.result()
+    engine.add_request(Request("warm-up", (0,), 2, attention=attention))
+    while engine.has_work:
+        engine.step()
+
+
+def rehearsals(engine: Engine, attention: AttentionOptions) -> Iterator[list[Request]]:
+    """Groups of requests that come together: every prefill program, and every decode program of every batch."""
+    yield from _prompts(engine, attention)
+    page_size, most = engine.options.page_size, engine.max_tokens
+    batches = _batches(engine)
+    for low, high in _widths(engine):
+        lengths = range(low, min(high * page_size, most))
+        if not lengths:
+            continue
+        # Rows read densely up to a length, and by roles beyond it.
+        dense_below = engine.config.dense_below
+        edge = bisect.bisect_left(
+            lengths, True, key=lambda length: not attention.takes_dense_steps(length + 1, dense_below)
+        )
+        kinds = [[lengths[0]]] if edge else []
+        if edge < len(lengths):
+            kinds.append([lengths[edge]])
+            if attention.takes_dense_steps(2, dense_below):
+                kinds.append([1, lengths[edge]])
+        for kind in kinds:
+            for rows in batches:
+                prompts = [kind[min(row, len(kind) - 1)] for row in range(max(rows, len(kind)))]
+                yield _together(engine, attention, prompts)
+
+
+def _together(engine: Engine, attention: AttentionOptions, lengths: Sequence[int]) -> list[Request]:
+    """Rows that decode until the last one of them does; their prompts begin alike, so that little is read."""
+    unit = engine.config.chunks(engine.options.page_size).unit
+    steps = (engine.options.correct_every or engine.config.block_steps) * (len(lengths) + max(lengths) // unit + 3)
+    return [
+        Request(str(row), (0,) * length, min(steps, engine.max_tokens - length), attention=attention)
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _prompts(engine: Engine, attention: AttentionOptions) -> Iterator[list[Request]]:
+    """Different prompts of one length, as many as a program reads, for each size of chunks."""
+    config, page_size = engine.config, engine.options.page_size
+    chunks, most = config.chunks(page_size), engine.max_tokens
+    sizes = {chunks.padded(min(count, most - 1)): min(count, most - 1) for count in _powers(page_size, chunks.size(0))}
+    for padded, length in sizes.items():
+        rows = 1
+        while rows == 1 or (rows <= config.prefill_rows and rows * padded <= config.prefill_tokens):
+            together = min(rows, engine.options.max_num_seqs)
+            vocabulary = engine.spec.config.vocab_size
+            yield [Request(str(row), (row % vocabulary,) * length, 1, attention=attention) for row in range(together)]
+            rows *= config.batch_factor
+
+
+def _powers(first: int, last: int) -> Iterator[int]:
+    while first < last:
+        yield first
+        first *= 2
+    yield last
+
+
+def _batches(engine: Engine) -> list[int]:
+    """The least number of rows of each decode batch."""
+    most = engine.options.max_num_seqs
+    buckets = {engine.config.batch_bucket(rows, most): rows for rows in range(most, 0, -1)}
+    return sorted(buckets.values())
+
+
+def _widths(engine: Engine) -> list[tuple[int, int]]:
+    """Of each page table: the least length of a prompt that needs it, and its columns."""
+    page_size = engine.options.page_size
+    widest = max_pages(engine.max_model_len, page_size)
+    columns = sorted({engine.config.table_bucket(1 << power, widest) for power in range(widest.bit_length())})
+    before = [0, *columns[:-1]]
+    return [(max(1, low * page_size), high) for low, high in zip(before, columns, strict=True)]

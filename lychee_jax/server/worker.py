@@ -1,0 +1,187 @@
+"""The engine's thread, which alone touches the device, and how the event loop speaks with it.
+
+The loop puts commands into a queue; the thread takes them between two steps, and hands all outputs of a step to the
+loop at once. It never waits for the loop or for a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.outputs import RequestOutput
+from lychee_jax.engine.request import Request
+from lychee_jax.errors import UserError
+from lychee_jax.server.model import ServedModel
+
+_log = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "dead"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """What the engine's books say between two steps."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_owned: int = 0
+    prompt_tokens: int = 0
+
+    @classmethod
+    def of(cls, engine: Engine) -> EngineStats:
+        """The engine's numbers now."""
+        scheduler, allocator = engine.scheduler, engine.allocator
+        if scheduler is None or allocator is None:
+            return cls()
+        return cls(
+            scheduler.num_running, scheduler.num_waiting, allocator.num_free, allocator.num_cached, allocator.num_owned,
+            engine.prompt_tokens_read,
+        )  # fmt: skip
+
+
+class Worker:
+    """Runs an engine in a thread of its own. All methods but `_run` and what it calls belong to the event loop.
+
+    Attributes:
+        state: "starting" until the engine is warm, "dead" after an error or `stop`.
+        ready: set when the engine is warm.
+        model: None before that.
+        stats: as of the last step.
+        ended: done when the thread is about to end; its exception is the reason, None after `stop`.
+    """
+
+    def __init__(self, start: Callable[[], ServedModel]) -> None:
+        """`start` loads the model and warms its engine up; it is called in the engine's thread."""
+        self._start = start
+        self._loop = asyncio.get_running_loop()
+        self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._receivers: dict[str, Callable[[RequestOutput], None]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._step_began: float | None = None
+        self.state: State = "starting"
+        self.ready = asyncio.Event()
+        self.model: ServedModel | None = None
+        self.stats = EngineStats()
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        self._thread.start()
+
+    def add(self, request: Request, receive: Callable[[RequestOutput], None]) -> None:
+        """Queue a request that the engine has checked; `receive` gets its outputs, in the loop.
+
+        Where the engine ends first, the last output has the finish reason "abort".
+        """
+        self._receivers[request.id] = receive
+        if self.state == "dead":
+            self._deliver([RequestOutput(request.id, finish_reason="abort")])
+            return
+        self._commands.put(lambda engine: self._add(engine, request))
+
+    def finish(self, request_id: str) -> None:
+        """Nobody wants more of this request; what it did is forgotten, and its pages are free after the step."""
+        if self._receivers.pop(request_id, None) is not None:
+            self._commands.put(lambda engine: engine.finish(request_id))
+
+    def stop(self, seconds: float = 5.0) -> bool:
+        """End the thread after its step; False if it has not ended in time."""
+        self._commands.put(None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def hangs_since(self, seconds: float) -> float | None:
+        """How long the step under way has taken, if that is more than `seconds`."""
+        began = self._step_began
+        passed = time.monotonic() - began if began is not None else 0.0
+        return passed if passed > seconds else None
+
+    def place(self) -> str:
+        """Where in the code the engine's thread is: the innermost function of the package."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        while frame is not None:
+            module = frame.f_globals.get("__name__", "")
+            if module.startswith("lychee_jax"):
+                return f"{module}.{frame.f_code.co_name}"
+            frame = frame.f_back
+        return "nowhere"
+
+    def _run(self) -> None:
+        """The thread: commands and steps, until it is stopped or something fails."""
+        error: BaseException | None = None
+        try:
+            model = self._start()
+            engine = model.engine
+            self._call(self._set_ready, model, EngineStats.of(engine))
+            while self._take_commands(engine):
+                self._step_began = time.monotonic()
+                outputs = engine.step()
+                self._step_began = None
+                self._call(self._deliver, outputs, EngineStats.of(engine))
+        except BaseException as raised:
+            _log.debug("the engine has ended", exc_info=True)
+            error = raised
+        self._step_began = None
+        self._call(self._end, error)
+
+    def _take_commands(self, engine: Engine) -> bool:
+        """Do what the loop asks for; waits where there is nothing else to do. False at the end."""
+        while True:
+            try:
+                command = self._commands.get(block=not engine.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command(engine)
+            if not engine.has_work:  # a request was forgotten, and nothing of it is on its way
+                self._call(self._deliver, [], EngineStats.of(engine))
+
+    def _add(self, engine: Engine, request: Request) -> None:
+        try:
+            engine.add_request(request)
+        except (UserError, NotImplementedError) as error:
+            output = RequestOutput(request.id, finish_reason="error", error=first_line(error))
+            self._call(self._deliver, [output], EngineStats.of(engine))
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop is closed: the process is about to end
+            _log.debug("nobody hears the engine any more")
+
+    def _set_ready(self, model: ServedModel, stats: EngineStats) -> None:
+        self.model, self.stats = model, stats
+        self.state = "ready"
+        self.ready.set()
+
+    def _deliver(self, outputs: list[RequestOutput], stats: EngineStats | None = None) -> None:
+        self.stats = stats or self.stats
+        for output in outputs:
+            receive = self._receivers.get(output.request_id)
+            if output.finish_reason is not None:
+                self._receivers.pop(output.request_id, None)
+            if receive is not None:
+                receive(output)
+
+    def _end(self, error: BaseException | None) -> None:
+        self.state = "dead"
+        self.stats = EngineStats()
+        if error is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(error)
+        self._deliver([RequestOutput(each, finish_reason="abort") for each in self._receivers])
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

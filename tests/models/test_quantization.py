@@ -1,0 +1,113 @@
+"""Weights of 8 bits: rounding channel by channel, and programs that never hold a kernel in another dtype."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from lychee_jax.config import ModelConfig
+from lychee_jax.errors import UserError
+from lychee_jax.models.layers import Linear
+from lychee_jax.models.quantization import Quantization, check_quantization, quantize_kernel
+from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel import axes
+
+KINDS: tuple[Quantization, ...] = ("int8", "fp8")
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_every_number_becomes_the_nearest_of_its_channel(quantize: Quantization, dtype: Any) -> None:
+    rng = np.random.default_rng()
+    kernel = (rng.standard_normal((37, 53)) * 10.0 ** rng.uniform(-4, 3, (37, 1))).astype(dtype)
+    kernel[5] = 0
+    stored, scale = quantize_kernel(kernel, quantize)
+    wide = kernel.astype(np.float64)
+    grid = np.arange(-127.0, 128.0)
+    if quantize == "fp8":
+        grid = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        grid = np.unique(grid[np.isfinite(grid)])
+    channels = scale.astype(np.float64)[:, None]
+    nearest = np.abs(grid[None, None] * channels[..., None] - wide[..., None]).min(axis=-1)
+    error = np.abs(stored.astype(np.float64) * channels - wide)
+    # Scaling is done in float32: what lies between two numbers may go to either.
+    np.testing.assert_array_less(error, nearest + 1e-6 * np.abs(wide).max(axis=1, keepdims=True) + 1e-300)
+    largest = np.abs(stored.astype(np.float64)).max(axis=1)
+    assert set(largest) == {0.0, grid[-1]}, "every channel but that of zeros uses the whole range"
+    assert scale[5] == 1
+    assert scale.dtype == np.float32
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+def test_extreme_channels(quantize: Quantization) -> None:
+    kernel = np.zeros((3, 4), np.float32)
+    kernel[0] = [3.4e38, -3.4e38, 1e38, 0]
+    kernel[1] = [1e-45, 0, 0, 0]  # the scale would be 0
+    stored, scale = quantize_kernel(kernel, quantize)
+    assert np.isfinite(scale).all()
+    assert (scale > 0).all()
+    found = stored.astype(np.float64) * scale[:, None]
+    np.testing.assert_allclose(found[0], kernel[0], rtol=0.05)
+    np.testing.assert_array_equal(found[1:], 0)
+    kernel[2, 3] = np.nan
+    with pytest.raises(UserError, match="NaN or infinite"):
+        quantize_kernel(kernel, quantize)
+
+
+def test_other_formats_are_refused() -> None:
+    check_quantization(None)
+    with pytest.raises(UserError, match="quantize is 'int4'; use one of none, int8, fp8"):
+        check_quantization("int4")
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_cpu_never_holds_the_kernel_in_another_dtype(quantize: Quantization, dtype: Any) -> None:
+    outputs, inputs = 1536, 256
+    rng = np.random.default_rng(0)
+    stored, scale = quantize_kernel(rng.standard_normal((outputs, inputs)).astype(np.float32), quantize)
+    x = jnp.asarray(rng.standard_normal((2, 3, inputs)), dtype)
+
+    def steps(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+        """A loop, as decoding is one: nothing is taken out of it either."""
+        module = Linear(
+            inputs, outputs, axes=(axes.MLP, axes.EMBED), bias=False, dtype=dtype, rngs=nnx.Rngs(0), quantize=quantize
+        )
+        module.kernel, module.scale = nnx.Param(kernel), nnx.Param(scale)
+        return jax.lax.fori_loop(0, 3, lambda _, y: y + module(x), jnp.zeros((2, 3, outputs), dtype))
+
+    compiled = jax.jit(steps).lower(x, jnp.asarray(stored), jnp.asarray(scale)).compile()
+    memory: Any = compiled.memory_analysis()
+    # A copy has two or four bytes for each number; one in 8 bits is allowed, e4m3 needs it.
+    assert memory.temp_size_in_bytes < 1.5 * stored.size
+    wanted = np.asarray(x, np.float64) @ (stored.astype(np.float64) * scale[:, None]).T
+    found = np.asarray(compiled(x, jnp.asarray(stored), jnp.asarray(scale)), np.float64) / 3
+    np.testing.assert_allclose(found, wanted, atol=8 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("head", [True, False])
+def test_what_a_model_stores_in_8_bits(tied: bool, head: bool) -> None:
+    config = ModelConfig(
+        "qwen2", 61, 24, 40, 2, 4, 2, 8, 128, qkv_bias=True, tie_word_embeddings=tied, quantize="int8",
+        quantize_head=head,
+    )  # fmt: skip
+    spec, weights = ModelSpec.abstract(config, jnp.bfloat16)
+    dtypes = {name: leaf.dtype for name, leaf in zip(spec.names, weights, strict=True)}
+    small = {name.removesuffix(".kernel") for name, dtype in dtypes.items() if dtype == jnp.int8}
+    linear = {
+        f"layers.{n}.{m}"
+        for n in (0, 1)
+        for m in ("attention.qkv_proj", "attention.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    }
+    assert small == linear | ({"lm_head"} if head else set())
+    assert all(dtypes[f"{name}.scale"] == jnp.float32 for name in small)
+    for name in ("embed.embedding", "norm.scale", "layers.0.attention.qkv_proj.bias"):
+        assert dtypes[name] == jnp.bfloat16
+    assert ("lm_head.kernel" in dtypes) == (head or not tied)
+    plain = ModelConfig("qwen2", 61, 24, 40, 2, 4, 2, 8, 128, qkv_bias=True, tie_word_embeddings=tied)
+    assert config.fingerprint() == plain.fingerprint(), "head maps fit both"

@@ -1,0 +1,105 @@
+"""A small load: requests of all kinds at once, some of which are given up; and requests that nobody would write."""
+
+import asyncio
+import json
+import random
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode as Mode
+from schemathesis.core import NotSet
+
+from tests.support.servers import Running
+
+REQUESTS, AT_ONCE = 60, 12
+
+
+def _body(rng: random.Random) -> dict[str, Any]:
+    prompt = "The red fox sleeps. " * rng.randrange(1, 8) + str(rng.randrange(100))
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": rng.randrange(1, 40), "temperature": 0}
+    if rng.random() < 0.4:
+        body |= {"temperature": 0.8, "top_p": 0.9, "n": rng.randrange(1, 4), "seed": rng.randrange(100)}
+    if rng.random() < 0.3:
+        body |= {"logprobs": 3, "stop": ["."]}
+    return body
+
+
+async def _ask(client: httpx.AsyncClient, rng: random.Random) -> tuple[dict[str, Any], str] | None:
+    """A request and its text; None for one that was given up."""
+    body = _body(rng)
+    patience = rng.random() * 0.3 if rng.random() < 0.3 else 120.0
+    if rng.random() < 0.1:
+        assert (await client.post("/v1/completions", content=b"{", headers=_JSON)).status_code == 400
+    try:
+        async with asyncio.timeout(patience):
+            if rng.random() < 0.5:
+                answer = await client.post("/v1/completions", json=body)
+                assert answer.status_code == 200
+                return body, answer.json()["choices"][0]["text"]
+            text = ""
+            async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        choice = json.loads(line[6:])["choices"][0]
+                        text += choice["text"] if choice["index"] == 0 else ""
+            return body, text
+    except TimeoutError:
+        return None
+
+
+_JSON = {"content-type": "application/json"}
+
+
+def test_mixed_requests_and_nothing_is_left(server: Running):
+    rng = random.Random(0)
+
+    async def main() -> list[tuple[dict[str, Any], str] | None]:
+        gate = asyncio.Semaphore(AT_ONCE)
+        async with httpx.AsyncClient(base_url=server.url, timeout=None) as client:
+
+            async def one() -> tuple[dict[str, Any], str] | None:
+                async with gate:
+                    return await _ask(client, rng)
+
+            return await asyncio.gather(*(one() for _ in range(REQUESTS)))
+
+    answers = [answer for answer in asyncio.run(main()) if answer is not None]
+    assert len(answers) > REQUESTS // 2
+    for body, text in answers:
+        again = server.post("/v1/completions", body | {"n": 1}).json()["choices"][0]["text"]
+        assert again == text or (body["temperature"] and "seed" not in body)
+    server.wait_until(server.is_idle)
+    assert server.tasks() <= server.idle_tasks
+
+
+@pytest.mark.slow
+def test_nothing_that_the_document_allows_is_a_server_error(server: Running):
+    """Requests made from the OpenAPI document, valid and not."""
+    document = httpx.get(server.url + "/openapi.json").json()
+    # Short answers, so that many are asked for.
+    for name in ("CompletionRequest", "ChatRequest"):
+        properties = document["components"]["schemas"][name]["properties"]
+        properties["max_tokens"] = {"type": "integer", "minimum": 0, "maximum": 3}
+        properties["n"] = {"type": "integer", "maximum": 2}
+    schema = schemathesis.openapi.from_dict(document)
+    valid, invalid = (schema.as_strategy(generation_mode=mode) for mode in (Mode.POSITIVE, Mode.NEGATIVE))
+    statuses: list[int] = []
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+
+        @given(valid | invalid)
+        @settings(
+            max_examples=300, deadline=None, phases=[Phase.generate], database=None, derandomize=True,
+            suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+        )  # fmt: skip
+        def call(case: schemathesis.Case) -> None:
+            content = b"" if isinstance(case.body, NotSet) else json.dumps(case.body).encode()
+            answer = client.request(case.method, case.formatted_path, content=content, headers=_JSON)
+            statuses.append(answer.status_code)
+            assert answer.status_code < 500, (case.path, content, answer.text)
+
+        call()
+    assert statuses.count(200) >= 30
+    server.wait_until(server.is_idle)
