@@ -84,7 +84,7 @@ def convert(
     dst = Path(dst).expanduser().resolve()
     check_dtype(dtype)
     _check_destination(dst, overwrite)
-    source = locate(str(src))
+    source = locate(str(src), gguf=True)
     for kept in (source.resolve(), Path.cwd()):
         if kept.is_relative_to(dst):
             raise UserError(f"{dst} cannot be replaced: {kept} is in use and would go with it")

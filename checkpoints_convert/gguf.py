@@ -47,7 +47,7 @@ class GGUFSource(Source):
         file.tensors.pop(FREQUENCY_FACTORS, None)
         names = _hugging_face_names(self.config)
         self._tensors = {names.get(name, name): each for name, each in file.tensors.items()}
-        self.tensors = self._tensors
+        self.tensors = {**self._tensors}
         self.problems, self.lost, self.unlisted = {}, set(), {}  # what is wrong with a file is told when it is opened
 
     def dtype(self, name: str) -> np.dtype | None:

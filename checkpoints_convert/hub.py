@@ -11,15 +11,16 @@ _AGAIN = "try again with a network, and without HF_HUB_OFFLINE"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def locate(src: str, *, weights: bool = True) -> Path:
+def locate(src: str, *, weights: bool = True, gguf: bool = False) -> Path:
     """The local folder or GGUF file of a checkpoint; what a hub id names is downloaded, or taken from the Hub's cache.
 
     A folder of that name comes first. Downloads show their progress on stderr where that is a terminal, and go on
     where an earlier one broke off.
 
     Args:
-        src: a folder, a GGUF file, or a model's id on the Hub: owner/name.
+        src: a folder, a model's id on the Hub (owner/name), or a GGUF file.
         weights: False: of a model on the Hub, fetch the config alone.
+        gguf: whether a GGUF file will do.
 
     Raises:
         UserError: no such folder or file, or nothing that the Hub would give us.
@@ -28,9 +29,11 @@ def locate(src: str, *, weights: bool = True) -> Path:
     if path.is_dir():
         files = [] if (path / "config.json").is_file() else sorted(path.glob("*.gguf"))
         if files:
-            raise UserError(f"{src} has no config.json but GGUF files; name one of them: {files[0]}")
+            raise UserError(f"{src} has no config.json but GGUF files; convert one: lychee convert {files[0]} FOLDER")
         return path
     if path.is_file() and is_gguf(path):
+        if not gguf:
+            raise UserError(f"{src} is a GGUF file; convert it first: lychee convert {src} FOLDER")
         return path
     if path.exists():
         raise UserError(f"{src} is a file; a checkpoint is a folder with config.json and safetensors, or a GGUF file")

@@ -15,7 +15,7 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
-from lychee_jax.loading import load
+from lychee_jax.loading import load, read_config
 from lychee_jax.models.rope import inverse_frequencies
 from lychee_jax.models.spec import ModelSpec
 from tests.support import tiny_checkpoints
@@ -254,7 +254,11 @@ def test_files_that_are_no_whole_gguf_files(tmp_path):
     assert refused(tmp_path / "cut.gguf") == f"no such file: {tmp_path / 'cut.gguf'}"
     (tmp_path / "folder").mkdir()
     (tmp_path / "m.gguf").rename(tmp_path / "folder" / "m.gguf")
-    assert f"name one of them: {tmp_path / 'folder' / 'm.gguf'}" in refused(tmp_path / "folder")
+    file = tmp_path / "folder" / "m.gguf"
+    assert f"convert one: lychee convert {file} FOLDER" in refused(tmp_path / "folder")
+    for read in (load, read_config):
+        with pytest.raises(UserError, match=f"is a GGUF file; convert it first: lychee convert {file} FOLDER"):
+            read(file)
 
 
 def test_verify_notices_a_file_that_has_changed_and_numbers_that_are_not_finite(tmp_path):

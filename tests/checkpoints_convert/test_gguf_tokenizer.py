@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -75,48 +76,13 @@ def test_bos_and_eos_stand_around_texts_where_the_file_wants_them():
 
 TEXT = "I'll PAY 12345 don't\n\n  x9 HTTPServer, ok"
 PIECES = {
-    "gpt-2": ["I", "'ll", "ĠPAY", "Ġ12345", "Ġdon", "'t", "ĊĊĠ", "Ġx", "9", "ĠHTTPServer", ",", "Ġok"],
-    "smollm": ["I", "'ll", "ĠPAY", "Ġ", *"12345", "Ġdon", "'t", "ĊĊĠ", "Ġx", "9", "ĠHTTPServer", ",", "Ġok"],
-    "llama-bpe": ["I", "'ll", "ĠPAY", "Ġ", "123", "45", "Ġdon", "'t", "ĊĊ", "Ġ", "Ġx", "9", "ĠHTTPServer", ",", "Ġok"],
-    "qwen2": ["I", "'ll", "ĠPAY", "Ġ", *"12345", "Ġdon", "'t", "ĊĊ", "Ġ", "Ġx", "9", "ĠHTTPServer", ",", "Ġok"],
-    "tekken": ["I", "'ll", "ĠPAY", "Ġ", *"12345", "Ġdon", "'t", "ĊĊ", "Ġ", "Ġx", "9", "ĠHTTPServer", ",", "Ġok"],
-    "deepseek-coder": [
-        "I",
-        "'",
-        "ll",
-        "ĠPAY",
-        "Ġ",
-        *"12345",
-        "Ġdon",
-        "'",
-        "t",
-        "Ċ",
-        "Ċ",
-        "Ġ",
-        "Ġx",
-        "9",
-        "ĠHTTPServer",
-        ",",
-        "Ġok",
-    ],
-    "default": [
-        "I",
-        "'",
-        "ll",
-        "ĠPAY",
-        "Ġ",
-        "123",
-        "45",
-        "Ġdon",
-        "'",
-        "t",
-        "ĊĊĠ",
-        "Ġx",
-        "9",
-        "ĠHTTPServer",
-        ",",
-        "Ġok",
-    ],
+    "gpt-2": "I 'll ĠPAY Ġ12345 Ġdon 't ĊĊĠ Ġx 9 ĠHTTPServer , Ġok",
+    "smollm": "I 'll ĠPAY Ġ 1 2 3 4 5 Ġdon 't ĊĊĠ Ġx 9 ĠHTTPServer , Ġok",
+    "llama-bpe": "I 'll ĠPAY Ġ 123 45 Ġdon 't ĊĊ Ġ Ġx 9 ĠHTTPServer , Ġok",
+    "qwen2": "I 'll ĠPAY Ġ 1 2 3 4 5 Ġdon 't ĊĊ Ġ Ġx 9 ĠHTTPServer , Ġok",
+    "tekken": "I 'll ĠPAY Ġ 1 2 3 4 5 Ġdon 't ĊĊ Ġ Ġx 9 ĠHTTPServer , Ġok",
+    "deepseek-coder": "I ' ll ĠPAY Ġ 1 2 3 4 5 Ġdon ' t Ċ Ċ Ġ Ġx 9 ĠHTTPServer , Ġok",
+    "default": "I ' ll ĠPAY Ġ 123 45 Ġdon ' t ĊĊĠ Ġx 9 ĠHTTPServer , Ġok",
 }
 
 
@@ -124,7 +90,7 @@ PIECES = {
 def test_words_are_cut_as_the_files_pre_tokenizer_cuts_them(pre):
     tokenizer = build_tokenizer(metadata(bpe(tiny_tokenizers.byte_level(), pre, bos_token_id=0)))
     assert tokenizer.pre_tokenizer is not None
-    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)] == PIECES[pre]
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)] == PIECES[pre].split()
 
 
 def test_qwens_ids_are_those_of_the_class_in_transformers():
@@ -133,7 +99,7 @@ def test_qwens_ids_are_those_of_the_class_in_transformers():
 
     original = tiny_tokenizers.byte_level()
     model = json.loads(original.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
+    merges: Any = [tuple(merge) for merge in model["merges"]]
     theirs = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, unk_token="<s>", eos_token="</s>", pad_token="</s>")
     ours = build_tokenizer(metadata(bpe(original, "qwen2")))
     for text in TEXTS[:5]:
@@ -193,7 +159,7 @@ def test_sentence_piece_without_a_space_in_front(sentences):
     tokenizer = build_tokenizer(metadata(spm(sentences, add_space_prefix=False, add_bos_token=False)))
     ids = tokenizer.encode("the dog").ids
     assert tokenizer.decode(ids) == "the dog"
-    assert tokenizer.id_to_token(ids[0])[0] != "▁"
+    assert str(tokenizer.id_to_token(ids[0])).startswith("t")
 
 
 def test_every_token_that_ends_a_turn_or_a_text_ends():
