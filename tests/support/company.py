@@ -22,6 +22,7 @@ from lychee_jax.engine.request import Request
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.llm import LLM
 from lychee_jax.models.decoder import Decoder
+from tests.support.grammars import EvenThenEnd
 
 SHAPES = {
     "bundled": ModelConfig("llama", 512, 256, 768, 2, 8, 4, 64, 4096, tie_word_embeddings=True),
@@ -33,7 +34,11 @@ POLICY = SelectionPolicy(budget=64, sink=16, recent=16)
 CONFIG = EngineConfig(
     ((1 << 40, 32),), 32, min_rows=2, correct_rows=1, dense_below=120, batch_factor=8, table_factor=1 << 20
 )
-SAMPLING = (SamplingParams(), SamplingParams(0.8, top_p=0.9, seed=5), SamplingParams(repetition_penalty=1.3))
+SAMPLING = (
+    SamplingParams(),
+    SamplingParams(0.8, top_p=0.9, seed=5),
+    SamplingParams(repetition_penalty=1.3, frequency_penalty=0.2, logit_bias=((3, 0.5),)),
+)
 
 
 def requests(model: ModelConfig) -> list[Request]:
@@ -87,7 +92,9 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for index in range(4):
         filler = tuple(rng.integers(0, config.vocab_size, 40 + 30 * index).tolist())
-        engine.add_request(Request(f"filler{index}", filler, 40, attention=made[index].attention))
+        # The last one is guided, so that others decode step by step beside it.
+        grammar = EvenThenEnd(config.vocab_size, 100, 1) if index == 3 and not correct_every else None
+        engine.add_request(Request(f"filler{index}", filler, 40, attention=made[index].attention, grammar=grammar))
     collect(engine, together, 3)
     for request in made[:5]:
         engine.add_request(request)
