@@ -22,10 +22,10 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.engine.grammar import Grammar
 from lychee_jax.engine.kernel_support import refuse_uncovered
 from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions, max_pages
-from lychee_jax.engine.outputs import RequestOutput
+from lychee_jax.engine.outputs import PromptLogprob, RequestOutput
 from lychee_jax.engine.programs import NO_TOKEN, NOT_FINITE
 from lychee_jax.engine.request import MAX_EOS_IDS, FinishReason, Request
-from lychee_jax.engine.runner import Runner, SentBlock
+from lychee_jax.engine.runner import Runner, SentBlock, SentChunks
 from lychee_jax.engine.sampling import MAX_TOP_LOGPROBS
 from lychee_jax.engine.scheduler import Scheduler, SchedulerConfig
 from lychee_jax.engine.warmup import Rehearsal
@@ -38,21 +38,21 @@ _ACCELERATOR_SHARE = 0.85
 
 @dataclasses.dataclass
 class _Progress:
-    """A request that the engine knows: what was delivered so far."""
+    """A request that the engine knows: what was delivered so far, and what is known of its prompt."""
 
     request: Request
     hold: bool
     delivered: int = 0
     ended: bool = False
+    prompt_logprobs: list[PromptLogprob] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
 class _Sent:
-    """Part of what a step sent: blocks to be read, and prompt tokens that are read when `marker` is there."""
+    """Part of what a step sent: blocks to be read, and chunks of prompts."""
 
     blocks: list[SentBlock]
-    marker: jax.Array | None
-    prompt_tokens: int
+    chunks: SentChunks | None = None
 
 
 class Engine:
@@ -235,11 +235,11 @@ class Engine:
         work = self._scheduler.schedule()
         # One by one, so that a first token does not wait for the decode steps behind it.
         if work.prefill is not None:
-            marker, started = self._runner.prefill(work.prefill)
-            self._sent.append(_Sent(started, marker, sum(chunk.count for chunk in work.prefill.chunks)))
+            chunks, started = self._runner.prefill(work.prefill)
+            self._sent.append(_Sent(started, chunks))
         self._runner.copy(work.copies)
         if work.decode:
-            self._sent.append(_Sent([self._runner.decode(group) for group in work.decode], None, 0))
+            self._sent.append(_Sent([self._runner.decode(group) for group in work.decode]))
         return bool(work)
 
     def _make_room(self) -> None:
@@ -315,10 +315,33 @@ class Engine:
     def _receive(self, sent: _Sent) -> list[RequestOutput]:
         """Wait for what one step sent, and hand out its tokens."""
         started = time.perf_counter()
-        jax.block_until_ready([block.block for block in sent.blocks] or sent.marker)
+        chunks = sent.chunks
+        jax.block_until_ready(
+            ([block.block for block in sent.blocks] or (chunks and chunks.last), chunks and chunks.scored)
+        )
         self.wait_seconds += time.perf_counter() - started
-        self.prompt_tokens_read += sent.prompt_tokens
+        if chunks is not None:
+            self.prompt_tokens_read += sum(chunk.count for chunk in chunks.work.chunks)
+            if chunks.scored is not None:
+                self._keep_scores(chunks)
         return [output for block in sent.blocks for output in self._read(block)]
+
+    def _keep_scores(self, sent: SentChunks) -> None:
+        """Note what a chunk's logits say of the prompt's next tokens."""
+        logprobs, top_ids, top_logprobs = map(np.asarray, sent.scored)
+        for row, chunk in enumerate(sent.work.chunks):
+            request, progress = chunk.request, self._requests.get(chunk.request.id)
+            if progress is None or progress.request is not request:
+                continue  # it was aborted
+            tokens = request.prompt[chunk.start + 1 : chunk.start + 1 + chunk.count]
+            own, width = slice(len(tokens)), request.prompt_logprobs
+            best = (
+                list(zip(*pair, strict=True))
+                for pair in zip(
+                    top_ids[row, own, :width].tolist(), top_logprobs[row, own, :width].tolist(), strict=True
+                )
+            )
+            progress.prompt_logprobs += zip(tokens, logprobs[row, own].tolist(), best, strict=True)
 
     def _read(self, sent: SentBlock) -> Iterable[RequestOutput]:
         assert self._scheduler is not None
@@ -337,7 +360,8 @@ class Engine:
             self._scheduler.received(request.id)
             if progress.ended:
                 continue
-            output = RequestOutput(request.id)
+            output = RequestOutput(request.id, prompt_logprobs=progress.prompt_logprobs)
+            progress.prompt_logprobs = []
             for step in range(len(tokens)):
                 token = int(tokens[step, column])
                 if token == NO_TOKEN:
@@ -412,8 +436,9 @@ class Engine:
                 raise UserError(f"token id {token} is forced; the vocabulary has ids 0 to {model.vocab_size - 1}")
         if len(request.forced) > request.max_new_tokens:
             raise UserError(f"{len(request.forced)} tokens are forced, more than the {request.max_new_tokens} new ones")
-        if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
-            raise UserError(f"top_logprobs is {request.top_logprobs}; it must lie between 0 and {MAX_TOP_LOGPROBS}")
+        for name in ("top_logprobs", "prompt_logprobs"):
+            if not 0 <= (getattr(request, name) or 0) <= MAX_TOP_LOGPROBS:
+                raise UserError(f"{name} is {getattr(request, name)}; it must lie between 0 and {MAX_TOP_LOGPROBS}")
         if len(request.eos_ids) > MAX_EOS_IDS:
             raise UserError(f"{len(request.eos_ids)} token ids end the text; at most {MAX_EOS_IDS} may")
         for token, _ in request.sampling.logit_bias:

@@ -137,6 +137,7 @@ class EngineConfig:
         blocks_ahead: blocks that are sent before the oldest is read, so that the device never waits for the host.
         dense_below: tokens below which `auto` decodes densely: up to the budget both read the same, and hybrid decoding
             selects besides. Measured on CPU and GPU (docs/results.md), not on TPUs.
+        logit_bytes: what logits, and the temporaries made of them, may take where those of a prompt are asked for.
         table_factor, batch_factor: steps between the sizes of page tables and batches that programs are compiled for.
     """
 
@@ -149,6 +150,7 @@ class EngineConfig:
     block_steps: int = 8
     blocks_ahead: int = 2
     dense_below: int = 16384
+    logit_bytes: int = 256 << 20
     table_factor: int = 16
     batch_factor: int = 4
 

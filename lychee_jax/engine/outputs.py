@@ -5,6 +5,8 @@ from typing import Any
 
 from lychee_jax.engine.request import FinishReason
 
+type PromptLogprob = tuple[int, float, list[tuple[int, float]]]
+
 
 @dataclasses.dataclass
 class RequestOutput:
@@ -12,8 +14,9 @@ class RequestOutput:
 
     `tokens` are new ones, a stopping eos included. `greedy` says of each whether it was the likeliest; `top`: the
     likeliest tokens and their log-probabilities at each step, as many as were asked for. `pages_read` and `pages_held`
-    are summed over decode steps, layers and KV heads: what was read, and what dense attention reads. `error` goes with
-    the finish reason "error".
+    are summed over decode steps, layers and KV heads: what was read, and what dense attention reads. `prompt_logprobs`
+    come with the first token, if they were asked for: of each token of the prompt but the first its id, its
+    log-probability and the likeliest tokens with theirs. `error` goes with the finish reason "error".
     """
 
     request_id: str
@@ -24,6 +27,7 @@ class RequestOutput:
     pages_read: int = 0
     pages_held: int = 0
     cached_tokens: int = 0
+    prompt_logprobs: list[PromptLogprob] = dataclasses.field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
 

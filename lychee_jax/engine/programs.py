@@ -16,6 +16,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.prefill import Extend
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.pages import Pools
+from lychee_jax.engine import ranking
 from lychee_jax.engine.sampling import (
     MAX_TOP_LOGPROBS,
     Adjustments,
@@ -132,7 +133,63 @@ def prefill_chunk(
     """Read `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states."""
     backend = Extend(page_table, starts, counts, aligned=True, implementation=implementation)
     hidden, pools = spec.merge(weights)(tokens, cos, sin, backend, pools)
-    return pools, jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return pools, _last(hidden, counts)
+
+
+def _last(hidden: Float[Array, "B T E"], counts: Int[Array, " B"]) -> Float[Array, "B E"]:
+    return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+class Scored(NamedTuple):
+    """What a chunk's logits say of each token that follows: its log-probability, and the likeliest tokens."""
+
+    logprobs: Float32[Array, "B T"]
+    top_ids: Int32[Array, "B T top"]
+    top_logprobs: Float32[Array, "B T top"]
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "implementation", "at_once"), donate_argnames=("pools",))
+def score_chunk(
+    spec: ModelSpec,
+    implementation: str | None,
+    at_once: int,
+    weights: tuple[jax.Array, ...],
+    pools: Pools,
+    page_table: Int[Array, "B P"],
+    tokens: Int[Array, "B T"],
+    cos: Float32[Array, "#B T half"],
+    sin: Float32[Array, "#B T half"],
+    starts: Int[Array, " B"],
+    counts: Int[Array, " B"],
+    following: Int[Array, "B T"],
+    num_top: Int[Array, ""],
+) -> tuple[Pools, Float[Array, "B E"], Scored]:
+    """As `prefill_chunk`, and what the logits say of the tokens `following`; `at_once`: positions that have logits at a
+    time. The likeliest tokens are looked for if `num_top` is not 0.
+    """
+    backend = Extend(page_table, starts, counts, aligned=True, implementation=implementation)
+    model = spec.merge(weights)
+    hidden, pools = model(tokens, cos, sin, backend, pools)
+    width = min(MAX_TOP_LOGPROBS, spec.config.vocab_size)
+
+    def score(part: tuple[Float[Array, "n E"], Int[Array, " n"]]) -> Scored:
+        logits = model.logits(part[0])
+        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        none = jnp.zeros((len(logits), width), jnp.float32), jnp.zeros((len(logits), width), jnp.int32)
+        top, ids = jax.lax.cond(num_top > 0, lambda: ranking.best(logits, width), lambda: none)
+        own = jnp.take_along_axis(logits, part[1][:, None], axis=-1)
+        return Scored((own - normaliser)[:, 0], ids, top - normaliser)
+
+    size = tokens.size
+    length = min(at_once, size)
+    pad = -size % length
+    parts = (
+        jnp.pad(hidden.reshape(size, -1), ((0, pad), (0, 0))).reshape(-1, length, hidden.shape[-1]),
+        jnp.pad(following.reshape(size), (0, pad)).reshape(-1, length),
+    )
+    scored = jax.lax.map(score, parts)
+    whole = (each.reshape(-1, *each.shape[2:])[:size].reshape(*tokens.shape, *each.shape[2:]) for each in scored)
+    return pools, _last(hidden, counts), Scored(*whole)
 
 
 def _advance(

@@ -28,6 +28,8 @@ class Request:
         forced: tokens that are taken instead of sampled ones, from the first new token on (teacher forcing).
         sample_index: with seed and step, what randomness depends on.
         top_logprobs: how many of the likeliest tokens are reported at each step, with their log-probabilities.
+        prompt_logprobs: log-probabilities of the prompt's tokens are reported, but the first's, and so many of the
+            likeliest tokens at each; None: they are not. All of such a prompt is read, whatever the cache holds.
         cache_salt: prompts share cached pages only if this is equal too. The engine puts into it whatever else decides
             what a page holds: model fingerprint, dtypes, page size, implementation, adapter.
         grammar: what says which tokens may come next. Such a request is guided: its next step is sent when its newest
@@ -48,6 +50,7 @@ class Request:
     top_logprobs: int = 0
     cache_salt: bytes = b""
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -21,6 +21,7 @@ from lychee_jax.engine.programs import (
     decode_block,
     make_rows,
     prefill_chunk,
+    score_chunk,
     start_row,
 )
 from lychee_jax.engine.request import MAX_EOS_IDS, Request
@@ -39,6 +40,15 @@ class SentBlock:
     block: Any  # a Block; shapes where nothing is sent
     requests: tuple[Request, ...]
     first_steps: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SentChunks:
+    """Chunks on their way; `last` tells when they are read. `scored`: a `Scored`, if it was asked for."""
+
+    work: PrefillWork
+    last: Any
+    scored: Any
 
 
 class Runner:
@@ -93,8 +103,8 @@ class Runner:
             padded[:, : len(pairs)] = np.asarray(pairs, np.int32).T
             self.pools = self.programs(copy_pages, _COPIES, (), self.pools, padded[0], padded[1])
 
-    def prefill(self, work: PrefillWork) -> tuple[Any, list[SentBlock]]:
-        """Read chunks, and start the rows whose prompts end with them; the array tells when the chunks are read."""
+    def prefill(self, work: PrefillWork) -> tuple[SentChunks, list[SentBlock]]:
+        """Read chunks, and start the rows whose prompts end with them."""
         count = len(work.chunks)
         rows = 1
         while rows < count:
@@ -108,17 +118,23 @@ class Runner:
             starts[index], counts[index], lengths[index] = chunk.start, chunk.count, len(prompt)
         cos, sin = self.rotary(starts[:, None] + np.arange(work.tokens), lengths)
         table = self._table([chunk.pages for chunk in work.chunks], rows, self.max_pages)
-        self.pools, last = self.programs(
-            prefill_chunk, (rows, work.tokens), (self.spec, self.options.extend_implementation), self.weights,
-            self.pools, table, tokens, cos, sin, starts, counts,
-        )  # fmt: skip
+        reading = self.weights, self.pools, table, tokens, cos, sin, starts, counts
+        size, static, scored = (rows, work.tokens), (self.spec, self.options.extend_implementation), None
+        if work.scored:
+            # Float32; XLA's CPU backend holds up to three temporaries of their size.
+            at_once = max(1, self.config.logit_bytes // (4 * 4 * self.spec.config.vocab_size))
+            self.pools, last, scored = self.programs(
+                score_chunk, size, (*static, at_once), *reading, *_what_follows(work, tokens.shape)
+            )
+        else:
+            self.pools, last = self.programs(prefill_chunk, size, static, *reading)
         started = [
             self._start(row.request, row.slot, np.int32(index), last)
             for index, chunk in enumerate(work.chunks)
             if chunk.last
             for row in (chunk, *chunk.forks)
         ]
-        return last, started
+        return SentChunks(work, last, scored), started
 
     def _start(self, request: Request, slot: int, index: np.int32, last: Any) -> SentBlock:
         in_prompt: Any = self._empty_prompt  # only a repetition penalty looks at it
@@ -207,6 +223,15 @@ class Runner:
         for index, pages in enumerate(rows):
             table[index, : len(pages)] = pages
         return table
+
+
+def _what_follows(work: PrefillWork, shape: tuple[int, ...]) -> tuple[np.ndarray, np.int32]:
+    """The token after each, 0 after a prompt's last one; and how many likeliest tokens are asked for at most."""
+    following = np.zeros(shape, np.int32)
+    for row, chunk in zip(following, work.chunks, strict=False):
+        tokens = chunk.request.prompt[chunk.start + 1 : chunk.start + 1 + chunk.count]
+        row[: len(tokens)] = tokens
+    return following, np.int32(max(chunk.request.prompt_logprobs or 0 for chunk in work.chunks))
 
 
 def _on_its_way(block: Any) -> Any:

@@ -97,6 +97,11 @@ class PrefillWork:
     chunks: tuple[Chunk, ...]
     tokens: int
 
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities of these prompts are asked for, of all or of none."""
+        return self.chunks[0].request.prompt_logprobs is not None
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeRow:
@@ -156,6 +161,11 @@ class _Sequence:
     def length(self) -> int:
         return len(self.request.prompt)
 
+    @property
+    def scored(self) -> bool:
+        """Log-probabilities of its prompt are asked for: it is read by other programs, and shares no pages."""
+        return self.request.prompt_logprobs is not None
+
 
 class Scheduler:
     """First come, first served; a request is admitted when a slot is free and its pages can be reserved.
@@ -203,10 +213,7 @@ class Scheduler:
         Raises:
             UserError: it can never fit (more pages than there are), or its id is taken.
         """
-        keys = []
-        if self._allocator.prefix_cache:
-            keys = prefix_keys(request.prompt, self._allocator.page_size, request.cache_salt)
-        self._add(_Sequence(request, keys, parent=None))
+        self._add(_Sequence(request, self._keys(request), parent=None))
 
     def fork(self, parent_id: str, request: Request) -> None:
         """Queue a request with the prompt of another one, to start with it where that prompt ends.
@@ -219,12 +226,12 @@ class Scheduler:
             ValueError: the prompts differ.
         """
         parent = self._running.get(parent_id) or self._waiting.get(parent_id)
-        if parent is None:
+        if parent is None or request.prompt_logprobs is not None:
             self.add(request)
             return
         if (request.prompt, request.cache_salt) != (parent.request.prompt, parent.request.cache_salt):
             raise ValueError(f"request {request.id!r} must have the prompt of {parent_id!r} to be its fork")
-        self._add(_Sequence(request, parent.keys, parent.parent or parent))
+        self._add(_Sequence(request, parent.keys or self._keys(request), parent.parent or parent))
 
     def abort(self, request_id: str) -> bool:
         """Forget a request wherever it is, and free its pages; False if it is unknown."""
@@ -266,6 +273,11 @@ class Scheduler:
             )
         self._waiting[request.id] = sequence
 
+    def _keys(self, request: Request) -> list[bytes]:
+        if not self._allocator.prefix_cache or request.prompt_logprobs is not None:
+            return []
+        return prefix_keys(request.prompt, self._allocator.page_size, request.cache_salt)
+
     def _pages_needed(self, request: Request) -> int:
         return pages_for(len(request.prompt) + request.max_new_tokens, self._allocator.page_size)
 
@@ -287,6 +299,8 @@ class Scheduler:
         """Whether the sequence's next chunk may share a program with those of the group."""
         if not group:
             return True
+        if sequence.scored != group[0].scored:
+            return False
         chunks, rows = self._config.chunks, len(group) + 1
         if rows > self._config.prefill_rows or chunks.size(sequence.sent) != chunks.size(group[0].sent):
             return False
@@ -325,7 +339,7 @@ class Scheduler:
         """Whether the next chunk of a running request reads the prefix of `pages` pages that has this key."""
         end = pages * self._allocator.page_size
         return any(
-            other.sent < end <= other.sent + self._next_count(other) and other.keys[pages - 1] == key
+            other.sent < end <= other.sent + self._next_count(other) and other.keys[pages - 1 : pages] == [key]
             for other in self._prefilling.values()
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from lychee_jax.cache.pages import make_pools
 from lychee_jax.engine.compile_timer import Programs
 from lychee_jax.engine.options import EngineConfig, EngineOptions
-from lychee_jax.engine.programs import Block, decode_block, make_rows, prefill_chunk, start_row
+from lychee_jax.engine.programs import Block, decode_block, make_rows, prefill_chunk, score_chunk, start_row
 from lychee_jax.engine.request import MAX_EOS_IDS, Request
 from lychee_jax.engine.runner import Runner
 from lychee_jax.engine.scheduler import Scheduler
@@ -28,9 +28,10 @@ class _Noted:
 
     def __call__(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> Any:
         self.calls.setdefault((function, key, static), (function, key, static, *args))
-        if function is prefill_chunk:
+        if function in (prefill_chunk, score_chunk):
             tokens, dtype = args[3], args[0][0].dtype
-            return args[1], jax.ShapeDtypeStruct((tokens.shape[0], self._model.hidden_size), dtype)
+            last = jax.ShapeDtypeStruct((tokens.shape[0], self._model.hidden_size), dtype)
+            return (args[1], last) if function is prefill_chunk else (args[1], last, None)
         if function is start_row:
             return args[1], None
         if function is decode_block:

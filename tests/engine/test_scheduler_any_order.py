@@ -72,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         attention=st.sampled_from([None, "dense", "hybrid"]),
         salt=st.sampled_from([b"", b"", b"adapter"]),
         guided=st.sampled_from([False, False, True]),
+        scored=st.sampled_from([None, None, 0]),
     )
     def add(
         self,
@@ -84,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         attention: str | None,
         salt: bytes,
         guided: bool,
+        scored: int | None,
     ) -> None:
         """Several requests at once, with a text of `length` tokens each."""
         for index in range(count):
@@ -92,7 +94,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.submit(
                 Request(
                     self.new_id(), tokens, new, attention=attention, eos_ids=(EOS,), forced=text, cache_salt=salt,
-                    grammar=EvenThenEnd(10, 1, EOS) if guided else None,
+                    grammar=EvenThenEnd(10, 1, EOS) if guided else None, prompt_logprobs=scored,
                 )
             )  # fmt: skip
 
@@ -227,7 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         most = (len(hashes) - 1) // unit * unit
         assert chunk.start % unit == 0
         assert chunk.start <= most
-        if not self.prefix_cache:
+        if not self.prefix_cache or chunk.request.prompt_logprobs is not None:
             assert chunk.start == 0
             return
         # Nothing can have been evicted as long as fewer pages were handed out than there are.
@@ -237,7 +239,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert chunk.start == max([0, *known])
         end = chunk.start + unit
         for other in program:
-            if end <= most and other is not chunk and other.start < end <= other.start + other.count:
+            shares = other is not chunk and other.request.prompt_logprobs is None
+            if end <= most and shares and other.start < end <= other.start + other.count:
                 assert prefix_hashes(other.request)[end - 1] != hashes[end - 1], "the same text is read twice"
 
     def check_prefill(self, chunks: tuple[Chunk, ...], tokens: int) -> None:
@@ -246,6 +249,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(chunks) <= self.config.prefill_rows
             assert len(chunks) * tokens <= self.config.prefill_tokens
         assert len({CHUNKS.size(chunk.start) for chunk in chunks}) == 1
+        assert len({chunk.request.prompt_logprobs for chunk in chunks}) == 1, "all are scored, or none"
         reading = [live.request.id for live in self.live.values() if live.sent < len(live.request.prompt)]
         assert next(chunk.request.id for chunk in chunks) == reading[0], "the one that came first is read first"
 
@@ -259,6 +263,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert chunk.last == (live.sent == length)
         if chunk.last:
             self.start_text(live)
+        if chunk.request.prompt_logprobs is not None:
+            return  # its pages are its own
         hashes = prefix_hashes(chunk.request)
         for end in range(PAGE, live.sent + 1, PAGE):
             self.published.add(hashes[end - 1])
