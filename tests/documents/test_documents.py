@@ -11,6 +11,7 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
@@ -23,9 +24,10 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.data import language
 from lychee_jax.evaluation.longbench import TASKS
 from lychee_jax.loading import BUNDLED
+from lychee_jax.server.settings import ServerConfig
 from lychee_jax.studies import pretrain, profile_heads
 from lychee_jax.studies.head_maps import __main__ as study
-from tests.support import tiny_checkpoints
+from tests.support import servers, tiny_checkpoints
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", BUNDLED / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,7 +58,8 @@ def commands() -> list[str]:
 
 
 COMMANDS = commands()
-LYCHEE = [line for line in COMMANDS if line.startswith("lychee ")]
+SERVE = [line for line in COMMANDS if line.startswith("lychee serve")]
+LYCHEE = [line for line in COMMANDS if line.startswith("lychee ") and line not in SERVE]
 OTHERS = [line for line in COMMANDS if not line.startswith("lychee ")]
 
 
@@ -151,6 +154,14 @@ def test_a_command_that_is_shown_runs(line: str, workplace: Path, monkeypatch, c
     assert out
 
 
+@pytest.mark.parametrize("line", SERVE)
+def test_a_server_that_is_shown_has_these_options(line: str):
+    """It would run until a signal ends the process."""
+    commands: Any = get_command(cli.app)
+    known = {option for parameter in commands.commands["serve"].params for option in parameter.opts}
+    assert {word for word in shlex.split(line) if word.startswith("--")} <= known
+
+
 @pytest.mark.parametrize("line", OTHERS)
 def test_other_commands_name_what_there_is(line: str):
     """Those that install, train for minutes or are the suite itself: their targets, options and files are checked."""
@@ -180,10 +191,29 @@ def test_the_demo_of_the_makefile_is_the_command():
     assert recipe.strip() == "$(BIN)/lychee demo --output demo-output"
 
 
-@pytest.mark.parametrize("code", [text for document in DOCUMENTS for tag, text in blocks(document) if tag == "python"])
+PYTHON = [text for document in DOCUMENTS for tag, text in blocks(document) if tag == "python"]
+SHOWN_URL = "http://127.0.0.1:8000"
+
+
+@pytest.mark.parametrize("code", [code for code in PYTHON if SHOWN_URL not in code])
 def test_python_that_is_shown_runs(code: str, workplace: Path, monkeypatch, capfd):
     monkeypatch.chdir(workplace)
     exec(re.sub(r"max_new_tokens=\d+", "max_new_tokens=3", code), {})
+    assert capfd.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """The address of a server."""
+    llm = servers.make_llm(tmp_path_factory.mktemp("served"))
+    with servers.running(llm, ServerConfig(default_max_tokens=8)) as running:
+        yield running.url
+
+
+@pytest.mark.parametrize("code", [code for code in PYTHON if SHOWN_URL in code])
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # clients that live as long as the script
+def test_python_that_asks_a_server_runs(code: str, server: str, capfd):
+    exec(code.replace(SHOWN_URL, server), {})
     assert capfd.readouterr().out
 
 

@@ -61,7 +61,7 @@ def test_a_regex_beside_plain_rows(server: Running):
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_a_tool_that_must_be_called(client: openai.OpenAI, choice: Any):
     options: Any = {
-        "model": "tiny", "messages": HELLO, "max_tokens": 300, "seed": 2, "tools": [WEATHER], "tool_choice": choice,
+        "model": "tiny", "messages": HELLO, "max_tokens": 250, "seed": 2, "tools": [WEATHER], "tool_choice": choice,
     }  # fmt: skip
     answer = client.chat.completions.create(**options).choices[0]
     assert answer.finish_reason == "tool_calls"
