@@ -1,6 +1,7 @@
 """`lychee bench …`: what is fast, how fast, and beside what."""
 
 import dataclasses
+import importlib.metadata
 import os
 import shlex
 import sys
@@ -184,7 +185,22 @@ def bench_train(
 
 @app.command("serve")
 def bench_serve(
-    offline: Annotated[bool, typer.Option("--offline", help="Through the engine in this process.")] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Through the engine in this process: the scenarios below.")
+    ] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Through a server: streams of --new-tokens each. Only --requests and --seed go with it."
+        ),
+    ] = None,
+    at_once: Annotated[
+        str, typer.Option(metavar="N,…", help="With --url: how many streams run together, one after the other.")
+    ] = "1,4,16,64",
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", envvar="LYCHEE_API_KEY", help="With --url: what the server wants to see."),
+    ] = None,
     scenario: Annotated[
         Literal["full-batch", "long-prompt", "mixed"],
         typer.Option(
@@ -233,14 +249,19 @@ def bench_serve(
     [b]Example[/b]
 
     [cyan]lychee bench serve --offline --shape llama-3-8b --scenario long-prompt[/cyan]
+
+    [cyan]lychee bench serve --url http://127.0.0.1:8000[/cyan]
     """
     from lychee_jax.attention.head_map import HeadMap
     from lychee_jax.attention.selection import SelectionPolicy
     from lychee_jax.cli.console import progress_bar
     from lychee_jax.engine.options import AttentionOptions, EngineOptions
 
-    if not offline:
-        raise UserError("give --offline: requests are served by the engine in this process")
+    if offline == (url is not None):
+        raise UserError("give either --offline, the engine in this process, or the --url of a server")
+    if url is not None:
+        _bench_url(url, at_once, requests, new_tokens, api_key, seed, output, as_json=as_json)
+        return
     if model is not None and shape is not None:
         raise UserError("--model and --shape exclude each other; give one")
     if cache_memory is not None and cache_memory < 1:
@@ -297,6 +318,42 @@ def bench_serve(
     if output is not None:
         output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
     print(json_text(report) if as_json else serve.table(rows))
+
+
+def _bench_url(
+    url: str,
+    at_once: str,
+    requests: int | None,
+    new_tokens: int | None,
+    api_key: str | None,
+    seed: int,
+    output: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """What a server's clients notice."""
+    from lychee_jax.benchmarks import http_serve
+    from lychee_jax.cli.console import progress_bar
+
+    load = http_serve.HttpLoad(
+        url.rstrip("/"),
+        tuple(_numbers("--at-once", at_once)),
+        requests or 2,
+        new_tokens=new_tokens or 64,
+        api_key=api_key,
+    )
+    with progress_bar() as progress:
+        rows = http_serve.measure(load, seed=seed, progress=progress)
+    report = {
+        "device": f"that of {url}",
+        "jax": importlib.metadata.version("jax"),  # not asked itself: the server has the device
+        "command": shlex.join(["lychee", *sys.argv[1:]]),
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "targets": http_serve.targets(rows),
+    }
+    if output is not None:
+        output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+    print(json_text(report) if as_json else http_serve.table(rows))
 
 
 @app.command("kernels")

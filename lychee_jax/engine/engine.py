@@ -268,10 +268,8 @@ class Engine:
         return max(max(needs), min(next_power_of_two(together), self._default_pages()))
 
     def prepare(self, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
-        """Compile in the background what these requests will need; neither weights nor a cache have to be there.
-
-        Returns:
-            one future for each program, done when it is compiled.
+        """Compile in the background what these requests will need, a future for each program; neither weights nor a
+        cache have to be there.
 
         Raises:
             UserError, NotImplementedError: as for `add_request`.
@@ -424,11 +422,7 @@ class Engine:
         return "length" if count >= request.max_new_tokens else None
 
     def check(self, request: Request) -> int:
-        """Pages that the request needs; any thread may ask.
-
-        Raises:
-            UserError: this engine can never take it.
-        """
+        """Pages that the request needs; any thread may ask. UserError if this engine can never take it."""
         model = self.spec.config
         check_prompt(model, request.prompt, request.max_new_tokens, self.max_model_len)
         for token in request.forced:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal
 
-from lychee_jax.engine.outputs import RequestOutput
+from lychee_jax.engine.outputs import PromptLogprob, RequestOutput
 from lychee_jax.engine.request import Request
 from lychee_jax.server.errors import ApiError
 from lychee_jax.server.metrics import Metrics
@@ -23,10 +23,13 @@ Ending = Literal["stop", "length"]
 class Piece:
     """What one sequence got by one block: text that is final, its tokens, and where their texts begin in the answer.
 
-    `top`: the likeliest tokens at each step, as many as were asked for.
+    `top`: the likeliest tokens at each step, as many as were asked for. `begins`: it is the sequence's first, and has
+    what is told of its prompt.
     """
 
     choice: int
+    begins: bool = False
+    prompt: list[PromptLogprob] = dataclasses.field(default_factory=list)
     text: str = ""
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -35,7 +38,8 @@ class Piece:
     finish_reason: Ending | None = None
 
     def extend(self, other: Piece) -> None:
-        """Add the tokens of a later piece."""
+        """Add what a later piece has besides its text."""
+        self.prompt += other.prompt
         self.tokens += other.tokens
         self.logprobs += other.logprobs
         self.top += other.top
@@ -50,6 +54,7 @@ class Row:
     choice: int
     text: TextStream
     wanted: int  # new tokens; the engine generates one where none is wanted
+    begun: bool = False
     length: int = 0  # of the text
     count: int = 0
     cached_tokens: int = 0
@@ -59,7 +64,9 @@ class Row:
 
     def take(self, output: RequestOutput) -> Piece:
         """Add an output; a stop text ends the sequence at the token that completes it."""
-        piece = Piece(self.choice, finish_reason=output.finish_reason)  # type: ignore[arg-type]
+        piece = Piece(self.choice, not self.begun, output.prompt_logprobs)
+        piece.finish_reason = "length" if self.wanted == 0 else output.finish_reason  # type: ignore[assignment]
+        self.begun = True
         self.cached_tokens = output.cached_tokens
         self.pages_read += output.pages_read
         self.pages_held += output.pages_held

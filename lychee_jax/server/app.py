@@ -58,7 +58,6 @@ async def _generate(
 ) -> Response:
     """Admit a call and answer it, as long as its client is there."""
     service.check_name(body.model)
-    aborted = service.metrics.aborted
     call: Call | None = None
 
     async def work() -> Response:
@@ -69,13 +68,12 @@ async def _generate(
         return EventStream(
             call.events(),
             patience=service.config.slow_reader_seconds,
-            on_slow=lambda: aborted.labels("slow_reader").inc(),
-            on_end=lambda: end(call),
+            on_end=end,
         )
 
-    def end(call: Call | None) -> None:
-        if call is not None and call.answer.num_open:
-            aborted.labels("disconnect").inc()
+    def end(slow: bool) -> None:
+        if call is not None and (slow or call.answer.num_open):
+            service.metrics.aborted.labels("slow_reader" if slow else "disconnect").inc()
             call.answer.close()
 
     response = None
@@ -84,7 +82,7 @@ async def _generate(
         return response
     finally:
         if not isinstance(response, EventStream):
-            end(call)
+            end(slow=False)
 
 
 def _add_information(app: FastAPI, service: Service) -> None:

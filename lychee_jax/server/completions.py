@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -9,9 +10,11 @@ from typing import Any
 
 from lychee_jax.server.answers import Answer, Piece
 from lychee_jax.server.errors import ApiError
+from lychee_jax.server.model import ServedModel
 from lychee_jax.server.protocol import CompletionRequest
 from lychee_jax.server.service import Service
 from lychee_jax.server.token_texts import TokenTexts
+from lychee_jax.text.streaming import StreamDecoder
 
 _DEFAULT_MAX_TOKENS = 16
 
@@ -24,34 +27,45 @@ async def begin(service: Service, body: CompletionRequest) -> Completion:
     """
     if body.max_tokens == 0 and not body.echo:
         raise ApiError(400, "max_tokens is 0, which only makes sense with echo: true", param="max_tokens")
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "logprobs with echo are not supported", param="echo")
     given = body.prompts
     if len(given) > service.config.max_prompts:
         raise ApiError(400, f"{len(given)} prompts are too many; at most {service.config.max_prompts}", param="prompt")
-    prompts, texts = await service.in_pool(_encode, service, given, bool(body.echo))
+    echoes: list[Echo] | None = None
+    if body.echo:
+        prompts, echoes = await service.in_pool(_encode_and_echo, service.model, given)
+    else:
+        prompts = await service.in_pool(_encode, service.model, given)
     grammar = await service.grammar(body.response_format)
     answer = service.begin(
         body, prompts, limit=body.max_tokens, default=_DEFAULT_MAX_TOKENS, top_logprobs=body.logprobs or 0,
-        endpoint="completions", grammar=grammar,
+        prompt_logprobs=body.logprobs if body.echo else None, endpoint="completions", grammar=grammar,
     )  # fmt: skip
-    return Completion(service, body, answer, texts)
+    return Completion(service, body, answer, echoes)
 
 
-def _encode(service: Service, given: Sequence[str | list[int]], echo: bool) -> tuple[list[list[int]], list[str]]:
-    """Token ids of the prompts, and the texts that are said again."""
-    model = service.model
-    rows, texts = [], []
-    for prompt in given:
-        rows.append(model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-        if not echo:
-            texts.append("")
-        elif isinstance(prompt, str):
-            texts.append(prompt)
-        else:
-            model.check_ids(prompt)
-            texts.append(model.tokenizer.decode(prompt))
-    return rows, texts
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """A prompt as it is said again: its text, and where the text of each token begins."""
+
+    text: str = ""
+    offsets: list[int] = dataclasses.field(default_factory=list)
+
+
+def _encode(model: ServedModel, given: Sequence[str | list[int]]) -> list[list[int]]:
+    """Token ids of the prompts."""
+    return [model.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
+
+
+def _encode_and_echo(model: ServedModel, given: Sequence[str | list[int]]) -> tuple[list[list[int]], list[Echo]]:
+    prompts, echoes = _encode(model, given), []
+    for tokens, prompt in zip(prompts, given, strict=True):
+        model.check_ids(tokens)
+        decoder, offsets, length = StreamDecoder(model.tokenizer), [], 0
+        for token in tokens:
+            offsets.append(length)
+            length += len(decoder.push(token))
+        echoes.append(Echo(prompt if isinstance(prompt, str) else model.tokenizer.decode(tokens), offsets))
+    return prompts, echoes
 
 
 class Completion:
@@ -61,7 +75,9 @@ class Completion:
         answer: what is generated.
     """
 
-    def __init__(self, service: Service, body: CompletionRequest, answer: Answer, echoes: Sequence[str]) -> None:
+    def __init__(
+        self, service: Service, body: CompletionRequest, answer: Answer, echoes: Sequence[Echo] | None
+    ) -> None:
         self.answer = answer
         self._body, self._echoes = body, echoes
         self._token_texts: TokenTexts = service.model.token_texts
@@ -74,8 +90,8 @@ class Completion:
 
     async def whole(self) -> dict[str, Any]:
         """Everything at once."""
-        rows = [Piece(row.choice) for row in self.answer.sequences]
-        texts = [[self._echo(row.choice)] for row in rows]
+        rows = [Piece(row.choice, begins=True) for row in self.answer.sequences]
+        texts: list[list[str]] = [[] for _ in rows]
         async for piece in self.answer.pieces():
             row = rows[piece.choice]
             texts[piece.choice].append(piece.text)
@@ -88,25 +104,25 @@ class Completion:
     async def events(self) -> AsyncGenerator[dict[str, Any]]:
         """Piece by piece."""
         usage = {"usage": None} if self._body.include_usage else {}
-        begun: set[int] = set()
         async for piece in self.answer.pieces():
-            if piece.choice not in begun:
-                begun.add(piece.choice)
-                piece.text = self._echo(piece.choice) + piece.text
-            if piece.text or piece.finish_reason or self._body.logprobs is not None:
+            if piece.text or piece.finish_reason or piece.begins or self._body.logprobs is not None:
                 yield self._head | {"choices": [self._choice(piece)]} | usage
         if self._body.include_usage:
             yield self._head | {"choices": [], "usage": self.answer.usage()}
 
-    def _echo(self, choice: int) -> str:
-        return self._echoes[choice // self._body.choices]
-
     def _choice(self, piece: Piece) -> dict[str, Any]:
+        prompt = piece.choice // self._body.choices
+        echo = Echo() if self._echoes is None else self._echoes[prompt]
         logprobs = None
         if self._body.logprobs is not None:
-            begin = len(self._echo(piece.choice))
-            offsets = [begin + offset for offset in piece.offsets]
-            logprobs = self._token_texts.completion(piece.tokens, piece.logprobs, piece.top, offsets)
-        return {
-            "index": piece.choice, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason,
-        }  # fmt: skip
+            tokens, values, top = list(piece.tokens), list[float | None](piece.logprobs), list(piece.top)
+            offsets = [len(echo.text) + offset for offset in piece.offsets]
+            if piece.begins and self._echoes is not None:
+                told = piece.prompt
+                tokens = [*self.answer.prompts[prompt], *tokens]
+                values = [None, *(logprob for _, logprob, _ in told), *values]
+                top = [None, *(likeliest for _, _, likeliest in told), *top]
+                offsets = [*echo.offsets, *offsets]
+            logprobs = self._token_texts.completion(tokens, values, top, offsets)
+        text = echo.text + piece.text if piece.begins else piece.text
+        return {"index": piece.choice, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}

@@ -44,7 +44,7 @@ class EventStream(Response):
     """Server-sent events, an object each, ended by `[DONE]`.
 
     It ends early when the client goes, or takes nothing for `patience` seconds: its connection is dropped then.
-    `on_end` is called however it ends, also where the first event was never asked for.
+    `on_end` is called however it ends, also where the first event was never asked for; it is told whether patience did.
     """
 
     media_type = "text/event-stream"
@@ -54,26 +54,25 @@ class EventStream(Response):
         events: AsyncGenerator[Any],
         *,
         patience: float,
-        on_slow: Callable[[], None],
-        on_end: Callable[[], None],
+        on_end: Callable[[bool], None],
     ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._patience = events, patience
-        self._on_slow, self._on_end = on_slow, on_end
+        self._events, self._patience, self._on_end = events, patience, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until the events, the client or its patience end."""
         sending, gone = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_disconnect(receive))
+        slow = False
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         except _SlowReader:
-            self._on_slow()
+            slow = True
             scope.get(ABORT, lambda: None)()
         finally:
-            self._on_end()
+            self._on_end(slow)
             await _cancel(sending, gone)
             await self._events.aclose()
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 # A model that is not sure may otherwise write blanks until it runs out of tokens.
-_JSON: JsonCompileOptions = {"whitespace_pattern": r"[ \n]{0,20}"}
+_JSON: JsonCompileOptions = {"whitespace_pattern": r"( |\n {0,16})?"}
 
 
 class Guide:
@@ -71,7 +71,11 @@ class Grammars:
         Raises:
             UserError: a schema that is none, or asks for what cannot be guided.
         """
-        return self._checked(LLMatcher.grammar_from_json_schema(json_text(schema), overrides=_JSON), "the JSON schema")
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json_text(schema), overrides=_JSON)
+        except ValueError as error:  # nested too deeply
+            raise UserError(f"the JSON schema cannot be read: {error}") from error
+        return self._checked(grammar, "the JSON schema")
 
     def regex(self, pattern: str) -> str:
         """Text that matches a pattern as a whole.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,6 +21,7 @@ class Metrics:
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         """`stats` gives the engine's numbers as of its last step."""
         self._registry = registry = CollectorRegistry()
+        self._clocks: dict[str, list[int]] = {}
 
         def gauge(name: str, what: str, read: Callable[[EngineStats], float]) -> None:
             Gauge(f"lychee_{name}", what, registry=registry).set_function(lambda: read(stats()))
@@ -51,6 +54,17 @@ class Metrics:
             _BETWEEN_TOKENS,
         )  # fmt: skip
         self.end_to_end = histogram("request_seconds", "From admission to the last token of a sequence", _END_TO_END)
+
+        self._cpu = Gauge(
+            "lychee_cpu_seconds", "Processor time of the process, and of its parts", ["part"], registry=registry
+        )
+        self._cpu.labels("process").set_function(time.process_time)
+
+    def count_thread(self, part: str) -> None:
+        """Count this thread's processor time to a part of the process from here on."""
+        clocks = self._clocks.setdefault(part, [])
+        clocks.append(time.pthread_getcpuclockid(threading.get_ident()))
+        self._cpu.labels(part).set_function(lambda: sum(map(time.clock_gettime, clocks)))
 
     def text(self) -> bytes:
         """All of it."""

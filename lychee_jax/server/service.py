@@ -36,7 +36,10 @@ class Service:
         self.config, self.worker = config, worker
         self.metrics = Metrics(lambda: worker.stats)
         self.draining = False
-        self._pool = ThreadPoolExecutor(config.text_workers, thread_name_prefix="text")
+        self.metrics.count_thread("event_loop")
+        self._pool = ThreadPoolExecutor(
+            config.text_workers, thread_name_prefix="text", initializer=self.metrics.count_thread, initargs=("text",)
+        )
         self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()
         self._numbers = itertools.count()
 
@@ -110,6 +113,7 @@ class Service:
         limit: int | None,
         default: int,
         top_logprobs: int = 0,
+        prompt_logprobs: int | None = None,
         endpoint: str,
         grammar: str | None = None,
     ) -> Answer:
@@ -121,6 +125,7 @@ class Service:
             limit: new tokens that the client asks for; None: `default`, or what is left for a long prompt.
             default: see `limit`.
             top_logprobs: how many of the likeliest tokens are told at each step.
+            prompt_logprobs: how many at each token of the prompt; None: nothing is told of it.
             endpoint: for the metrics.
             grammar: that every answer follows.
 
@@ -144,6 +149,7 @@ class Service:
                     f"{name}-{choice}", tuple(prompt), max(wanted, 1), sampling, attention,
                     tuple(dict.fromkeys(eos_ids)), sample_index=sample, top_logprobs=top_logprobs,
                     grammar=None if grammar is None else model.grammars.start(grammar),
+                    prompt_logprobs=prompt_logprobs,
                 )  # fmt: skip
                 if sample == 0:
                     model.engine.check(request)

@@ -212,8 +212,15 @@ def test_impossible_traffic_is_refused(arguments, message, capsys):
 
 
 def test_the_way_must_be_named(capsys):
-    assert cli.main(["bench", "serve"]) == 2
-    assert "--offline" in capsys.readouterr().err
+    for arguments in ([], ["--offline", "--url", "http://127.0.0.1:1"]):
+        assert cli.main(["bench", "serve", *arguments]) == 2
+        assert "--offline" in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there(capsys):
+    for url, told in (("http://127.0.0.1:1", "cannot be reached"), ("ftp://x", "give an address")):
+        assert cli.main(["bench", "serve", "--url", url]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_request_that_does_not_fit_is_refused(folder, capsys):

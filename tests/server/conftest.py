@@ -13,7 +13,9 @@ from tests.support.servers import Running
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     llm = servers.make_llm(tmp_path_factory.mktemp("tiny"))
-    with servers.running(llm, ServerConfig(max_queue=40, slow_reader_seconds=1.0, max_body=1 << 16)) as running:
+    with servers.running(
+        llm, ServerConfig(model_name="tiny", max_queue=40, slow_reader_seconds=1.0, max_body=1 << 16)
+    ) as running:
         yield running
 
 

@@ -14,7 +14,7 @@ from schemathesis.core import NotSet
 
 from tests.support.servers import Running
 
-REQUESTS, AT_ONCE = 60, 12
+REQUESTS, AT_ONCE = 40, 12
 
 
 def _body(rng: random.Random) -> dict[str, Any]:
@@ -95,11 +95,11 @@ def test_nothing_that_the_document_allows_is_a_server_error(server: Running):
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
         )  # fmt: skip
         def call(case: schemathesis.Case) -> None:
-            content = b"" if isinstance(case.body, NotSet) else json.dumps(case.body).encode()
+            content = b"" if isinstance(case.body, NotSet) else json.dumps(case.body, default=repr).encode()
             answer = client.request(case.method, case.formatted_path, content=content, headers=_JSON)
             statuses.append(answer.status_code)
             assert answer.status_code < 500, (case.path, content, answer.text)
 
         call()
-    assert statuses.count(200) >= 30
+    assert statuses.count(200) >= 15
     server.wait_until(server.is_idle)

@@ -9,7 +9,6 @@ import openai
 import pytest
 from langchain_openai import ChatOpenAI
 
-from tests.support import servers
 from tests.support.servers import Running
 
 HELLO: Any = [{"role": "user", "content": "The red fox sleeps."}]
@@ -94,6 +93,23 @@ def test_echo_says_the_prompt_again(client: openai.OpenAI):
     assert said.choices[0].text == "The red fox"
     more = client.completions.create(model="tiny", prompt="The red fox", max_tokens=4, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in more).startswith("The red fox")
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_the_same_text_as_an_answer(server: Running):
+    body = {"prompt": "The red fox", "max_tokens": 12, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    said = server.post("/v1/completions", body).json()["choices"][0]
+    asked = server.post("/tokenize", {"prompt": "The red fox"}).json()["tokens"]
+    tokens = server.reference(["The red fox"], max_new_tokens=12, ignore_eos=True).tokens[0]
+    whole = body | {"prompt": [asked + tokens], "max_tokens": 0, "echo": True}
+    echoed = server.post("/v1/completions", whole).json()["choices"][0]
+    answer, prompt = said["logprobs"], echoed["logprobs"]
+    assert prompt["token_logprobs"][0] is prompt["top_logprobs"][0] is None
+    assert len(prompt["tokens"]) == len(asked) + 12
+    assert prompt["tokens"][-12:] == answer["tokens"]
+    assert prompt["token_logprobs"][-12:] == pytest.approx(answer["token_logprobs"], abs=1e-4)
+    assert all(len(likeliest) == 1 for likeliest in prompt["top_logprobs"][1:])
+    assert echoed["finish_reason"] == "length"
+    assert echoed["text"] == "The red fox" + said["text"]
 
 
 def test_usage_tells_cached_tokens_and_what_was_read(server: Running):
@@ -259,5 +275,5 @@ def test_rows_of_one_call_differ_and_all_have_an_index(client: openai.OpenAI):
 
 def test_defaults_name_the_served_model(server: Running):
     answer = server.post("/v1/completions", {"prompt": "x"}).json()
-    assert answer["model"] == servers.MODEL
+    assert answer["model"] == "tiny"
     assert answer["usage"]["completion_tokens"] <= 16

@@ -30,8 +30,6 @@ ENGINE_CONFIG = EngineConfig(
 )
 ENGINE = EngineOptions(max_num_seqs=4, cache_memory=8 << 20)
 DEFAULTS = GenerateOptions(page_size=16)
-MODEL = "tiny"
-
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}"
     "{% for message in messages %}{{ message.role }}: {{ message.content }}"
@@ -119,7 +117,7 @@ def running(
         warm_up(model.engine, model.defaults.attention_options)
         return model
 
-    config = dataclasses.replace(config, port=0, model_name=MODEL)
+    config = dataclasses.replace(config, port=0)
     listener = bind(config.host, 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # so that little stands between writer and reader
     server = Server(config, listener, load or load_it)

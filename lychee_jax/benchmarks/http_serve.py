@@ -1,0 +1,239 @@
+"""A server as its clients notice it, at several numbers of requests at once: streams over HTTP, by `http.client`.
+
+Any server of OpenAI's protocol will do; one of ours also tells how much of its processor time went to something else
+than the engine.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
+import random
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lychee_jax.benchmarks.deliveries import Spread
+from lychee_jax.errors import UserError
+from lychee_jax.files import json_text, parse_json
+
+_WORDS = (
+    "amber",
+    "falcon",
+    "river",
+    "stone",
+    "quiet",
+    "market",
+    "wooden",
+    "lantern",
+    "old",
+    "harbour",
+    "silver",
+    "north",
+)
+
+_PARTS = {"event_loop", "text", "process"}
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpLoad:
+    """What is asked.
+
+    Attributes:
+        url: of the server, such as http://127.0.0.1:8000.
+        at_once: numbers of requests that run together, one after the other.
+        requests: of each number, for each request that runs; all numbers are multiples of it.
+        prompt_words: words of each prompt, drawn at random.
+        new_tokens: of each request.
+        api_key: that the server wants to see.
+
+    Raises:
+        UserError: a number out of its range, or no address.
+    """
+
+    url: str
+    at_once: tuple[int, ...] = (1, 4, 16, 64)
+    requests: int = 2
+    prompt_words: int = 100
+    new_tokens: int = 64
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme != "http" or parts.hostname is None:
+            raise UserError(f"--url is {self.url}; give an address such as http://127.0.0.1:8000")
+        if min(self.at_once, default=0) < 1 or min(self.requests, self.prompt_words, self.new_tokens) < 1:
+            raise UserError("numbers of requests, words and tokens must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpRow:
+    """One number of requests at once.
+
+    `between_tokens_s`: gaps between two events of one stream, over the tokens that end them. `overhead_share`: of the
+    server's processor time, what its event loop and its text workers took; None where it does not tell.
+    """
+
+    at_once: int
+    requests: int
+    seconds: float
+    tokens_per_s: float
+    first_token_s: Spread
+    between_tokens_s: Spread | None
+    overhead_share: float | None
+    samples_first_token_s: list[float]
+    samples_between_tokens_s: list[float]
+
+
+@dataclasses.dataclass
+class _Stream:
+    """What one request got when, in seconds since it was sent."""
+
+    first: float
+    gaps: list[float]
+    tokens: int
+
+
+def measure(
+    load: HttpLoad, *, seed: int = 0, progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+) -> list[HttpRow]:
+    """Ask for everything, the smallest number first, after one request that warms up.
+
+    Raises:
+        UserError: the server cannot be reached, or refuses.
+    """
+    rng = random.Random(seed)
+    _ask(load, _prompt(load, rng))
+    rows = []
+    for at_once in sorted(load.at_once):
+        prompts = [_prompt(load, rng) for _ in range(at_once * load.requests)]
+        before, began = _processor_seconds(load), time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            streams = []
+            for stream in pool.map(lambda prompt: _ask(load, prompt), prompts):
+                streams.append(stream)
+                progress(f"{at_once} at once", len(streams), len(prompts))
+        rows.append(_row(at_once, streams, time.perf_counter() - began, before, _processor_seconds(load)))
+    return rows
+
+
+def _row(
+    at_once: int, streams: Sequence[_Stream], seconds: float, before: dict[str, float], after: dict[str, float]
+) -> HttpRow:
+    spent = {part: after[part] - before.get(part, 0.0) for part in after}
+    first = [stream.first for stream in streams]
+    between = [gap for stream in streams for gap in stream.gaps]
+    first_token = Spread.of(first)
+    assert first_token is not None
+    return HttpRow(
+        at_once=at_once,
+        requests=len(streams),
+        seconds=seconds,
+        tokens_per_s=sum(stream.tokens for stream in streams) / seconds,
+        first_token_s=first_token,
+        between_tokens_s=Spread.of(between),
+        overhead_share=(spent["event_loop"] + spent["text"]) / spent["process"] if spent.keys() >= _PARTS else None,
+        samples_first_token_s=first,
+        samples_between_tokens_s=between,
+    )
+
+
+def targets(rows: Sequence[HttpRow]) -> list[dict[str, Any]]:
+    """What the server is to reach on a CPU with the bundled model."""
+    return [
+        {
+            "what": "processor time outside the engine at 16 requests at once, share of all",
+            "value": row.overhead_share, "target": 0.1, "sense": "<=",
+        }
+        for row in rows
+        if row.at_once == 16 and row.overhead_share is not None
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[HttpRow]) -> str:
+    """For people."""
+
+    def each(label: str, *numbers: float | None, form: str = ",.2f") -> str:
+        return f"{label:<36}" + "".join(f" {'–' if n is None else format(n, form):>10}" for n in numbers)
+
+    return "\n".join(
+        [
+            each("requests at once", *(row.at_once for row in rows), form="d"),
+            each("tokens/s, end to end", *(row.tokens_per_s for row in rows)),
+            each("first token, s: median", *(row.first_token_s.median for row in rows)),
+            each("first token, s: p99", *(row.first_token_s.p99 for row in rows)),
+            each("between tokens, ms: median", *(r.between_tokens_s and 1e3 * r.between_tokens_s.median for r in rows)),
+            each("between tokens, ms: p99", *(r.between_tokens_s and 1e3 * r.between_tokens_s.p99 for r in rows)),
+            each("outside the engine, share of CPU", *(row.overhead_share for row in rows), form=".1%"),
+        ]
+    )
+
+
+def _prompt(load: HttpLoad, rng: random.Random) -> str:
+    return " ".join(rng.choice(_WORDS) for _ in range(load.prompt_words))
+
+
+def _ask(load: HttpLoad, prompt: str) -> _Stream:
+    """One stream, read to its end."""
+    body = {
+        "prompt": prompt, "max_tokens": load.new_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True}, "logprobs": 0,
+    }  # fmt: skip
+    sent = last = time.perf_counter()
+    first: float | None = None
+    gaps: list[float] = []
+    tokens = 0
+    with _answer(load, "POST", "/v1/completions", body) as answer:
+        for line in answer:
+            if not line.startswith(b"data: {"):
+                continue
+            now = time.perf_counter()
+            event = parse_json(line[6:].decode(), "an event")
+            if "error" in event:
+                raise UserError(f"{load.url} answers: {event['error']['message']}")
+            for choice in event["choices"]:
+                count = len(choice["logprobs"]["tokens"]) if choice.get("logprobs") else 1
+                if first is None:
+                    first = now - sent
+                elif count:
+                    gaps.append((now - last) / count)
+                tokens, last = tokens + count, now
+    if first is None:
+        raise UserError(f"{load.url} has answered without a token")
+    return _Stream(first, gaps, tokens)
+
+
+def _processor_seconds(load: HttpLoad) -> dict[str, float]:
+    """Of the server's parts, as far as it tells."""
+    try:
+        with _answer(load, "GET", "/metrics", None) as answer:
+            lines = answer.read().decode().splitlines()
+    except UserError:
+        return {}
+    name = 'lychee_cpu_seconds{part="'
+    return {line[len(name) :].split('"')[0]: float(line.split()[-1]) for line in lines if line.startswith(name)}
+
+
+@contextlib.contextmanager
+def _answer(load: HttpLoad, method: str, path: str, body: Any) -> Iterator[http.client.HTTPResponse]:
+    """The server's answer.
+
+    Raises:
+        UserError: none, or one with an error.
+    """
+    parts = urllib.parse.urlsplit(load.url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=600)
+    headers = {"content-type": "application/json"}
+    if load.api_key is not None:
+        headers["authorization"] = f"Bearer {load.api_key}"
+    try:
+        connection.request(method, path, None if body is None else json_text(body), headers)
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise UserError(f"{load.url}{path} answers {answer.status}: {answer.read(300).decode(errors='replace')}")
+        yield answer
+    except OSError as error:
+        raise UserError(f"{load.url} cannot be reached: {error.strerror or error}") from error
+    finally:
+        connection.close()
