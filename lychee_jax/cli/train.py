@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lychee_jax.cli import options as shared
-from lychee_jax.cli.console import load_model
+from lychee_jax.cli.console import hash_weights, load_model
 from lychee_jax.cli.heads import print_map
 from lychee_jax.errors import UserError
 
@@ -192,6 +192,7 @@ def train_heads(
         page_size,
     )  # fmt: skip
     loaded = load_model(model, dtype)
+    hash_weights(loaded)
     total = loaded.config.num_layers * loaded.config.num_kv_heads
     try:
         with _progress(steps) as on_step:
