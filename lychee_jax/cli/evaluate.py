@@ -28,10 +28,10 @@ eval_app = typer.Typer(
 _ASKED, _RUN = "What is asked", "The run"
 
 LengthsOption = Annotated[
-    str, typer.Option("--lengths", metavar="N,N,…", help="Tokens of the prompts.", rich_help_panel=_ASKED)
+    str, typer.Option("--lengths", metavar="N,N,…", help="How long the prompts are, in tokens.", rich_help_panel=_ASKED)
 ]
 SamplesOption = Annotated[
-    int, typer.Option(metavar="N", help="Prompts of each task, length and depth.", rich_help_panel=_ASKED)
+    int, typer.Option(metavar="N", help="How many prompts for each task, length and depth.", rich_help_panel=_ASKED)
 ]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same prompts.", rich_help_panel=_ASKED)]
 MessagesOption = Annotated[
@@ -57,7 +57,8 @@ BudgetOption = Annotated[
     typer.Option(
         "--budget",
         metavar="N,N,…",
-        help="Tokens that a sparse head reads at most: numbers, or shares of the length such as [b]1/8[/b].",
+        help="A head that does not retrieve reads at most this many tokens: numbers, or shares of the prompt's length "
+        "such as [b]1/8[/b].",
         rich_help_panel=shared.ATTENTION,
     ),
 ]
@@ -79,7 +80,8 @@ OutputOption = Annotated[
         "--output",
         "-o",
         metavar="DIR",
-        help="Where answers, prompts and the report go; a run that is there already is resumed.",
+        help="Where answers, prompts and the report go. The same run is resumed; one with other weights, texts or "
+        "settings is refused.",
         rich_help_panel=_RUN,
     ),
 ]
