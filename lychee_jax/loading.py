@@ -60,6 +60,7 @@ def load(
     *,
     maps: Path = SHIPPED,
     before_weights: BeforeWeights | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> LLM:
     """Load a converted folder or a Hugging Face folder (config.json and safetensors) onto the default device.
 
@@ -73,6 +74,7 @@ def load(
             taken. By default, the maps that the package ships.
         before_weights: called with the folder, the config, the head map and the ids that end a text, before the
             weights are read: what is compiled in the background from here on compiles while they come.
+        on_progress: called with the bytes of weights that are on the device, and all of them.
 
     Raises:
         UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line.
@@ -100,7 +102,7 @@ def load(
     config = dataclasses.replace(config, dtype=dtype)
     if before_weights is not None:
         before_weights(folder, config, heads, eos_ids)
-    return LLM(folder, config, _fill(config, arrays), heads, eos_ids)
+    return LLM(folder, config, _fill(config, arrays, on_progress), heads, eos_ids)
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -130,11 +132,21 @@ def save(folder: Path, config: ModelConfig, params: Mapping[str, Float[jax.Array
     export_hugging_face(folder, config, {name: np.asarray(value) for name, value in params.items()})
 
 
-def _fill(config: ModelConfig, arrays: Iterator[tuple[str, Float[np.ndarray, ...]]]) -> Decoder:
+def _fill(
+    config: ModelConfig,
+    arrays: Iterator[tuple[str, Float[np.ndarray, ...]]],
+    on_progress: Callable[[int, int], None] | None,
+) -> Decoder:
     """The module around weights that go to the device as they come."""
-    # Waited for, so that no queue of copies keeps tensors in the host's memory.
-    weights = {path: jax.device_put(array).block_until_ready() for path, array in arrays}
-    spec, _ = ModelSpec.abstract(config, config.dtype)
+    spec, shapes = ModelSpec.abstract(config, config.dtype)
+    done, total = 0, sum(shape.size * shape.dtype.itemsize for shape in shapes)
+    weights: dict[str, jax.Array] = {}
+    for path, array in arrays:
+        # Waited for, so that no queue of copies keeps tensors in the host's memory.
+        weights[path] = jax.device_put(array).block_until_ready()
+        done += array.nbytes
+        if on_progress is not None:
+            on_progress(done, total)
     return spec.merge(tuple(weights[name] for name in spec.names))
 
 

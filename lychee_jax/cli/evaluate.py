@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lychee_jax.cli import options as shared
+from lychee_jax.cli.console import hash_weights, reading, stages
 from lychee_jax.cli.evaluation_options import (
     ASKED,
     RUN,
@@ -295,35 +295,19 @@ def _evaluate(loaded: LLM, style: Style, plan: EvaluationPlan, output: Path, set
     """Run with a progress bar, then print the table and where everything is."""
     from lychee_jax.evaluation.session import evaluate
 
-    with _progress(plan) as on_progress:
-        report = evaluate(loaded, style, plan, output, dict(settings), on_progress)
+    done = 0
+    hash_weights(loaded)
+    with stages() as bars:
+
+        def on_progress(cell: Cell, answers: int) -> None:
+            nonlocal done
+            done += answers
+            where = "" if cell.depth is None else f", depth {cell.depth:g}"
+            bars.show("answers", done, plan.answers, "answers", f"{cell.task.name} at {cell.length:,}{where}")
+
+        report = evaluate(loaded, style, plan, output, dict(settings), on_progress, reading(bars))
     print(report.markdown())
     print(f"\n{output}: results.json, results.md, results.png, answers.jsonl, prompts.jsonl")
-
-
-@contextlib.contextmanager
-def _progress(plan: EvaluationPlan) -> Iterator[Callable[[Cell, int], None]]:
-    """A bar over all answers on standard error."""
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("answers"),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=plan.answers)
-
-        def advance(cell: Cell, answers: int) -> None:
-            where = "" if cell.depth is None else f", depth {cell.depth:g}"
-            bar.update(task, advance=answers, description=f"{cell.task.name} at {cell.length:,}{where}")
-
-        yield advance
 
 
 def _settings(chat: ChatOptions | None, loaded: LLM) -> dict[str, object]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lychee_jax.cli import options as shared
-from lychee_jax.cli.console import load_model
+from lychee_jax.cli.console import Stages, load_model, reading, stages
 from lychee_jax.errors import UserError
 from lychee_jax.files import decode_text, json_text, parse_json, read_text
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from lychee_jax.text.streaming import TextStream
 
 _PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"
-_LONG_PREFILL = 2048  # tokens; below, a progress bar would only flicker
 
 
 def generate(
@@ -192,13 +190,13 @@ def generate(
         if heads is None and own is None and attention != "dense":
             print(f"notice: {folder} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
-    loaded = load_model(model, dtype, before_weights=encode)
-    tokenizer = loaded.tokenizer
-    eos_ids = () if ignore_eos else loaded.eos_ids
-    texts = [TextStream(tokenizer, stops, eos_ids) for _ in prompts] if tokenizer is not None else None
-    with _prefill_bar(max(map(len, prompts))) as on_prefill:
-        stream = loaded.stream_tokens(prompts, options, on_prefill=on_prefill)
-        result = _follow(stream, texts, live=len(prompts) == 1 and not as_json)
+    with stages() as bars:
+        loaded = load_model(model, dtype, encode, bars)
+        tokenizer = loaded.tokenizer
+        eos_ids = () if ignore_eos else loaded.eos_ids
+        texts = [TextStream(tokenizer, stops, eos_ids) for _ in prompts] if tokenizer is not None else None
+        stream = loaded.stream_tokens(prompts, options, on_prefill=reading(bars))
+        result = _follow(stream, texts, bars, live=len(prompts) == 1 and not as_json)
     if as_json:
         print(json_text(_as_json(prompts, result, texts)))
         return
@@ -265,10 +263,12 @@ def _token_ids(name: str, text: str) -> list[list[int]]:
     return rows
 
 
-def _follow(stream: TokenStream, texts: list[TextStream] | None, *, live: bool) -> Result:
+def _follow(stream: TokenStream, texts: list[TextStream] | None, bars: Stages, *, live: bool) -> Result:
     """Take a generation to its end, stop strings included; with `live`, show its only row as it comes."""
     show: Callable[[str], Any] = sys.stdout.write if live else len
     for row, output in stream:
+        if live:
+            bars.stop()
         for count, token in enumerate(output.tokens, 1):
             if texts is None:
                 show(f"{token} ")
@@ -307,31 +307,3 @@ def _statistics(prompts: list[list[int]], result: Result) -> str:
         f"{attention.kv_read_share:.0%} of the cache read",
     ]
     return " · ".join(parts)
-
-
-@contextlib.contextmanager
-def _prefill_bar(tokens: int) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on standard error for a long prompt, where that is a terminal."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if tokens < _LONG_PREFILL or not console.is_terminal:
-        yield None
-        return
-    columns = (
-        progress.TextColumn("Reading the prompt"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("tokens"),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("prefill", total=tokens)
-
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            if done == total:  # it makes way for the text
-                bar.stop()
-
-        yield update

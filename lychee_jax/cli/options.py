@@ -60,16 +60,21 @@ HeadsOption = Annotated[
 ]
 PAGE_SIZE_NAMES = ("--page-size", "--block-size")  # the latter is vLLM's
 PageSizeOption = Annotated[
-    int, typer.Option(*PAGE_SIZE_NAMES, help="Tokens of a cache page.", rich_help_panel=ATTENTION)
+    int, typer.Option(*PAGE_SIZE_NAMES, help="Tokens in one page of the KV cache.", rich_help_panel=ATTENTION)
 ]
 BudgetOption = Annotated[
     int,
     typer.Option(
-        help="Tokens that a sparse head reads at most: a multiple of the page size.", rich_help_panel=ATTENTION
+        help="A head that does not retrieve reads at most this many tokens; a multiple of the page size.",
+        rich_help_panel=ATTENTION,
     ),
 ]
-SinkOption = Annotated[int, typer.Option(help="First tokens that are always read.", rich_help_panel=ATTENTION)]
-RecentOption = Annotated[int, typer.Option(help="Last tokens that are always read.", rich_help_panel=ATTENTION)]
+SinkOption = Annotated[
+    int, typer.Option(help="So many tokens at the start of the text are always read.", rich_help_panel=ATTENTION)
+]
+RecentOption = Annotated[
+    int, typer.Option(help="So many tokens at the end of the text are always read.", rich_help_panel=ATTENTION)
+]
 RuleOption = Annotated[
     Rule,
     typer.Option(
@@ -79,16 +84,28 @@ RuleOption = Annotated[
         rich_help_panel=ATTENTION,
     ),
 ]
-RatioOption = Annotated[float, typer.Option(help="Share of all pages, for --rule ratio.", rich_help_panel=ATTENTION)]
+RatioOption = Annotated[
+    float, typer.Option(help="For --rule ratio: the share of all pages that is read.", rich_help_panel=ATTENTION)
+]
 TopPMassOption = Annotated[
-    float, typer.Option(help="Share of the attention, for --rule top_p.", rich_help_panel=ATTENTION)
+    float,
+    typer.Option(
+        help="For --rule top_p: the share of the attention that the pages read must hold.", rich_help_panel=ATTENTION
+    ),
 ]
 ThresholdOption = Annotated[
-    float, typer.Option(help="A page's least share of the attention, for --rule threshold.", rich_help_panel=ATTENTION)
+    float,
+    typer.Option(
+        help="For --rule threshold: pages with at least this share of the attention are read.",
+        rich_help_panel=ATTENTION,
+    ),
 ]
 PageScoreOption = Annotated[
     PageScore,
-    typer.Option(help="A page counts by its best token or by its attention mass.", rich_help_panel=ATTENTION),
+    typer.Option(
+        help="What ranks a page: its best token ([b]max[/b]) or all of its attention ([b]lse[/b] or [b]mass[/b]).",
+        rich_help_panel=ATTENTION,
+    ),
 ]
 CorrectEveryOption = Annotated[
     int,

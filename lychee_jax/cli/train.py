@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lychee_jax.cli import options as shared
-from lychee_jax.cli.console import load_model
+from lychee_jax.cli.console import hash_weights, load_model
 from lychee_jax.cli.heads import print_map
 from lychee_jax.errors import UserError
 
@@ -38,7 +38,8 @@ def train_heads(
             "--output",
             "-o",
             metavar="DIR",
-            help="Where map, gates, numbers, pictures and checkpoints go; a run that is there already is resumed.",
+            help="Where map, gates, numbers, pictures and checkpoints go. The same run is resumed; one with other "
+            "weights, texts or settings is refused.",
             rich_help_panel=_RUN,
         ),
     ],
@@ -61,10 +62,17 @@ def train_heads(
         ),
     ] = "hidden",
     learning_rate: Annotated[
-        float, typer.Option(help="Of the gates; up and down over a fifth of the steps each.", rich_help_panel=_GATES)
+        float,
+        typer.Option(
+            help="The learning rate of the gates. It rises over the first fifth of the steps and falls over the last.",
+            rich_help_panel=_GATES,
+        ),
     ] = 0.01,
     multiplier: Annotated[
-        float, typer.Option(help="λ at the start: the price of gates that are too many.", rich_help_panel=_GATES)
+        float,
+        typer.Option(
+            help="λ at the start: the penalty for more retrieval heads than asked for.", rich_help_panel=_GATES
+        ),
     ] = 2.0,
     multiplier_rate: Annotated[
         float,
@@ -95,70 +103,94 @@ def train_heads(
             rich_help_panel=_ASKED,
         ),
     ] = None,
-    facts: Annotated[int, typer.Option(metavar="N", help="Hidden in each text.", rich_help_panel=_ASKED)] = 10,
+    facts: Annotated[
+        int, typer.Option(metavar="N", help="How many facts are hidden in each text.", rich_help_panel=_ASKED)
+    ] = 10,
     questions: Annotated[
-        int, typer.Option(metavar="N", help="Asked about each text at most.", rich_help_panel=_ASKED)
+        int,
+        typer.Option(metavar="N", help="At most so many questions are asked about each text.", rich_help_panel=_ASKED),
     ] = 10,
     min_length: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of the shortest prompts.", rich_help_panel=_ASKED)
+        int, typer.Option(metavar="N", help="Tokens in the shortest prompts.", rich_help_panel=_ASKED)
     ] = 1024,
     max_length: Annotated[
-        int, typer.Option(metavar="N", help="Tokens of the longest prompts.", rich_help_panel=_ASKED)
+        int, typer.Option(metavar="N", help="Tokens in the longest prompts.", rich_help_panel=_ASKED)
     ] = 10240,
     room: Annotated[
         int,
         typer.Option(
-            metavar="N", help="Tokens after a prompt: answers, and questions between them.", rich_help_panel=_ASKED
+            metavar="N",
+            help="Tokens kept free behind a prompt, for the questions and their answers.",
+            rich_help_panel=_ASKED,
         ),
     ] = 768,
     page_size: Annotated[
-        int, typer.Option(*shared.PAGE_SIZE_NAMES, help="Tokens of a cache page.", rich_help_panel=_READS)
+        int, typer.Option(*shared.PAGE_SIZE_NAMES, help="Tokens in one page of the KV cache.", rich_help_panel=_READS)
     ] = 64,
     budget: Annotated[
         int | None,
         typer.Option(
             show_default="no limit",
-            help="Tokens that a sparse head reads at most: a multiple of the page size. Rule budget needs it.",
+            help="A head that does not retrieve reads at most this many tokens; a multiple of the page size. "
+            "--rule budget needs it.",
             rich_help_panel=_READS,
         ),
     ] = None,
-    sink: Annotated[int, typer.Option(help="First tokens that are always read.", rich_help_panel=_READS)] = 128,
-    recent: Annotated[int, typer.Option(help="Last tokens that are always read.", rich_help_panel=_READS)] = 256,
+    sink: Annotated[
+        int, typer.Option(help="So many tokens at the start of the text are always read.", rich_help_panel=_READS)
+    ] = 128,
+    recent: Annotated[
+        int, typer.Option(help="So many tokens at the end of the text are always read.", rich_help_panel=_READS)
+    ] = 256,
     rule: Annotated[
         shared.Rule,
         typer.Option(
             help="How many pages are picked; a [b]ratio[/b] suits texts of different lengths.", rich_help_panel=_READS
         ),
     ] = "ratio",
-    ratio: Annotated[float, typer.Option(help="Share of all pages, for --rule ratio.", rich_help_panel=_READS)] = 0.3,
+    ratio: Annotated[
+        float, typer.Option(help="For --rule ratio: the share of all pages that is read.", rich_help_panel=_READS)
+    ] = 0.3,
     top_p_mass: Annotated[
-        float, typer.Option(help="Share of the attention, for --rule top_p.", rich_help_panel=_READS)
+        float,
+        typer.Option(
+            help="For --rule top_p: the share of the attention that the pages read must hold.", rich_help_panel=_READS
+        ),
     ] = 0.95,
     threshold: Annotated[
         float,
-        typer.Option(help="A page's least share of the attention, for --rule threshold.", rich_help_panel=_READS),
+        typer.Option(
+            help="For --rule threshold: pages with at least this share of the attention are read.",
+            rich_help_panel=_READS,
+        ),
     ] = 0.001,
     page_score: Annotated[
         shared.PageScore,
-        typer.Option(help="A page counts by its best token or by its attention mass.", rich_help_panel=_READS),
+        typer.Option(
+            help="What ranks a page: its best token ([b]max[/b]) or all of its attention ([b]lse[/b] or [b]mass[/b]).",
+            rich_help_panel=_READS,
+        ),
     ] = "max",
-    steps: Annotated[int, typer.Option(metavar="N", help="Of training.", rich_help_panel=_RUN)] = 3000,
+    steps: Annotated[int, typer.Option(metavar="N", help="How many training steps.", rich_help_panel=_RUN)] = 3000,
     batch: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             show_default="one for each device",
-            help="Texts a step, divided among all devices.",
+            help="Texts in one step, divided among all devices.",
             rich_help_panel=_RUN,
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of texts and gates; the same seed gives the same map.", rich_help_panel=_RUN)
+        int,
+        typer.Option(
+            help="The same seed gives the same texts, the same random gates and the same map.", rich_help_panel=_RUN
+        ),
     ] = 0,
     checkpoint_every: Annotated[
-        int, typer.Option(metavar="N", help="Steps between checkpoints.", rich_help_panel=_RUN)
+        int, typer.Option(metavar="N", help="Save a checkpoint every N steps.", rich_help_panel=_RUN)
     ] = 100,
-    keep: Annotated[int, typer.Option(metavar="N", help="Checkpoints that stay.", rich_help_panel=_RUN)] = 3,
+    keep: Annotated[int, typer.Option(metavar="N", help="Keep the newest N checkpoints.", rich_help_panel=_RUN)] = 3,
 ) -> None:
     """Learn which KV heads of a model retrieve (LycheeDecode, arXiv 2602.04541).
 
@@ -194,6 +226,7 @@ def train_heads(
         page_size,
     )  # fmt: skip
     loaded = load_model(model, dtype)
+    hash_weights(loaded)
     total = loaded.config.num_layers * loaded.config.num_kv_heads
     try:
         with _progress(steps) as on_step:

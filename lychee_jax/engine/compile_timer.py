@@ -27,6 +27,12 @@ _lock = threading.Lock()
 _workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compile")
 
 
+def count_programs() -> tuple[int, int]:
+    """How many programs are compiled, and how many were asked for so far."""
+    with _lock:
+        return sum(future.done() for future in _compiled.values()), len(_compiled)
+
+
 def forget_programs() -> None:
     """Drop every compiled program; the next call of one compiles anew."""
     with _lock:

@@ -72,8 +72,22 @@ def tokenizer_of(model: LLM) -> Tokenizer:
     return model.tokenizer
 
 
-def run(model: LLM, plan: EvaluationPlan, journal: Journal, on_progress: Callable[[Cell, int], None]) -> None:
-    """Answer everything that the journal lacks; `on_progress(cell, answers)`, those at hand counted first."""
+def run(
+    model: LLM,
+    plan: EvaluationPlan,
+    journal: Journal,
+    on_progress: Callable[[Cell, int], None],
+    on_prefill: Callable[[int, int], None] | None = None,
+) -> None:
+    """Answer everything that the journal lacks.
+
+    Args:
+        model: that answers.
+        plan: what is to be answered.
+        journal: where answers go.
+        on_progress: called with a cell and how many answers have come, those at hand counted first.
+        on_prefill: called with the prompt tokens of a batch that were read, and how many there are.
+    """
     for cell in plan.cells:
         groups: dict[tuple[Variant, ...], list[int]] = {}
         for index in range(cell.samples):
@@ -83,7 +97,9 @@ def run(model: LLM, plan: EvaluationPlan, journal: Journal, on_progress: Callabl
                 groups.setdefault(missing, []).append(index)
         for variants, indices in groups.items():
             for first in range(0, len(indices), plan.batch):
-                _batch(model, plan, journal, cell, variants, indices[first : first + plan.batch], on_progress)
+                _batch(
+                    model, plan, journal, cell, variants, indices[first : first + plan.batch], on_progress, on_prefill
+                )
 
 
 def _batch(
@@ -94,13 +110,14 @@ def _batch(
     variants: Sequence[Variant],
     indices: list[int],
     on_progress: Callable[[Cell, int], None],
+    on_prefill: Callable[[int, int], None] | None,
 ) -> None:
     cases = [_held_back(cell.task.case(cell.length, cell.depth, index), plan.decode_last) for index in indices]
     for index, case in zip(indices, cases, strict=True):
         journal.keep_prompt(cell, index, case)
     for variant in variants:
         options = variant.options(plan.options, cell.length, max(case.max_new_tokens for case in cases))
-        found = _answer(model, cases, options)
+        found = _answer(model, cases, options, on_prefill)
         answers = [
             {**record, "score": cell.task.score(case, record["answer"], record["forced_logprobs"])}
             for case, record in zip(cases, found, strict=True)
@@ -115,12 +132,15 @@ def _held_back(case: Case, count: int) -> Case:
     return dataclasses.replace(case, tokens=case.tokens[:cut], forced=[*case.tokens[cut:], *case.forced])
 
 
-def _answer(model: LLM, cases: list[Case], options: GenerateOptions) -> list[dict[str, Any]]:
+def _answer(
+    model: LLM, cases: list[Case], options: GenerateOptions, on_prefill: Callable[[int, int], None] | None
+) -> list[dict[str, Any]]:
     """One record a case: the answer and what it cost, its forced tokens included; no case depends on the others."""
     forced = [case.forced for case in cases]
     # A case without forced tokens and without an answer still gets one token, which is not looked at.
     limits = [max(1, len(case.forced) + case.max_new_tokens) for case in cases]
-    result = model.generate_tokens([case.tokens for case in cases], options, forced=forced, limits=limits)
+    prompts = [case.tokens for case in cases]
+    result = model.generate_tokens(prompts, options, forced=forced, limits=limits, on_prefill=on_prefill)
     tokenizer = tokenizer_of(model)
     records = []
     for row, case in enumerate(cases):

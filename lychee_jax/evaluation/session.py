@@ -27,6 +27,7 @@ def evaluate(
     output: Path,
     settings: Record,
     on_progress: Callable[[Cell, int], None] = lambda cell, answers: None,
+    on_prefill: Callable[[int, int], None] | None = None,
 ) -> EvaluationReport:
     """Run a plan in the folder `output`, which is made, or resumed if it holds the same run.
 
@@ -40,6 +41,7 @@ def evaluate(
         output: the folder.
         settings: the benchmark's own numbers that decide its prompts; plain data.
         on_progress: called with a cell and how many of its answers have come.
+        on_prefill: called with the prompt tokens of a batch that were read, and how many there are.
 
     Raises:
         UserError: no cells, two of the same name, or a folder that holds something else.
@@ -67,7 +69,7 @@ def evaluate(
     journal = Journal(output, fixed, inputs)
     for cell, case in first:
         journal.check_prompt(cell, 0, case)
-    run(model, plan, journal, on_progress)
+    run(model, plan, journal, on_progress, on_prefill)
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     report = EvaluationReport.of(style, {**about, **machine, "settings": fixed}, journal.records)
     report.save(output)

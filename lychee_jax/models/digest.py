@@ -13,7 +13,7 @@ from jaxtyping import Shaped
 
 from lychee_jax.files import digest_of, json_text
 
-_WORKERS = 4  # each holds one tensor of an accelerator in the host's memory
+_WORKERS = 8  # each holds one tensor of an accelerator in the host's memory
 
 
 def weights_digest(

@@ -15,6 +15,9 @@ class StreamDecoder:
     The pieces of a whole stream join to `tokenizer.decode` of all its ids. (One exception: where byte tokens of a
     byte-fallback tokenizer are no valid UTF-8, that decodes their whole run to U+FFFD, also characters that were
     complete and have already been streamed.)
+
+    The stream of the `tokenizers` library does not do: it raises at bytes that are no UTF-8, loses a character that the
+    end cuts off, and takes letters of added tokens for bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -89,6 +89,7 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "learned").mkdir()
     shutil.copy(folder / "heads.json", folder / "learned")
     (folder / "question.txt").write_text("Where is the fox?")
+    (folder / "talk.json").write_text(json.dumps([{"role": "user", "content": "Where is the fox?"}]))
     (folder / "book.txt").write_text("The old fox ran to the river. " * 700)
     shutil.copy(ROOT / "LICENSE", folder)
     (folder / "ids.json").write_text("[5, 6, 7]")

@@ -69,15 +69,15 @@ def test_other_weights_are_refused_wherever_they_lie_and_the_same_ones_go_on(mod
 
 def test_a_text_of_other_content_is_refused_by_name_and_more_texts_may_come(model, tmp_path):
     one, more, output = tmp_path / "book.txt", tmp_path / "more.txt", tmp_path / "out"
-    one.write_text("The old fox ran to the river. " * 20)
-    more.write_text("The young fox ran to the river. " * 20)
+    one.write_text("The old fox ran to the river. " * 40)
+    more.write_text("The young fox ran to the river. " * 40)
 
     def ask(path: Path) -> list[dict]:
         return run(model, FilePerplexity(tokenizer_of(model), path, 4, 1), output)
 
     assert len(ask(one)) == 1
     assert len(ask(more)) == 2
-    one.write_text("The old fox ran to the river. " * 20 + "It ran.")  # behind the only window
+    one.write_text("The old fox ran to the river. " * 40 + "It ran.")  # behind the only window
     with pytest.raises(UserError, match=r"other contents of book\.txt; give another folder"):
         ask(one)
 

@@ -224,6 +224,20 @@ def test_damaged_converted_folders(tmp_path):
     assert "is damaged" in refused(folder)
 
 
+@pytest.mark.parametrize("converted", [False, True])
+def test_loading_tells_how_far_it_is(tmp_path, converted):
+    tiny_checkpoints.write_checkpoint(folder := tmp_path / "model", TEXTUAL)
+    if converted:
+        convert(folder, folder := tmp_path / "converted")
+    told: list[tuple[int, int]] = []
+    model = load(folder, "bfloat16", on_progress=lambda *at: told.append(at))
+    total = sum(array.nbytes for array in model.weights)
+    assert [all_bytes for _, all_bytes in told] == [total] * len(model.weights)
+    done = [done for done, _ in told]
+    assert done == sorted(set(done))
+    assert done[-1] == total
+
+
 @pytest.fixture(scope="module")
 def textual(tmp_path_factory):
     folder = tmp_path_factory.mktemp("textual")

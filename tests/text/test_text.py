@@ -335,3 +335,22 @@ def test_a_row_of_text_ends_at_its_stop_string(tokenizers):
     row = TextStream(tokenizer, ["gone"])
     assert "".join([*map(row.push, tokenizer.encode("the dog")[1:]), row.finish()]) == row.text == "the dog"
     assert not row.stopped
+
+
+def test_a_tokenizer_is_told_from_others_by_what_it_does_and_not_by_its_template(tmp_path):
+    made = [
+        tiny_tokenizers.write_tokenizer(tmp_path / "plain", tiny_tokenizers.byte_level()),
+        tiny_tokenizers.write_tokenizer(
+            tmp_path / "chat", tiny_tokenizers.byte_level(), chat_template="{{ messages }}"
+        ),
+        tiny_tokenizers.write_tokenizer(tmp_path / "other", tiny_tokenizers.chat_ml()),
+    ]
+    plain, chat, other = (Tokenizer.from_folder(folder) for folder in made)
+    assert plain is not None
+    assert chat is not None
+    assert other is not None
+    before = plain.digest()
+    plain.encode("the dog")
+    assert plain.digest() == chat.digest() == before != other.digest()
+    assert (plain.chat_template, chat.chat_template) == (None, "{{ a }}")
+    assert plain.prefix_ids == plain.encode("")
