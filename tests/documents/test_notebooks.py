@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# What people watch for minutes is enough for a test after a few steps.
+SHORTER = {"learn_heads": [("STEPS = 40", "STEPS = 6"), ("PROMPTS, FACTS, TOKENS = 6,", "PROMPTS, FACTS, TOKENS = 2,")]}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -21,7 +23,11 @@ def test_there_are_notebooks():
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(notebook: Path, tmp_path: Path):
     copy = tmp_path / notebook.name
-    copy.write_bytes(notebook.read_bytes())
+    text = notebook.read_text()
+    for number, smaller in SHORTER.get(notebook.stem, []):
+        assert number in text
+        text = text.replace(number, smaller)
+    copy.write_text(text)
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     # They compute more than they compile.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": paths}
