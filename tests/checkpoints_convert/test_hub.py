@@ -134,6 +134,11 @@ def test_errors_are_one_line_each(hub, reach):
         assert f"no such folder: {name} (" in refused(name)
 
 
+def test_a_gguf_file_is_to_be_converted_first(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(20))
+    assert "is a GGUF file; convert it first: lychee convert" in refused(tmp_path / "model.gguf")
+
+
 def test_a_model_without_safetensors_is_told(hub, reach):
     reach(hub.url)
     (hub.folder / "model.safetensors").unlink()
