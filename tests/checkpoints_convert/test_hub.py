@@ -87,7 +87,8 @@ def test_without_a_network_the_cache_is_used_if_it_has_everything(hub, reach, tm
     for offline in ({"local_files_only": True}, {}):
         reach("http://127.0.0.1:9", **offline)  # nobody listens there
         message = refused("some/model")
-        assert "cannot be reached" in message
+        # Older versions of the library keep no list of a model's files: then the shard that is missing is named.
+        assert "cannot be reached" in message or f"cache has no {SECOND}" in message
         assert "HF_HUB_OFFLINE" in message
     hub.refused.clear()
     hub.downloaded.clear()
