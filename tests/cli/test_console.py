@@ -1,20 +1,15 @@
 """Bars on standard error: what share is done, in units that people read, and nothing where nobody looks."""
 
 import io
-import json
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from rich.console import Console
 
-from lychee_jax.cli import main as cli
 from lychee_jax.cli.console import reading, stages
 from lychee_jax.engine.compile_timer import Programs, count_programs
-from tests.support import tiny_checkpoints
 
 
 def terminal() -> tuple[Console, io.StringIO]:
@@ -76,23 +71,3 @@ def test_nothing_is_written_where_standard_error_is_no_terminal():
         bars.show("Loading", 1, 16 * 10**9, "bytes")
         bars.stop()
     assert file.getvalue() == ""
-
-
-def test_json_stays_alone_on_standard_output(capfd, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Where standard error is a terminal, too."""
-    folder, prompts = tiny_checkpoints.write_speaker(tmp_path / "model"), tmp_path / "ids.json"
-    prompts.write_text(json.dumps([[5] * 1100, [6] * 1100]))
-    command = ["generate", "--model", str(folder), "--prompt-ids", str(prompts), "--max-new-tokens", "2", "--json"]
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("TTY_INTERACTIVE", "1")
-    assert cli.main(command) == 0
-    out, err = capfd.readouterr()
-    answer = json.loads(out)
-    assert out == json.dumps(answer) + "\n"
-    assert [*answer] == ["prompt_tokens", "tokens", "logprobs", "text", "finish_reason", "timing", "attention"]
-    assert answer["prompt_tokens"] == [1100, 1100]
-    assert "\N{ESCAPE}[" in err
-    monkeypatch.setenv("TTY_COMPATIBLE", "0")
-    monkeypatch.setenv("TTY_INTERACTIVE", "0")
-    assert cli.main(command) == 0
-    assert "\N{ESCAPE}[" not in capfd.readouterr().err
