@@ -123,7 +123,8 @@ def test_logits_of_few_positions_exist_at_a_time() -> None:
         lowered = programs.score_chunk.lower(
             spec, None, at_once, weights, pools, of(2, 32), of(2, 256), angles, angles, of(2), of(2), of(2, 256), of()
         )
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        memory: Any = lowered.compile().memory_analysis()
+        return memory.temp_size_in_bytes
 
     few, whole, logits = temporaries(8), temporaries(512), 512 * 4 * 20_000
     assert few < 0.6 * logits
