@@ -98,6 +98,24 @@ def generate(
             rich_help_panel=shared.SAMPLING,
         ),
     ] = 1.0,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Taken off the logits of tokens in the text so far, from -2 to 2.", rich_help_panel=shared.SAMPLING
+        ),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(help="The same, as often as the token is in the text so far.", rich_help_panel=shared.SAMPLING),
+    ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID=NUMBER",
+            help="Added to a token's logit, from -100 to 100; may be given several times.",
+            rich_help_panel=shared.SAMPLING,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel=shared.SAMPLING)] = 0,
     max_new_tokens: Annotated[
         int,
@@ -161,7 +179,17 @@ def generate(
         policy=SelectionPolicy(budget, sink, recent, rule, ratio, top_p_mass, threshold, page_score),
         page_size=page_size,
         max_new_tokens=max_new_tokens,
-        sampling=SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+        sampling=SamplingParams(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            presence_penalty,
+            frequency_penalty,
+            _biases(logit_bias or []),
+        ),
         ignore_eos=ignore_eos,
         correct_every=correct_every,
         implementation=implementation,
@@ -241,6 +269,18 @@ def read_prompt(
     if not text:
         raise UserError("the prompt is empty" + (f": {files[0]}" if files else ""))
     return Source(text)
+
+
+def _biases(options: list[str]) -> tuple[tuple[int, float], ...]:
+    """The pairs of --logit-bias."""
+    pairs = []
+    for option in options:
+        token, _, value = option.partition("=")
+        try:
+            pairs.append((int(token), float(value)))
+        except ValueError:
+            raise UserError(f"--logit-bias is {option!r}; give a token id and a number, such as 128=-5") from None
+    return tuple(pairs)
 
 
 def _read(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -28,6 +28,9 @@ class GenerateKeywords(TypedDict, total=False):
         top_p: of those, keep the fewest likeliest that hold this probability.
         min_p: of those, keep tokens at least this many times as likely as the likeliest.
         repetition_penalty: above 1, tokens of the prompt and of the text so far become less likely.
+        presence_penalty: taken off the logits of tokens in the text so far, not of the prompt; −2 to 2.
+        frequency_penalty: the same, as often as the token is in it.
+        logit_bias: token id → a number from −100 to 100 that is added to its logit.
         seed: of the random choice.
         attention: "hybrid": retrieval heads read the whole cache, the others the pages that these pick; "dense": every
             head reads all; "auto" (the default): hybrid, but dense while the text is too short for it to pay.
@@ -53,6 +56,9 @@ class GenerateKeywords(TypedDict, total=False):
     top_p: float | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None
     seed: int | None
     attention: AttentionMode
     heads: str | Path | HeadMap | None

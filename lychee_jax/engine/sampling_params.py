@@ -1,7 +1,7 @@
 """How the next token is chosen, as callers say it; host only, no JAX."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lychee_jax.arguments import MAX_INT32, number, settle_numbers, whole_number
 from lychee_jax.errors import UserError
@@ -66,7 +66,8 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _as_biases(self.logit_bias))
 
 
-def _as_biases(pairs: Iterable[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+def _as_biases(pairs: Mapping[int, float] | Iterable[tuple[int, float]] | None) -> tuple[tuple[int, float], ...]:
+    pairs = pairs.items() if isinstance(pairs, Mapping) else pairs or ()
     biases = {whole_number(token, "a token id of logit_bias"): number(value, "logit_bias") for token, value in pairs}
     if len(biases) > MAX_LOGIT_BIASES:
         raise UserError(f"logit_bias has {len(biases)} tokens; at most {MAX_LOGIT_BIASES} may have one")
