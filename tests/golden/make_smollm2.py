@@ -75,7 +75,7 @@ def make(file: Path, converted: Path) -> None:
     arrays: dict[str, np.ndarray] = {}
     for index, prompt in enumerate(prompts):
         tokens, logprobs, gaps = greedy(model, prompt, 64)
-        print(f"{len(prompt)} tokens, smallest gap {gaps.min():.4f}: {tokenizer.decode(tokens)!r}", flush=True)
+        print(f"{len(prompt)} tokens, smallest gap {gaps.min():.4f}: {tokenizer.decode(tokens.tolist())!r}", flush=True)
         if gaps.min() < SMALLEST_GAP:
             raise SystemExit("the best two are too close: choose another prompt")
         arrays |= {f"prompt_{index}": np.array(prompt, np.int32), f"tokens_{index}": tokens}

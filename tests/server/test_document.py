@@ -8,7 +8,6 @@ import httpx
 import pytest
 
 from lychee_jax.files import read_text
-from tests.support import servers
 from tests.support.servers import Running
 
 TEXT = read_text(Path(__file__).parents[2] / "docs" / "serving.md")
@@ -19,7 +18,7 @@ CURL = re.findall(r"^curl http://127\.0\.0\.1:8000(\S+) .*? -d '(.*?)'$", TEXT, 
 @pytest.mark.parametrize("code", PYTHON)
 def test_a_client_that_is_shown_gets_an_answer(code: str, server: Running, monkeypatch, capsys):
     with httpx.Client() as http:  # a client that is closed: warnings are errors here
-        code = code.replace("http://127.0.0.1:8000", server.url).replace('lychee"', f'{servers.MODEL}"')
+        code = code.replace("http://127.0.0.1:8000", server.url).replace('lychee"', 'tiny"')
         exec(code.replace('api_key="none"', 'api_key="none", http_client=http, max_retries=0'), {"http": http})
     assert capsys.readouterr().out.strip()
 
