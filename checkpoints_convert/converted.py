@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,12 @@ class Converted:
         self._keys = {key: stored(key, self.config) for key in keys(self.config)}
         self._check(folder)
 
-    def read(self, dtype: str) -> Iterator[tuple[str, Float[np.ndarray, ...]]]:
+    def read(self, dtype: str, wide: Container[str] = ()) -> Iterator[tuple[str, Float[np.ndarray, ...]]]:
         """Path and array of every parameter; a layer at a time, because each call of Orbax takes a while.
+
+        Args:
+            dtype: of the arrays.
+            wide: paths that come in float32.
 
         Raises:
             UserError: a damaged file, or a number that float16 cannot hold.
@@ -59,7 +63,7 @@ class Converted:
             except (OSError, ValueError) as error:
                 raise UserError(f"{self._weights} is damaged: {first_line(error)}") from error
             for key in group:
-                yield key.path, self._put_together(key, arrays, dtype)
+                yield key.path, self._put_together(key, arrays, "float32" if key.path in wide else dtype)
 
     def _put_together(self, key: Key, arrays: dict[str, Float[np.ndarray, ...]], dtype: str) -> Float[np.ndarray, ...]:
         """One parameter from its parts, which are taken out of `arrays`."""

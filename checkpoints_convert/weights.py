@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ class Weights:
             for target, block in self._blocks(part, array):
                 target[...] = cast(block, dtype, part.name)
         return array
+
+    def read_all(self, dtype: str, wide: Container[str] = ()) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
+        """Path and array of every parameter, those of `wide` in float32; see `read`."""
+        return ((path, self.read(path, "float32" if path in wide else dtype)) for path in self.keys)
 
     def compare(self, path: str, array: Float[np.ndarray, "..."]) -> dict[str, list[str]]:
         """What is wrong with a parameter as it was written: kind of problem → names of the checkpoint's tensors.

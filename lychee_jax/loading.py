@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from checkpoints_convert import store
 from checkpoints_convert.converted import Converted
 from checkpoints_convert.export import export_hugging_face
 from checkpoints_convert.hub import locate
 from checkpoints_convert.source import INDEX, MARKER, SINGLE
-from checkpoints_convert.weights import Weights, check_dtype
+from checkpoints_convert.weights import Weights, cast, check_dtype
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
@@ -23,6 +23,7 @@ from lychee_jax.files import read_json_object
 from lychee_jax.llm import LLM, Generation, LoadedModel
 from lychee_jax.maps.shipped import SHIPPED, find_map
 from lychee_jax.models.decoder import Decoder
+from lychee_jax.models.quantization import check_quantization, quantize_kernel
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.tokenizer import read_eos_id
 
@@ -58,6 +59,8 @@ def load(
     path: str | Path | None = None,
     dtype: str | None = None,
     *,
+    quantize: str | None = None,
+    quantize_head: bool = False,
     maps: Path = SHIPPED,
     before_weights: BeforeWeights | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -70,6 +73,9 @@ def load(
     Args:
         path: the folder, or a hub id such as "Qwen/Qwen3-8B"; None is the model that the package brings along.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
+        quantize: int8 or fp8: kernels become 8 bits with a scale for each output channel, rounded from the checkpoint's
+            own numbers; norms, biases and the embedding stay. None keeps the kernels as they are.
+        quantize_head: the output head, too; of a tied embedding a copy.
         maps: a folder of head maps; where the model's own folder has no heads.json, the one made for its config is
             taken. By default, the maps that the package ships.
         before_weights: called with the folder, the config, the head map and the ids that end a text, before the
@@ -80,6 +86,9 @@ def load(
         UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line.
     """
     check_dtype(dtype)
+    chosen = check_quantization(quantize)
+    if quantize_head and quantize is None:
+        raise UserError("quantize_head says that the output head is quantised, too, and quantize is none")
     folder = find(path)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -90,19 +99,19 @@ def load(
         converted = Converted(folder)
         config = converted.config
         dtype = dtype or config.dtype
-        arrays = converted.read(dtype)
+        read = converted.read
     else:
         weights = Weights(folder)
         config = weights.config
         dtype = dtype or config.dtype
-        arrays = ((path, weights.read(path, dtype)) for path in weights.keys)
+        read = weights.read_all
     own = folder / "heads.json"
     heads = HeadMap.load(own, config) if own.exists() else find_map(config, maps)
     eos_ids = _eos_ids(folder, config)
-    config = dataclasses.replace(config, dtype=dtype)
+    config = dataclasses.replace(config, dtype=dtype, quantize=chosen, quantize_head=quantize_head)
     if before_weights is not None:
         before_weights(folder, config, heads, eos_ids)
-    return LLM(folder, config, _fill(config, arrays, on_progress), heads, eos_ids)
+    return LLM(folder, config, _fill(config, read, on_progress), heads, eos_ids)
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -134,19 +143,38 @@ def save(folder: Path, config: ModelConfig, params: Mapping[str, Float[jax.Array
 
 def _fill(
     config: ModelConfig,
-    arrays: Iterator[tuple[str, Float[np.ndarray, ...]]],
+    read: Callable[[str, Container[str]], Iterator[tuple[str, Float[np.ndarray, ...]]]],
     on_progress: Callable[[int, int], None] | None,
 ) -> Decoder:
     """The module around weights that go to the device as they come."""
     spec, shapes = ModelSpec.abstract(config, config.dtype)
     done, total = 0, sum(shape.size * shape.dtype.itemsize for shape in shapes)
     weights: dict[str, jax.Array] = {}
-    for path, array in arrays:
+
+    def put(path: str, array: Shaped[np.ndarray, ...]) -> None:
+        nonlocal done
         # Waited for, so that no queue of copies keeps tensors in the host's memory.
         weights[path] = jax.device_put(array).block_until_ready()
         done += array.nbytes
         if on_progress is not None:
             on_progress(done, total)
+
+    quantised = {name for name in spec.names if name.endswith(".kernel") and f"{name[:-6]}scale" in spec.names}
+    # A tied table is also the output head, of which a model in 8 bits may have a copy.
+    head = "embed.embedding" if config.tie_word_embeddings else "lm_head.kernel"
+    # Rounded once, from what the checkpoint holds.
+    for path, array in read(config.dtype, quantised | ({head} if config.quantize_head else set())):
+        if path in quantised or (path == head and config.quantize_head):
+            assert config.quantize is not None
+            kernel = "lm_head.kernel" if path == head else path
+            try:
+                stored, scale = quantize_kernel(array, config.quantize)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+            put(kernel, stored)
+            put(f"{kernel[:-6]}scale", scale)
+        if path not in quantised:
+            put(path, cast(array, config.dtype, path))
     return spec.merge(tuple(weights[name] for name in spec.names))
 
 

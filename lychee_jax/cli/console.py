@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -116,16 +116,23 @@ def _amount(done: int, total: int, unit: str) -> str:
 
 
 def load_model(
-    model: str | None, dtype: str | None, before_weights: BeforeWeights | None = None, bars: Stages | None = None
+    model: str | None,
+    dtype: str | None,
+    before_weights: BeforeWeights | None = None,
+    bars: Stages | None = None,
+    *,
+    quantize: Literal["none", "int8", "fp8"] = "none",
+    quantize_head: bool = False,
 ) -> LLM:
-    """Load what --model and --dtype name, with bars on standard error where that is a terminal."""
+    """Load what --model names, as --dtype and --quantize say, with bars on standard error where that is a terminal."""
     from lychee_jax.loading import find, load
 
     folder = find(model)  # a download shows its own progress
     stage = f"Loading {model or 'the bundled model'}"
     with contextlib.nullcontext(bars) if bars is not None else stages() as shown:
         return load(
-            folder, dtype, before_weights=before_weights,
+            folder, dtype, quantize=None if quantize == "none" else quantize, quantize_head=quantize_head,
+            before_weights=before_weights,
             on_progress=lambda done, total: shown.show(stage, done, total, "bytes"),
         )  # fmt: skip
 

@@ -61,6 +61,8 @@ class Answering:
 
     model: shared.ModelOption = None
     dtype: shared.DtypeOption = None
+    quantize: shared.QuantizeOption = "none"
+    quantize_head: shared.QuantizeHeadOption = False
     implementation: shared.ImplementationOption = None
     attention: Annotated[
         str,
@@ -117,7 +119,7 @@ class Answering:
     def load(self) -> tuple[LLM, GenerateOptions]:
         """The model, and the options with its head map and its ends of text; they are checked before it is loaded."""
         options = self.options()
-        loaded = load_model(self.model, self.dtype)
+        loaded = load_model(self.model, self.dtype, quantize=self.quantize, quantize_head=self.quantize_head)
         return loaded, dataclasses.replace(options, heads=loaded.choose_heads(self.heads), eos_ids=loaded.eos_ids)
 
 

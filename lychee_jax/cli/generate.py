@@ -58,6 +58,8 @@ def generate(
     template_kwargs: shared.TemplateKwargsOption = None,
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
+    quantize: shared.QuantizeOption = "none",
+    quantize_head: shared.QuantizeHeadOption = False,
     implementation: shared.ImplementationOption = None,
     attention: shared.AttentionOption = "auto",
     heads: shared.HeadsOption = None,
@@ -219,7 +221,7 @@ def generate(
             print(f"notice: {folder} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
     with stages() as bars:
-        loaded = load_model(model, dtype, encode, bars)
+        loaded = load_model(model, dtype, encode, bars, quantize=quantize, quantize_head=quantize_head)
         tokenizer = loaded.tokenizer
         eos_ids = () if ignore_eos else loaded.eos_ids
         texts = [TextStream(tokenizer, stops, eos_ids) for _ in prompts] if tokenizer is not None else None

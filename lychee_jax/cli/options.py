@@ -32,6 +32,16 @@ DtypeOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+QuantizeOption = Annotated[
+    Literal["none", "int8", "fp8"],
+    typer.Option(
+        help="Kernels of 8 bits, with a scale for each output channel; norms, biases and embedding stay as they are.",
+        rich_help_panel=MODEL,
+    ),
+]
+QuantizeHeadOption = Annotated[
+    bool, typer.Option("--quantize-head", help="The output head, too.", rich_help_panel=MODEL)
+]
 ImplementationOption = Annotated[
     Implementation | None,
     typer.Option(

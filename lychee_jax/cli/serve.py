@@ -24,6 +24,8 @@ _SERVER, _ENGINE = "Server", "Engine"
 def serve(
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
+    quantize: shared.QuantizeOption = "none",
+    quantize_head: shared.QuantizeHeadOption = False,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.", rich_help_panel=_SERVER)
     ] = "127.0.0.1",
@@ -145,7 +147,9 @@ def serve(
             if heads is None and own is None and attention != "dense":
                 print(f"notice: {folder} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
-        served = ServedModel.of(load_model(model, dtype, before_weights=choose), chosen, engine)
+        served = ServedModel.of(
+            load_model(model, dtype, choose, quantize=quantize, quantize_head=quantize_head), chosen, engine
+        )
         warm_up(served.engine, served.defaults.attention_options)
         return served
 

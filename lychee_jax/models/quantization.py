@@ -1,6 +1,6 @@
 """Weights of 8 bits: a symmetric scale for each output channel, no calibration."""
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import ml_dtypes
 import numpy as np
@@ -16,10 +16,15 @@ _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _BLOCK = 1 << 22  # numbers that are widened to float32 at once
 
 
-def check_quantization(quantize: str | None) -> None:
-    """Raise UserError for a quantization that does not exist; None keeps the weights as they are."""
-    if quantize is not None and quantize not in get_args(Quantization):
-        raise UserError(f"quantize is {quantize!r}; use one of none, {', '.join(get_args(Quantization))}")
+def check_quantization(quantize: str | None) -> Quantization | None:
+    """The quantization of that name; None keeps the weights as they are.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if quantize not in (None, *get_args(Quantization)):
+        raise UserError(f"quantize is {quantize!r}; use {' or '.join(get_args(Quantization))}, or none at all")
+    return cast(Quantization | None, quantize)
 
 
 def quantize_kernel(

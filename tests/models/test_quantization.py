@@ -60,7 +60,7 @@ def test_extreme_channels(quantize: Quantization) -> None:
 
 def test_other_formats_are_refused() -> None:
     check_quantization(None)
-    with pytest.raises(UserError, match="quantize is 'int4'; use one of none, int8, fp8"):
+    with pytest.raises(UserError, match="quantize is 'int4'; use int8 or fp8, or none at all"):
         check_quantization("int4")
 
 
