@@ -29,7 +29,7 @@ from lychee_jax.llm import LLM
 from lychee_jax.text.streaming import text_of
 
 ROOT = Path(__file__).parents[2]
-MAX_MODEL_LEN, NEW_TOKENS, AT_ONCE, PREFIXES, TAILS = 2048, 48, 24, 8, 25
+MAX_MODEL_LEN, NEW_TOKENS, AT_ONCE, PREFIXES, TAILS = 2048, 48, 24, 8, 12
 JSON = {"content-type": "application/json"}
 
 
@@ -44,7 +44,10 @@ class Known:
 def known_prompts(rng: random.Random) -> tuple[LLM, list[Known]]:
     """Prompts that share prefixes, and their greedy answers by an engine that serves one at a time."""
     llm = lychee_jax.load()
-    llm.engine_options = EngineOptions(max_num_seqs=1, max_model_len=MAX_MODEL_LEN, prefix_cache=False)
+    # A cache of one size: each that grows would compile everything anew.
+    llm.engine_options = EngineOptions(
+        max_num_seqs=1, max_model_len=MAX_MODEL_LEN, cache_memory=64 << 20, prefix_cache=False
+    )
     facts = [f"The passkey of number {n} is {rng.randrange(10**5):05}. " for n in range(PREFIXES)]
     prompts = [
         fact * rng.randrange(1, 60) + f"It is {rng.randrange(24)} in town {tail}. "

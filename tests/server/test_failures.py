@@ -1,5 +1,6 @@
 """Clients that leave or do not read, devices that fail, signals, and what a key guards."""
 
+import asyncio
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 
 from lychee_jax.engine.engine import Engine
 from lychee_jax.errors import UserError
+from lychee_jax.server.errors import ApiError
 from lychee_jax.server.middleware import ApiKey
 from lychee_jax.server.model import ServedModel
 from lychee_jax.server.process import bind
@@ -60,8 +63,6 @@ def test_a_reader_that_takes_nothing_is_given_up(server: Running):
 
 
 def test_the_key_guards_everything_but_health():
-    import asyncio
-
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
@@ -121,6 +122,43 @@ def test_a_device_error_fails_what_runs_and_ends_the_server(server: Running):
 
     with pytest.raises(RuntimeError, match="the device has failed"):
         fail()
+
+
+class HangingEngine(Engine):
+    """Whose steps wait for `go_on`."""
+
+    go_on = threading.Event()
+
+    def step(self):
+        self.go_on.wait(60)
+        return super().step()
+
+
+def test_a_step_that_hangs_and_text_that_takes_too_long_are_told(server: Running, capfd: pytest.CaptureFixture[str]):
+    llm = server.llm
+
+    def load() -> ServedModel:
+        assert llm.tokenizer is not None
+        return ServedModel(
+            HangingEngine(llm.spec, llm.weights, servers.ENGINE, servers.ENGINE_CONFIG), llm.tokenizer, servers.DEFAULTS
+        )
+
+    def health() -> int:
+        return httpx.get(other.url + "/health", timeout=60).status_code
+
+    config = ServerConfig(watchdog_seconds=0.2, text_seconds=0.05)
+    with servers.running(llm, config, load=load) as other:
+        work = other.service.in_pool(time.sleep, 0.5)
+        with pytest.raises(ApiError, match=r"longer than 0\.05 s"):
+            asyncio.run_coroutine_threadsafe(work, other.service.worker.ended.get_loop()).result(60)
+        assert health() == 200
+        thread = threading.Thread(target=other.post, args=("/v1/completions", {"prompt": [[1]], "max_tokens": 1}))
+        thread.start()
+        other.wait_until(lambda: health() == 503)
+        HangingEngine.go_on.set()
+        thread.join(60)
+        other.wait_until(lambda: health() == 200)
+    assert "warning: a step of the engine has not ended" in capfd.readouterr().err
 
 
 def test_a_drain_answers_what_runs_and_takes_nothing_new(server: Running):
