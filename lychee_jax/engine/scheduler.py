@@ -355,8 +355,10 @@ class Scheduler:
         for sequence, count in zip(group, counts, strict=True):
             first = sequence.sent // self._allocator.page_size
             sequence.sent += count
-            # Only full pages of the prompt: what decoding writes depends on the heads' roles.
-            filled = sequence.sent // self._allocator.page_size
+            # Whole units of the prompt only. What decoding writes depends on the heads' roles, and a prompt's last,
+            # smaller chunk runs another program: its keys are not, to the bit, those of a longer prompt's whole chunk.
+            unit = self._config.chunks.unit
+            filled = sequence.sent // unit * unit // self._allocator.page_size
             self._allocator.publish(sequence.request.id, sequence.keys[:filled], first)
             if sequence.sent == sequence.length:
                 del self._prefilling[sequence.request.id]

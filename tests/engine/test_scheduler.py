@@ -161,6 +161,18 @@ def test_prompts_that_part_within_a_chunk_share_it_up_to_the_last_unit() -> None
     assert queue.cached_tokens("c") == 0
 
 
+def test_what_is_less_than_a_unit_is_never_shared() -> None:
+    """A short prompt's only chunk runs a smaller program than a long one's: no page of it may be part of a prefix."""
+    schedulers = SchedulerConfig(4, 3, CHUNKS)
+    allocator = Allocator(200 + SCRATCH, PAGE, scratch=SCRATCH)
+    queue = Scheduler(schedulers, allocator)
+    for name, length, cached in (("a", 3, 0), ("b", 6, 2), ("c", 7, 2), ("d", 11, 4)):
+        queue.add(Request(name, prompt(length), 1))
+        chunks_until_idle(queue)
+        queue.finish(name)
+        assert allocator.num_cached == cached, name
+
+
 @pytest.mark.parametrize(
     ("length", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (13, 12), (16, 12), (17, 16), (18, 16)]
 )

@@ -59,7 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.queue: list[Request] = []
         self.live: dict[str, Live] = {}
         self.known: list[Request] = []  # keeps `id(request)` unique, too
-        self.published: set[int] = set()  # the prefix hash at the end of every full prompt page that was sent
+        self.published: set[int] = set()  # the prefix hash at the end of every whole unit that was sent
         self.handed_out = 0
 
     @rule(
@@ -266,7 +266,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if chunk.request.prompt_logprobs is not None:
             return  # its pages are its own
         hashes = prefix_hashes(chunk.request)
-        for end in range(PAGE, live.sent + 1, PAGE):
+        for end in range(CHUNKS.unit, live.sent + 1, CHUNKS.unit):
             self.published.add(hashes[end - 1])
 
     @staticmethod
@@ -316,7 +316,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.allocator.num_owned == len(owners)
         free, cached = self.allocator.num_free, self.allocator.num_cached
         assert free + cached + len(owners) == self.allocator.num_allocatable == self.pages
-        assert cached <= len(self.published) * self.prefix_cache, "more is cached than full pages of prompts"
+        pages = len(self.published) * CHUNKS.unit // PAGE
+        assert cached <= pages * self.prefix_cache, "more is cached than whole units of prompts"
 
     def teardown(self) -> None:
         """Every request ends, after no more steps than all of them one after the other would take."""

@@ -68,7 +68,7 @@ def collect(engine: Engine, into: dict[str, RequestOutput], steps: int | None = 
             whole.tokens += output.tokens
             whole.logprobs += output.logprobs
             whole.top += output.top
-            whole.cached_tokens += output.cached_tokens
+            whole.cached_tokens = output.cached_tokens  # each output tells the whole number
             whole.finish_reason = output.finish_reason or whole.finish_reason
         steps = None if steps is None else steps - 1
 
@@ -92,6 +92,8 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for index in range(4):
         filler = tuple(rng.integers(0, config.vocab_size, 40 + 30 * index).tolist())
+        if index == 0:  # a page that others begin with, but read by a smaller program
+            filler = made[5].prompt[:PAGE]
         # The last one is guided, so that others decode step by step beside it.
         grammar = EvenThenEnd(config.vocab_size, 100, 1) if index == 3 and not correct_every else None
         engine.add_request(Request(f"filler{index}", filler, 40, attention=made[index].attention, grammar=grammar))
