@@ -1,7 +1,8 @@
 """How the next token is chosen, as callers say it; host only, no JAX."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from lychee_jax.arguments import MAX_INT32, number, settle_numbers, whole_number
 from lychee_jax.errors import UserError
@@ -66,8 +67,9 @@ class SamplingParams:
         object.__setattr__(self, "logit_bias", _as_biases(self.logit_bias))
 
 
-def _as_biases(pairs: Mapping[int, float] | Iterable[tuple[int, float]] | None) -> tuple[tuple[int, float], ...]:
-    pairs = pairs.items() if isinstance(pairs, Mapping) else pairs or ()
+def _as_biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """Pairs of a mapping, or of a sequence of pairs; None is none."""
+    pairs = given.items() if isinstance(given, Mapping) else given or ()
     biases = {whole_number(token, "a token id of logit_bias"): number(value, "logit_bias") for token, value in pairs}
     if len(biases) > MAX_LOGIT_BIASES:
         raise UserError(f"logit_bias has {len(biases)} tokens; at most {MAX_LOGIT_BIASES} may have one")

@@ -20,7 +20,8 @@ def simulated(params: pltpu.InterpretParams | None = None) -> Iterator[None]:
     params = pltpu.InterpretParams() if params is None else params
     token = _simulated.set(params)
     try:
-        yield
+        with pltpu.force_tpu_interpret_mode(params):  # for kernels of JAX's own
+            yield
     finally:
         _simulated.reset(token)
         # A kernel that raised leaves its memory behind, and the next one would find it.
@@ -28,8 +29,8 @@ def simulated(params: pltpu.InterpretParams | None = None) -> Iterator[None]:
 
 
 def interpreter() -> Any:
-    """What to give to `pallas_call`'s `interpret`. (JAX's own switch is bound to a thread, and programs are also
-    traced by other threads, which copy the context.)
+    """What to give to `pallas_call`'s `interpret`. JAX's own switch is bound to a thread, and programs are also traced
+    by other threads, which copy the context.
     """
     return False if _simulated.get() is None else _simulated.get()
 

@@ -59,7 +59,7 @@ def run(engine: Engine, *requests: Request) -> dict[str, RequestOutput]:
                 whole.tokens += output.tokens
                 whole.logprobs += output.logprobs
                 whole.top += output.top
-                whole.cached_tokens += output.cached_tokens
+                whole.cached_tokens = output.cached_tokens
     return found
 
 

@@ -217,4 +217,6 @@ def test_a_missing_model_is_told_in_one_line():
     with _command("--model", "/nowhere/at-all") as process:
         _, told = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert told.strip() == "error: no such folder: /nowhere/at-all"
+    assert (
+        told.strip() == "error: no such folder: /nowhere/at-all (a model on the Hugging Face Hub is named owner/name)"
+    )
