@@ -159,21 +159,22 @@ def _fill(
         if on_progress is not None:
             on_progress(done, total)
 
-    quantised = {name for name in spec.names if name.endswith(".kernel") and f"{name[:-6]}scale" in spec.names}
-    # A tied table is also the output head, of which a model in 8 bits may have a copy.
-    head = "embed.embedding" if config.tie_word_embeddings else "lm_head.kernel"
+    # What is to have 8 bits, by where the checkpoint has it: a tied table is also the output head.
+    kernels = {name: name for name in spec.names if name.endswith(".kernel") and f"{name[:-6]}scale" in spec.names}
+    if config.tie_word_embeddings and "lm_head.kernel" in kernels:
+        kernels["embed.embedding"] = kernels.pop("lm_head.kernel")
     # Rounded once, from what the checkpoint holds.
-    for path, array in read(config.dtype, quantised | ({head} if config.quantize_head else set())):
-        if path in quantised or (path == head and config.quantize_head):
+    for path, array in read(config.dtype, kernels):
+        kernel = kernels.get(path)
+        if kernel is not None:
             assert config.quantize is not None
-            kernel = "lm_head.kernel" if path == head else path
             try:
                 stored, scale = quantize_kernel(array, config.quantize)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
             put(kernel, stored)
             put(f"{kernel[:-6]}scale", scale)
-        if path not in quantised:
+        if kernel != path:
             put(path, cast(array, config.dtype, path))
     return spec.merge(tuple(weights[name] for name in spec.names))
 
