@@ -19,6 +19,7 @@ from lychee_jax.files import read_json
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 Family = Literal["llama", "qwen2", "qwen3"]
+Quantization = Literal["int8", "fp8"]
 
 ROPE_KINDS: tuple[str, ...] = get_args(RopeKind)
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -106,7 +107,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    quantize: Literal["int8", "fp8"] | None = None
+    quantize: Quantization | None = None
     quantize_head: bool = False
 
     def __post_init__(self):

@@ -9,7 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
-from lychee_jax.models.quantization import STORED, Quantization
+from lychee_jax.config import Quantization
+from lychee_jax.models.quantization import STORED
 from lychee_jax.parallel import axes
 
 # What a fresh model is drawn from; checkpoints overwrite it.

@@ -1,14 +1,13 @@
 """Weights of 8 bits: a symmetric scale for each output channel, no calibration."""
 
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
+from lychee_jax.config import Quantization
 from lychee_jax.errors import UserError
-
-Quantization = Literal["int8", "fp8"]
 
 STORED = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 """What the kernels are stored as."""

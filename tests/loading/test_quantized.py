@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from checkpoints_convert import convert
+from lychee_jax.config import Quantization
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
 from lychee_jax.loading import load
-from lychee_jax.models.quantization import Quantization, quantize_kernel
+from lychee_jax.models.quantization import quantize_kernel
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
 from tests.support import tiny_checkpoints

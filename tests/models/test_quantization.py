@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lychee_jax.config import ModelConfig
+from lychee_jax.config import ModelConfig, Quantization
 from lychee_jax.errors import UserError
 from lychee_jax.models.layers import Linear
-from lychee_jax.models.quantization import Quantization, check_quantization, quantize_kernel
+from lychee_jax.models.quantization import check_quantization, quantize_kernel
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.parallel import axes
 
