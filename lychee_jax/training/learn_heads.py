@@ -224,10 +224,8 @@ class Learner:
 
     def prepare(self, steps: Iterable[int]) -> None:
         """Compile in the background, side by side, all that these steps need, in the order of their need."""
-        lengths = dict.fromkeys(self.plan.capacity(self.plan.draw(step)[1]) for step in steps)
-        for length in lengths:
-            if length not in self._programs:
-                self._programs[length] = _compilers.submit(self._compile, length)
+        for step in steps:
+            self._program(self.plan.capacity(self.plan.draw(step)[1]))
 
     def initial(self) -> State:
         """The state before the first step."""
@@ -240,9 +238,7 @@ class Learner:
         """One step, of index `step` from 0. Returns before the device is done."""
         length = batch.tokens.shape[1]
         tables = self._rotary(length)
-        if length not in self._programs:
-            self._programs[length] = _compilers.submit(self._compile, length)
-        program = self._programs[length].result()
+        program = self._program(length).result()
         return program(state, self._weights, self._key(step), batch.tokens, batch.starts, batch.answers, *tables)
 
     def expected(self, state: State) -> Float32[np.ndarray, "L K"]:
@@ -252,6 +248,11 @@ class Learner:
     def _key(self, step: int) -> jax.Array:
         # An argument, not a constant of the program: all seeds share one, and the compilation cache keeps one.
         return self._place(jax.random.fold_in(jax.random.key(self.plan.seed), step))
+
+    def _program(self, length: int) -> concurrent.futures.Future[Any]:
+        if length not in self._programs:
+            self._programs[length] = _compilers.submit(self._compile, length)
+        return self._programs[length]
 
     def _compile(self, length: int) -> Any:
         plan, numbers = self.plan, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
