@@ -1,0 +1,234 @@
+"""What the study found, as tables in Markdown; differences are paired, prompt by prompt."""
+
+from __future__ import annotations
+
+import collections
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lychee_jax.run_folder import Record, read_lines
+from lychee_jax.studies.head_maps.report import table
+from lychee_jax.studies.real_model.prompts import PERPLEXITY
+
+LEAST_DENSE = 60.0
+"""Cells in which dense attention answers less, in per cent, are shown and not counted."""
+_TARGET = 1.0
+
+
+def paired_interval(ours: Sequence[int], theirs: Sequence[int]) -> tuple[float, float, float]:
+    """Difference of two shares on the same prompts in points, and its 95 % interval.
+
+    Wald's interval with half a prompt added to each of the four outcomes (Agresti and Min 2005), so that it does not
+    vanish where no prompt differs.
+    """
+    count = len(ours)
+    gained = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    lost = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    n, b, c = count + 2, gained + 0.5, lost + 0.5
+    middle, half = (b - c) / n, 1.96 * math.sqrt(max(0.0, b + c - (b - c) ** 2 / n)) / n
+    return 100 * (gained - lost) / count, 100 * (middle - half), 100 * (middle + half)
+
+
+def read_rivals(file: Path, wanted: Iterable[tuple[str, int]], references: dict[tuple[str, int], str]) -> Record:
+    """Answers of other systems: for each of them and task, whether each prompt's was right, and what was read.
+
+    An answer is right if it begins with the hidden number, as ours must.
+    """
+    found: dict[str, dict[str, dict[int, int]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
+    shares: dict[str, list[float]] = collections.defaultdict(list)
+    known = set(wanted)
+    for line in read_lines(file):
+        key = line["task"], line["index"]
+        if key in known:
+            name = line["rival"] if line["share"] == 1.0 else f"{line['rival']} at {line['share']:.3g}"
+            found[name][line["task"]][line["index"]] = int(line["answer"].strip().startswith(references[key]))
+            shares[name].append(line["kv_read_share"])
+    return {
+        name: {"right": {task: rows for task, rows in tasks.items()}, "kv_read_share": statistics.fmean(shares[name])}
+        for name, tasks in sorted(found.items())
+    }
+
+
+class Cells:
+    """The scored cells by variant, task and length."""
+
+    def __init__(self, results: Record) -> None:
+        self._cells = {(cell["variant"], cell["task"], cell["length"]): cell for cell in results["cells"]}
+        self.variants = list(dict.fromkeys(cell["variant"] for cell in results["cells"]))
+        self.tasks = list(dict.fromkeys(cell["task"] for cell in results["cells"]))
+        self.lengths = sorted({cell["length"] for cell in results["cells"]})
+
+    def has(self, variant: str, task: str, length: int) -> bool:
+        """Whether it was scored."""
+        return (variant, task, length) in self._cells
+
+    def right(self, variant: str, task: str, length: int) -> list[int]:
+        """Of every prompt, whether the answer was right."""
+        return self._cells[variant, task, length]["right"]
+
+    def score(self, variant: str, task: str, length: int) -> float:
+        """Per cent of the answers; of perplexity, the exponential of the mean loss."""
+        cell = self._cells[variant, task, length]
+        if task == PERPLEXITY:
+            return math.exp(statistics.fmean(cell["losses"]))
+        return 100 * statistics.fmean(cell["right"])
+
+    def read(self, variant: str, task: str, length: int) -> float:
+        """Per cent of the cache that was read."""
+        cell = self._cells[variant, task, length]
+        return 100 * cell["read"] / cell["held"]
+
+    def counted(self) -> list[tuple[str, int]]:
+        """Cells of answers where dense attention is good enough."""
+        return [
+            (task, length)
+            for task in self.tasks
+            for length in self.lengths
+            if task != PERPLEXITY and self.has("dense", task, length)
+            and self.score("dense", task, length) >= LEAST_DENSE
+        ]  # fmt: skip
+
+
+def markdown(results: Record) -> str:
+    """The whole report."""
+    cells = Cells(results)
+    parts = [
+        f"Model `{results['model']}` ({results['kv_heads']} KV heads), {results['device']}, JAX {results['jax']}. "
+        f"An answer is right if greedy decoding writes the hidden number at once. Cells in which dense attention "
+        f"answers less than {LEAST_DENSE:.0f} % are in brackets and not counted.",
+        "### Against dense attention and against other systems, same prompts",
+        _rivals(results, cells),
+        "### Lengths and budgets",
+        _budgets(results, cells),
+        "### Perplexity",
+        _perplexity(results, cells),
+        "### How heads are chosen",
+        _methods(results, cells),
+    ]
+    if results["answers"]:
+        parts += ["### The same from the engine", _engine(results, cells)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
+    middle, low, high = paired_interval(ours, theirs)
+    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _rivals(results: Record, cells: Cells) -> str:
+    main, length = results["main"], cells.lengths[-1]
+    counted = [task for task, at in cells.counted() if at == length]
+    tasks = [task for task in cells.tasks if task != PERPLEXITY and cells.has("dense", task, length)]
+    lines = []
+    variants = ["dense", *(v for v in cells.variants if v in (main, main.replace("learned", "window")))]
+    for variant in variants:
+        line = [variant, f"{cells.read(variant, tasks[0], length):.1f}"]
+        for task in tasks:
+            score = f"{cells.score(variant, task, length):.1f}"
+            if variant != "dense":
+                score += " · " + _difference(cells.right(variant, task, length), cells.right("dense", task, length))
+            line.append(score if task in counted else f"({score})")
+        lines.append(line)
+    for name, rival in results.get("rivals", {}).items():
+        line = [name, f"{100 * rival['kv_read_share']:.1f}"]
+        for task in tasks:
+            rows = {int(index): right for index, right in rival["right"].get(task, {}).items()}
+            if not rows:
+                line.append("–")
+                continue
+            chosen = sorted(rows)
+            dense = [cells.right("dense", task, length)[i] for i in chosen]
+            score = 100 * statistics.fmean(rows[i] for i in chosen)
+            text = f"{score:.1f} · " + _difference([rows[i] for i in chosen], dense)
+            line.append(text if task in counted else f"({text})")
+        lines.append(line)
+    count = len(cells.right("dense", tasks[0], length))
+    return (
+        f"{count} prompts of {length:,} tokens for each task: per cent right · points above dense [95 % interval].\n\n"
+        + table(["system", "cache read, %", *tasks], lines)
+    )
+
+
+def _shown(cells: Cells, variant: str, task: str, length: int) -> str:
+    if not cells.has(variant, task, length):
+        return "–"
+    score = f"{cells.score(variant, task, length):.1f}"
+    return score if cells.score("dense", task, length) >= LEAST_DENSE else f"({score})"
+
+
+def _budgets(results: Record, cells: Cells) -> str:
+    name = results["main"].partition("@")[0]
+    variants = ["dense", *(v for v in cells.variants if v.partition("@")[0] == name)]
+    lines = [
+        [task, f"{length:,}", *(_shown(cells, variant, task, length) for variant in variants)]
+        for task in cells.tasks
+        if task != PERPLEXITY
+        for length in cells.lengths
+    ]
+    return table(["task", "length", *(v.removeprefix(f"{name}@") for v in variants)], lines)
+
+
+def _perplexity(results: Record, cells: Cells) -> str:
+    name = results["main"].partition("@")[0]
+    variants = [
+        "dense",
+        *(v for v in cells.variants if v.partition("@")[0] in (name, name.replace("learned", "window"))),
+    ]
+    lines = [
+        [f"{length:,}", *(f"{cells.score(variant, PERPLEXITY, length):.3f}" for variant in variants)]
+        for length in cells.lengths
+        if cells.has("dense", PERPLEXITY, length)
+    ]
+    return table(["length", *(v.removeprefix(f"{name}@") for v in variants)], lines) if lines else ""
+
+
+def _methods(results: Record, cells: Cells) -> str:
+    """At the budget of the main variant, over the counted cells; seeds together, with the lowest and the highest."""
+    budget = results["main"].partition("@")[2]
+    counted = cells.counted()
+    kinds: dict[str, list[str]] = {}
+    for variant in cells.variants:
+        name, _, asked = variant.partition("@")
+        if asked == budget:
+            kind = name if name.startswith("layers") else name.rpartition("-")[0]
+            kinds.setdefault(kind, []).append(variant)
+    lines = []
+    for kind, variants in kinds.items():
+        scores = [statistics.fmean(cells.score(v, task, length) for task, length in counted) for v in variants]
+        spread = f" ({min(scores):.1f}–{max(scores):.1f})" if len(scores) > 1 else ""
+        perplexities = [
+            cells.score(v, PERPLEXITY, length) / cells.score("dense", PERPLEXITY, length) - 1
+            for v in variants
+            for length in cells.lengths
+            if cells.has(v, PERPLEXITY, length)
+        ]
+        lines.append([
+            kind, f"{statistics.fmean(scores):.1f}{spread}",
+            f"{100 * statistics.fmean(perplexities):+.2f} %" if perplexities else "–",
+        ])  # fmt: skip
+    dense = statistics.fmean(cells.score("dense", task, length) for task, length in counted) if counted else math.nan
+    lines.append(["dense", f"{dense:.1f}", ""])
+    return (
+        f"A budget of {budget} tokens, mean over {len(counted)} counted cells; the number is that of retrieval heads.\n\n"
+        + table(["map", "right, % (seeds)", "perplexity above dense"], lines)
+    )
+
+
+def _engine(results: Record, cells: Cells) -> str:
+    length, lines = cells.lengths[-1], []
+    for task in cells.tasks:
+        for variant in dict.fromkeys(answer["variant"] for answer in results["answers"]):
+            rows = {a["index"]: a for a in results["answers"] if (a["task"], a["variant"]) == (task, variant)}
+            if not rows or not cells.has(variant, task, length):
+                continue
+            scored = cells.right(variant, task, length)
+            same = sum(int(row["right"]) == scored[index] for index, row in rows.items())
+            lines.append([
+                task, variant, f"{100 * statistics.fmean(row['right'] for row in rows.values()):.1f}",
+                f"{100 * statistics.fmean(row['kv_read_share'] for row in rows.values()):.1f}", f"{same} of {len(rows)}",
+            ])  # fmt: skip
+    return "Answers that the engine generated with its kernels, and how many agree with the scores above.\n\n" + table(
+        ["task", "variant", "right, %", "cache read, %", "agree"], lines
+    )
