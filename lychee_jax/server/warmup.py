@@ -6,28 +6,11 @@ import bisect
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.grammar import Anything
 from lychee_jax.engine.options import AttentionOptions, max_pages
 from lychee_jax.engine.request import Request
 from lychee_jax.errors import UserError
-
-
-class _Anything:
-    """A grammar that allows every token."""
-
-    finished = False
-
-    def __init__(self, vocab_size: int) -> None:
-        self._allowed = np.ones(vocab_size, bool)
-
-    def mask(self) -> np.ndarray:
-        """All of them."""
-        return self._allowed
-
-    def accept(self, token: int) -> None:
-        """Nothing changes."""
 
 
 def warm_up(engine: Engine, attention: AttentionOptions) -> None:
@@ -44,7 +27,7 @@ def warm_up(engine: Engine, attention: AttentionOptions) -> None:
         future for requests in rehearsals(engine, attention) for future in engine.prepare(requests)
     ]  # fmt: skip
     if not engine.options.correct_every:
-        anything = _Anything(engine.spec.config.vocab_size)
+        anything = Anything(engine.spec.config.vocab_size)
         for requests in rehearsals(engine, attention):
             engine.prepare([dataclasses.replace(request, grammar=anything) for request in requests])
     for future in compiling:
