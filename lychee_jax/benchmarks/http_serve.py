@@ -212,7 +212,7 @@ def targets(rows: Sequence[HttpRow]) -> list[dict[str, Any]]:
 def table(rows: Sequence[HttpRow]) -> str:
     """For people."""
 
-    def each(label: str, *numbers: float | None, form: str = ",.2f") -> str:
+    def each(label: str, *numbers: int | float | None, form: str = ",.2f") -> str:
         return f"{label:<40}" + "".join(f" {'–' if n is None else format(n, form):>10}" for n in numbers)
 
     return "\n".join(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode as Mode
 from schemathesis.core import NotSet
 
+from lychee_jax.cli import main as cli
 from tests.support.servers import Running
 
 REQUESTS, AT_ONCE = 40, 12
@@ -103,3 +105,16 @@ def test_nothing_that_the_document_allows_is_a_server_error(server: Running):
         call()
     assert statuses.count(200) >= 15
     server.wait_until(server.is_idle)
+
+
+def test_the_benchmark_of_a_server(server: Running, tmp_path: Path):
+    target = tmp_path / "serve.json"
+    arguments = ["--at-once", "1,3", "--requests", "1", "--new-tokens", "20", "--guided", "1", "--output", str(target)]
+    assert cli.main(["bench", "serve", "--url", server.url, *arguments]) == 0
+    alone, together = json.loads(target.read_text())["rows"]
+    assert alone["beside_guided"] is None
+    assert together["beside_guided"] > 0
+    for row in (alone, together):
+        assert len(row["samples_first_token_s"]) == row["requests"] == row["at_once"]
+        assert row["tokens_per_s"] == row["requests"] * 20 / row["seconds"]
+        assert 0 < row["overhead_share"] < 1
