@@ -84,10 +84,13 @@ class Running:
     def post(self, path: str, body: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=60)
 
+    def another_llm(self) -> LLM:
+        """The same model, with an engine of its own."""
+        return LLM(self.llm.path, self.llm.config, self.llm.model, None, self.llm.eos_ids, ENGINE_CONFIG, ENGINE)
+
     def reference(self, prompts: list[str], **options: Any) -> Generation:
         """What an engine of its own makes of the prompts, greedily."""
-        llm = LLM(self.llm.path, self.llm.config, self.llm.model, None, self.llm.eos_ids, ENGINE_CONFIG, ENGINE)
-        return llm.generate(prompts, page_size=DEFAULTS.page_size, **options)
+        return self.another_llm().generate(prompts, page_size=DEFAULTS.page_size, **options)
 
     def metrics(self) -> str:
         return httpx.get(self.url + "/metrics", timeout=60).text
