@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-import litellm
+import litellm  # pyright: ignore[reportMissingImports]
 
 SCHEMA = {
     "type": "object",
