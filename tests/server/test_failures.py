@@ -19,7 +19,6 @@ from lychee_jax.cli import main as cli
 from lychee_jax.engine.engine import Engine
 from lychee_jax.server.errors import ApiError
 from lychee_jax.server.middleware import ApiKey
-from lychee_jax.server.model import ServedModel
 from lychee_jax.server.process import bind, serve
 from lychee_jax.server.settings import ServerConfig
 from tests.support import servers
@@ -129,13 +128,8 @@ class FailingEngine(Engine):
 def test_a_device_error_fails_what_runs_and_ends_the_server(server: Running):
     llm = server.llm
 
-    def load() -> ServedModel:
-        assert llm.tokenizer is not None
-        engine = FailingEngine(llm.spec, llm.weights, servers.ENGINE, servers.ENGINE_CONFIG)
-        return ServedModel(engine, llm.tokenizer, servers.DEFAULTS)
-
     def fail() -> None:
-        with servers.running(llm, ServerConfig(), load=load) as other:
+        with servers.running(llm, ServerConfig(), load=lambda: servers.served(llm, FailingEngine)) as other:
             answer = other.post("/v1/completions", {"prompt": [[1] * 13], "max_tokens": 2})
             assert answer.status_code == 503
             assert "device" not in answer.text
@@ -149,11 +143,6 @@ def test_a_device_error_ends_the_process_with_a_reason(
 ):
     """`serve` runs in this process here; what ends it is an exception."""
     llm = server.llm
-
-    def load() -> ServedModel:
-        assert llm.tokenizer is not None
-        engine = FailingEngine(llm.spec, llm.weights, servers.ENGINE, servers.ENGINE_CONFIG)
-        return ServedModel(engine, llm.tokenizer, servers.DEFAULTS)
 
     def leave(status: int) -> None:
         raise SystemExit(status)
@@ -172,7 +161,7 @@ def test_a_device_error_ends_the_process_with_a_reason(
     client = threading.Thread(target=ask)
     client.start()
     with pytest.raises(SystemExit) as ended:
-        serve(ServerConfig(), listener, load)
+        serve(ServerConfig(), listener, lambda: servers.served(llm, FailingEngine))
     client.join(60)
     assert ended.value.code == 1
     assert capfd.readouterr().err.splitlines()[-1] == "error: the engine has ended: the device has failed"
@@ -191,17 +180,11 @@ class HangingEngine(Engine):
 def test_a_step_that_hangs_and_text_that_takes_too_long_are_told(server: Running, capfd: pytest.CaptureFixture[str]):
     llm = server.llm
 
-    def load() -> ServedModel:
-        assert llm.tokenizer is not None
-        return ServedModel(
-            HangingEngine(llm.spec, llm.weights, servers.ENGINE, servers.ENGINE_CONFIG), llm.tokenizer, servers.DEFAULTS
-        )
-
     def health() -> int:
         return httpx.get(other.url + "/health", timeout=60).status_code
 
     config = ServerConfig(watchdog_seconds=0.2, text_seconds=0.05)
-    with servers.running(llm, config, load=load) as other:
+    with servers.running(llm, config, load=lambda: servers.served(llm, HangingEngine)) as other:
         work = other.service.in_pool(time.sleep, 0.5)
         with pytest.raises(ApiError, match=r"longer than 0\.05 s"):
             asyncio.run_coroutine_threadsafe(work, other.service.worker.ended.get_loop()).result(60)

@@ -15,6 +15,7 @@ import httpx
 import openai
 
 from lychee_jax.data import language
+from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.llm import LLM, Generation
 from lychee_jax.loading import BUNDLED
@@ -109,6 +110,12 @@ class Running:
         return not (stats.running or stats.waiting or stats.pages_owned or self.service.num_open)
 
 
+def served(llm: LLM, engine: type[Engine] = Engine) -> ServedModel:
+    """The model with an engine of its own, which compiles at first use."""
+    assert llm.tokenizer is not None
+    return ServedModel(engine(llm.spec, llm.weights, ENGINE, ENGINE_CONFIG), llm.tokenizer, DEFAULTS)
+
+
 @contextlib.contextmanager
 def running(
     llm: LLM, config: ServerConfig, *, engine: EngineOptions = ENGINE, load: Callable[[], ServedModel] | None = None
@@ -117,8 +124,7 @@ def running(
 
     def load_it() -> ServedModel:
         model = ServedModel.of(llm, DEFAULTS, engine)
-        warm_up(model.engine, model.defaults.attention_options)
-        return model
+        return dataclasses.replace(model, readiness=warm_up(model.engine, model.defaults.attention_options))
 
     config = dataclasses.replace(config, port=0)
     listener = bind(config.host, 0)
