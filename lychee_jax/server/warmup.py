@@ -104,6 +104,8 @@ def warm_up(engine: Engine, attention: AttentionOptions) -> Readiness:
 def rehearsals(engine: Engine, attention: AttentionOptions) -> Iterator[list[Request]]:
     """Groups of requests that come together: every prefill program, and every decode program of every batch."""
     yield from _prompts(engine, attention)
+    if engine.options.max_num_seqs > 1 and engine.max_tokens > 2:
+        yield [Request("0", (0,), 2, attention=attention), Request("1", (0,), 2, attention=attention, fork_of="0")]
     page_size, most = engine.options.page_size, engine.max_tokens
     batches = _batches(engine)
     for low, high in _widths(engine):

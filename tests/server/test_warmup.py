@@ -24,8 +24,8 @@ KINDS: list[dict[str, Any]] = [
 
 
 def test_nothing_is_compiled_for_a_request_that_was_taken(server: Running):
-    readiness, attention = server.service.model.readiness, servers.DEFAULTS.attention_options
-    assert readiness is not None
+    attention = servers.DEFAULTS.attention_options
+    readiness = Readiness(server.service.model.engine, attention)  # other modules' programs are forgotten
     for part in ("plain", "guided", "scored"):
         for program in readiness.begin(attention, part).result(60):
             program.result(60)
