@@ -10,7 +10,9 @@ A line of the prompts: {"task", "length", "index", "tokens": [ids], "max_new_tok
 is not answered again. `kv_read_share` is measured: KV entries read ÷ entries that dense attention reads, over all
 layers, KV heads and decode steps of the answer (null where the first token ended it).
 
-Several processes share a GPU: start one for each `--shard i/n`, with one output file or several.
+Several processes share a GPU: start one for each `--shard i/n`, with one output file or several. Decoding waits for
+Python, so large batches are fast ones: `--batch-tokens` as high as memory allows (about 60 KB a token and process for
+a model of SmolLM2-135M's shape and two shares).
 
 All rivals share one dense prefill, so the first token is dense attention's, and keep every generated token:
 
@@ -195,6 +197,7 @@ class Answerer:
     """A model, and the rivals' ways to read its cache."""
 
     def __init__(self, args: argparse.Namespace):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew for every shape
         self.attention = Attention()
         ALL_ATTENTION_FUNCTIONS.register("rival", self.attention)
         source = {"gguf_file": args.gguf.name} if args.gguf else {}
@@ -422,7 +425,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--heads", type=Path, help="the head map of `duo`")
     parser.add_argument("--shard", default="0/1", help="i/n: only the prompts whose number leaves i when divided by n")
-    parser.add_argument("--batch-tokens", type=int, default=400_000, help="tokens of a batch, prompts and answers")
+    parser.add_argument("--batch-tokens", type=int, default=600_000, help="tokens of a batch, prompts and answers")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
