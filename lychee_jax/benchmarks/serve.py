@@ -15,11 +15,13 @@ import numpy as np
 
 from lychee_jax.benchmarks.deliveries import Columns, Delivery, columns
 from lychee_jax.benchmarks.step import peak_bytes
+from lychee_jax.benchmarks.targets import Sense
 from lychee_jax.cache.allocator import pages_for
 from lychee_jax.cache.pages import cache_bytes
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.engine import Engine
-from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions
+from lychee_jax.engine.grammar import Anything
+from lychee_jax.engine.options import AttentionMode, AttentionOptions, EngineConfig, EngineOptions
 from lychee_jax.engine.request import Request
 from lychee_jax.errors import UserError
 from lychee_jax.models.spec import ModelSpec
@@ -40,6 +42,7 @@ class Traffic:
         new_tokens: of each request.
         late: the last request has the longest prompt, the others have the other lengths, and it arrives when all of
             them have decoded for a while.
+        shared: tokens with which every prompt begins.
 
     Raises:
         UserError: a number out of its range.
@@ -50,6 +53,7 @@ class Traffic:
     prompt_lengths: tuple[int, ...]
     new_tokens: int
     late: bool = False
+    shared: int = 0
 
     def __post_init__(self) -> None:
         if self.requests < 1 + self.late:
@@ -60,6 +64,8 @@ class Traffic:
             raise UserError("--prompt-lengths must be at least 1")
         if self.late and len(set(self.prompt_lengths)) < 2:
             raise UserError("--prompt-lengths needs two lengths here: of the rows that decode, and of the late prompt")
+        if self.shared >= min(self.prompt_lengths):
+            raise UserError(f"--prompt-lengths must be above the {self.shared} tokens that all prompts share")
         if self.new_tokens < 2:
             raise UserError(f"--new-tokens is {self.new_tokens}; it must be at least 2")
 
@@ -68,6 +74,9 @@ SCENARIOS = {
     "full-batch": Traffic(16, math.inf, (16384,), 2048),
     "long-prompt": Traffic(5, math.inf, (8192, 131072), 2048, late=True),
     "mixed": Traffic(10, 0.25, (8192, 32768, 131072), 256),
+    "long-batch": Traffic(6, math.inf, (131072,), 512),
+    "shared-prefix": Traffic(6, math.inf, (33280,), 512, shared=32768),
+    "guided": Traffic(16, math.inf, (4096,), 512),
 }
 """For an accelerator and a model of 8 B; `scenario` makes them fit others."""
 
@@ -79,22 +88,28 @@ def scenario(name: str, config: ModelConfig, platform: str, **changes: Any) -> T
     traffic = SCENARIOS[name]
     part = 8 if platform == "cpu" else 1
     lengths = tuple(min(length // part, config.max_tokens) for length in traffic.prompt_lengths)
-    return dataclasses.replace(traffic, **({"prompt_lengths": lengths} | changes))
+    fitting = {"prompt_lengths": lengths, "shared": traffic.shared // part}
+    return dataclasses.replace(traffic, **(fitting | changes))
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """A request of the traffic: it arrives at `time`, but not before all earlier ones have got `after_tokens`."""
+    """A request of the traffic: it arrives at `time`, but not before all earlier ones have got `after_tokens`.
+
+    `guided`: a grammar that allows everything says what may come next.
+    """
 
     prompt: tuple[int, ...]
     new_tokens: int
     time: float = 0.0
     after_tokens: int = 0
+    guided: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeRow:
-    """A run of some traffic; pages are the most that were in use at once, of `pages`.
+    """A run of some traffic; pages are the most that were in use at once, of `pages`. `prompt_tokens_read`: of all
+    prompts together, those that the prefix cache did not have.
 
     `compile_s` and `programs` belong to the passes that warm up, `late_compile_s` to the one that was measured: 0,
     unless every pass met something new. `peak_bytes` counts from the start of the process.
@@ -111,6 +126,7 @@ class ServeRow:
     max_num_seqs: int
     rate: float | None
     prompt_tokens: list[int]
+    prompt_tokens_read: int
     new_tokens: list[int]
     columns: Columns
     pages: int
@@ -154,8 +170,9 @@ def arrivals(traffic: Traffic, config: ModelConfig, seed: int) -> list[Arrival]:
         drawn[-1], new[-1] = most, min(traffic.new_tokens, _LATE_TOKENS)
         after[-1] = min(_SETTLED_TOKENS, traffic.new_tokens // 2)
     made = []
+    shared = rng.integers(0, config.vocab_size, traffic.shared).tolist()
     for length, count, when, settled in zip(drawn, new, times, after, strict=True):
-        prompt = rng.integers(0, config.vocab_size, min(length, limit - count)).tolist()
+        prompt = shared + rng.integers(0, config.vocab_size, min(length, limit - count) - len(shared)).tolist()
         made.append(Arrival(tuple(prompt), count, when, settled))
     return made
 
@@ -170,10 +187,16 @@ def measure(
     options: EngineOptions,
     *,
     seed: int = 0,
+    read_again: bool = True,
     engine_config: EngineConfig | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[ServeRow]:
-    """Serve the traffic, and then one request of the shortest prompt alone, in the same engine: "alone".
+    """Serve the traffic in one engine, and what the scenario compares it with.
+
+    "long-batch": from an empty cache, and once more when it knows all prompts, so that all rows decode together; of
+    `auto` attention hybrid and then dense, which reads the prompts anew only if `read_again` is true. "shared-prefix":
+    all at once, and two requests one after the other. "guided": without and with one guided request. All others: the
+    traffic, and one request of the shortest prompt alone.
 
     Raises:
         UserError: traffic that this model or this cache cannot take.
@@ -189,12 +212,55 @@ def measure(
         memory = cache_bytes(config, pages, page_size, weights[0].dtype)
         options = dataclasses.replace(options, cache_memory=memory)
     engine = Engine(spec, weights, options, engine_config)
+
+    def served(name: str, coming: Sequence[Arrival], rate: float = math.inf) -> ServeRow:
+        return _measure(engine, name, model, coming, rate, attention, progress)
+
+    if name == "long-batch":
+        return _long_batch(engine, model, coming, attention, read_again=read_again, progress=progress)
+    if name == "shared-prefix":
+        second = dataclasses.replace(coming[1], after_tokens=coming[0].new_tokens)
+        return [served(name, coming), served("one after the other", [coming[0], second])]
+    if name == "guided":
+        one = dataclasses.replace(coming[-1], guided=True)
+        return [served("no guided", coming), served("one guided", [*coming[:-1], one])]
     shortest = min(coming, key=lambda each: len(each.prompt))
-    alone = [dataclasses.replace(shortest, time=0.0, after_tokens=0)]
-    return [
-        _measure(engine, name, model, coming, traffic.rate, attention, progress),
-        _measure(engine, "alone", model, alone, math.inf, attention, progress),
-    ]
+    alone = dataclasses.replace(shortest, time=0.0, after_tokens=0)
+    return [served(name, coming, traffic.rate), served("alone", [alone])]
+
+
+def _long_batch(
+    engine: Engine,
+    model: str,
+    coming: Sequence[Arrival],
+    attention: AttentionOptions,
+    *,
+    read_again: bool,
+    progress: Callable[[str, int, int], None],
+) -> list[ServeRow]:
+    """Each pass takes minutes, so nothing is served to warm up: what the passes need is compiled before the first."""
+    modes: list[AttentionMode] = ["hybrid", "dense"] if attention.mode == "auto" else [attention.mode]
+    runs = {mode: _Run(engine, dataclasses.replace(attention, mode=mode)) for mode in modes}
+    started, compiling = time.perf_counter(), []
+    for run in runs.values():
+        requests = [run.request(number, each) for number, each in enumerate(coming)]
+        compiling += engine.prepare(requests)
+    for future in compiling:
+        future.result()
+    compile_s = time.perf_counter() - started
+    rows = []
+    for mode, own in runs.items():
+        for name in ("prompts read", "prompts known"):
+            if name == "prompts read" and rows and not read_again:
+                continue
+            if name == "prompts read":
+                engine.reset_prefix_cache()
+            run, before = _Run(engine, own.attention), engine.compile_seconds
+            stage = f"{mode}, {name}"
+            run.serve(coming, lambda done, total, stage=stage: progress(stage, done, total))
+            late = engine.compile_seconds - before
+            rows.append(_row(name, model, run, coming, math.inf, len(compiling), compile_s, late, 1))
+    return rows
 
 
 def _measure(
@@ -217,8 +283,24 @@ def _measure(
         run = _Run(engine, attention)
         stage = f"{name}, {'warm-up' if passes == 1 else 'measured'}"
         run.serve(coming, lambda done, total, stage=stage: progress(stage, done, total))
-    model_config, options = engine.spec.config, engine.options
     assert engine.runner is not None
+    programs, late = engine.runner.programs.count - known, engine.compile_seconds - before
+    return _row(name, model, run, coming, rate, programs, before - compiled, late, passes)
+
+
+def _row(
+    name: str,
+    model: str,
+    run: "_Run",
+    coming: Sequence[Arrival],
+    rate: float,
+    programs: int,
+    compile_s: float,
+    late_compile_s: float,
+    passes: int,
+) -> ServeRow:
+    engine, attention = run.engine, run.attention
+    model_config, options = engine.spec.config, engine.options
     assert engine.allocator is not None
     kv_heads = model_config.num_layers * model_config.num_kv_heads
     return ServeRow(
@@ -233,14 +315,15 @@ def _measure(
         max_num_seqs=options.max_num_seqs,
         rate=rate if math.isfinite(rate) else None,
         prompt_tokens=[len(each.prompt) for each in coming],
+        prompt_tokens_read=run.prompt_tokens_read,
         new_tokens=[each.new_tokens for each in coming],
         columns=columns(run.arrived, run.deliveries),
         pages=engine.allocator.num_allocatable,
         pages_owned=run.pages_owned,
         pages_cached=run.pages_cached,
-        programs=engine.runner.programs.count - known,
-        compile_s=before - compiled,
-        late_compile_s=engine.compile_seconds - before,
+        programs=programs,
+        compile_s=compile_s,
+        late_compile_s=late_compile_s,
         passes=passes,
         peak_bytes=peak_bytes(None),
     )
@@ -253,7 +336,7 @@ class _Run:
         self.engine, self.attention = engine, attention
         self.arrived: dict[str, float] = {}
         self.deliveries: list[Delivery] = []
-        self.pages_owned = self.pages_cached = 0
+        self.pages_owned = self.pages_cached = self.prompt_tokens_read = 0
         self._got: dict[str, int] = {}
         self._open: set[str] = set()
 
@@ -296,14 +379,21 @@ class _Run:
             if now - told > 0.2:
                 told = now
                 progress(engine.prompt_tokens_read - read + sum(self._got.values()), total)
+        self.prompt_tokens_read = engine.prompt_tokens_read - read
         progress(total, total)
+
+    def request(self, number: int, each: Arrival) -> Request:
+        """What the engine gets."""
+        grammar = Anything(self.engine.spec.config.vocab_size) if each.guided else None
+        return Request(
+            str(number), each.prompt, each.new_tokens, attention=self.attention, sample_index=number, grammar=grammar
+        )
 
     def _is_due(self, each: Arrival, now: float) -> bool:
         return each.time <= now and all(count >= each.after_tokens for count in self._got.values())
 
     def _add(self, each: Arrival, now: float) -> None:
-        number = len(self.arrived)
-        request = Request(str(number), each.prompt, each.new_tokens, attention=self.attention, sample_index=number)
+        request = self.request(len(self.arrived), each)
         self.engine.add_request(request)
         # A step may have kept the loop from seeing it in time; who waits for the others arrives when they are there.
         self.arrived[request.id] = now if each.after_tokens else each.time
@@ -311,31 +401,52 @@ class _Run:
         self._open.add(request.id)
 
 
-def targets(name: str, row: ServeRow) -> list[dict[str, Any]]:
+def targets(name: str, rows: Sequence[ServeRow]) -> list[dict[str, Any]]:
     """What a scenario is to reach on an H200 at the shape of Llama-3-8B."""
-    found = row.columns
-    known = {
-        "full-batch": (f"host work, share of a block of {found.full_rows} rows", found.host_share, 0.05),
-        "long-prompt": ("longest stall of a decoding row, in usual blocks", found.stall_blocks, 3.0),
-    }
-    if name not in known:
-        return []
-    what, value, target = known[name]
-    return [{"what": what, "value": value, "target": target, "sense": "<="}]
+    found = [row.columns for row in rows]
+    first = found[0]
+    if name == "full-batch":
+        what = f"host work, share of a block of {first.full_rows} rows"
+        return [_target(what, first.host_share, 0.05, "<=")]
+    if name == "long-prompt":
+        return [_target("longest stall of a decoding row, in usual blocks", first.stall_blocks, 3.0, "<=")]
+    if name == "long-batch":
+        rates = {row.attention: row.columns.full_tokens_per_s for row in rows if row.name == "prompts known"}
+        ratio = _ratio(rates.get("hybrid"), rates.get("dense"))
+        return [_target("decode tokens/s while all rows decode, hybrid over dense", ratio, 2.5, ">=")]
+    if name == "shared-prefix":
+        first_token, second = found[1].samples_first_token_s
+        what = "first token of the second request with the same prefix, share of the time of the first"
+        return [_target(what, second / first_token, 0.1, "<=")]
+    if name == "guided":
+        what = f"tokens/s of {first.full_rows} rows with a guided one among them, share of those without"
+        return [_target(what, _ratio(found[1].full_tokens_per_s, first.full_tokens_per_s), 0.5, ">=")]
+    return []
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other is not None else None
+
+
+def _target(what: str, value: float | None, target: float, sense: Sense) -> dict[str, Any]:
+    return {"what": what, "value": value, "target": target, "sense": sense}
 
 
 def table(rows: Sequence[ServeRow]) -> str:
     """The rows as text."""
 
     def each(label: str, *numbers: int | float | None, form: str = ",.2f") -> str:
-        return f"{label:<42}" + "".join(f" {'–' if n is None else format(n, form):>14}" for n in numbers)
+        return f"{label:<42}" + "".join(f" {'–' if n is None else format(n, form):>19}" for n in numbers)
 
     all_columns = [row.columns for row in rows]
     between = [one.between_tokens_s for one in all_columns]
     lines = [
-        f"{rows[0].model}, {rows[0].dtype}, {rows[0].attention} attention",
-        f"{'':<42}" + "".join(f" {row.name:>14}" for row in rows),
+        f"{rows[0].model}, {rows[0].dtype}",
+        f"{'':<42}" + "".join(f" {row.name:>19}" for row in rows),
+        f"{'attention':<42}" + "".join(f" {row.attention:>19}" for row in rows),
         each("requests", *(len(row.prompt_tokens) for row in rows), form="d"),
+        each("tokens of prompts, in all", *(sum(row.prompt_tokens) for row in rows), form=",d"),
+        each("those that were read", *(row.prompt_tokens_read for row in rows), form=",d"),
         each("tokens/s, end to end", *(one.tokens_per_s for one in all_columns)),
         each("rows of a full batch", *(one.full_rows for one in all_columns), form="d"),
         each("tokens/s, while the batch is full", *(one.full_tokens_per_s for one in all_columns)),

@@ -13,7 +13,7 @@ import typer
 from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text
+from lychee_jax.files import json_text, read_json_object
 
 app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
 
@@ -197,17 +197,26 @@ def bench_serve(
     at_once: Annotated[
         str, typer.Option(metavar="N,…", help="With --url: how many streams run together, one after the other.")
     ] = "1,4,16,64",
+    guided: Annotated[
+        int, typer.Option(metavar="N", help="With --url: streams that are guided, beside which others are timed.")
+    ] = 0,
     api_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", envvar="LYCHEE_API_KEY", help="With --url: what the server wants to see."),
     ] = None,
     scenario: Annotated[
-        Literal["full-batch", "long-prompt", "mixed"],
+        Literal["full-batch", "long-prompt", "mixed", "long-batch", "shared-prefix", "guided"],
         typer.Option(
             help="[b]full-batch[/b]: requests of one length, all at once. [b]long-prompt[/b]: one arrives while others "
-            "decode. [b]mixed[/b]: random arrivals and lengths. The options below change it."
+            "decode. [b]mixed[/b]: random arrivals and lengths. [b]long-batch[/b]: a few very long prompts, hybrid and "
+            "dense. [b]shared-prefix[/b]: prompts that begin alike. [b]guided[/b]: a full batch without and with one "
+            "guided row. The options below change it."
         ),
     ] = "mixed",
+    read_again: Annotated[
+        bool,
+        typer.Option(help="In long-batch dense attention reads the prompts itself, too, for its times end to end."),
+    ] = True,
     model: shared.ModelOption = None,
     shape: Annotated[Shape | None, typer.Option(help="Instead of a model: random weights of this shape.")] = None,
     dtype: shared.DtypeOption = None,
@@ -240,6 +249,9 @@ def bench_serve(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the numbers there as JSON.")
     ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the numbers of an --output that is there already.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object.")] = False,
 ) -> None:
     """Serve requests as they come: tokens a second, time to the first token, and how long rows stall.
@@ -260,8 +272,11 @@ def bench_serve(
     if offline == (url is not None):
         raise UserError("give either --offline, the engine in this process, or the --url of a server")
     if url is not None:
-        _bench_url(url, at_once, requests, new_tokens, api_key, seed, output, as_json=as_json)
+        numbers = tuple(_numbers("--at-once", at_once))
+        _bench_url(url, numbers, requests, new_tokens, guided, api_key, seed, output, append=append, as_json=as_json)
         return
+    # As for decode: six sequences of 131,072 tokens need nearly all of the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     if model is not None and shape is not None:
         raise UserError("--model and --shape exclude each other; give one")
     if cache_memory is not None and cache_memory < 1:
@@ -308,27 +323,29 @@ def bench_serve(
     with progress_bar() as progress:
         rows = serve.measure(
             scenario, name, spec, weights, traffic, AttentionOptions(attention, head_map, policy), engine_options,
-            seed=seed, progress=progress,
+            seed=seed, read_again=read_again, progress=progress,
         )  # fmt: skip
     report = _device() | {
         "command": shlex.join(["lychee", *sys.argv[1:]]),
         "rows": [row.to_json() for row in rows],
-        "targets": serve.targets(scenario, rows[0]),
+        "targets": serve.targets(scenario, rows),
     }
     if output is not None:
-        output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+        _write_results(report, output, append=append)
     print(json_text(report) if as_json else serve.table(rows))
 
 
 def _bench_url(
     url: str,
-    at_once: str,
+    at_once: tuple[int, ...],
     requests: int | None,
     new_tokens: int | None,
+    guided: int,
     api_key: str | None,
     seed: int,
     output: Path | None,
     *,
+    append: bool,
     as_json: bool,
 ) -> None:
     """What a server's clients notice."""
@@ -336,24 +353,34 @@ def _bench_url(
     from lychee_jax.cli.console import progress_bar
 
     load = http_serve.HttpLoad(
-        url.rstrip("/"),
-        tuple(_numbers("--at-once", at_once)),
-        requests or 2,
-        new_tokens=new_tokens or 64,
-        api_key=api_key,
+        url.rstrip("/"), at_once, requests or 2, new_tokens=new_tokens or 64, guided=guided, api_key=api_key
     )
     with progress_bar() as progress:
         rows = http_serve.measure(load, seed=seed, progress=progress)
     report = {
-        "device": f"that of {url}",
+        "device": f"a server at {url}, {os.cpu_count()} CPU cores",
         "jax": importlib.metadata.version("jax"),  # not asked itself: the server has the device
         "command": shlex.join(["lychee", *sys.argv[1:]]),
         "rows": [dataclasses.asdict(row) for row in rows],
         "targets": http_serve.targets(rows),
     }
     if output is not None:
-        output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+        _write_results(report, output, append=append)
     print(json_text(report) if as_json else http_serve.table(rows))
+
+
+def _write_results(report: dict[str, Any], output: Path, *, append: bool) -> None:
+    """A results file; with `append` what it had before comes first, and each row says on which device it was made."""
+    if append:
+        report["rows"] = [{"device": report["device"], **row} for row in report["rows"]]
+    if append and output.exists():
+        before = read_json_object(output)
+        for name in ("rows", "targets"):
+            report[name] = [*before.get(name, []), *report[name]]
+        for name in ("device", "jax", "command"):
+            parts = str(before.get(name, report[name])).split("; ")
+            report[name] = "; ".join(dict.fromkeys([*parts, report[name]]))
+    output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
 
 
 @app.command("kernels")

@@ -150,7 +150,6 @@ def serve(
         served = ServedModel.of(
             load_model(model, dtype, choose, quantize=quantize, quantize_head=quantize_head), chosen, engine
         )
-        warm_up(served.engine, served.defaults.attention_options)
-        return served
+        return dataclasses.replace(served, readiness=warm_up(served.engine, served.defaults.attention_options))
 
     run(config, listener, load)

@@ -28,3 +28,19 @@ class Grammar(Protocol):
     def finished(self) -> bool:
         """Whether the text is complete, so that it ends here."""
         ...
+
+
+class Anything:
+    """A grammar that allows every token: what guided requests cost beside their grammar's own work."""
+
+    finished = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self._allowed = np.ones(vocab_size, bool)
+
+    def mask(self) -> np.ndarray:
+        """All of them."""
+        return self._allowed
+
+    def accept(self, token: int) -> None:
+        """Nothing changes."""

@@ -15,7 +15,7 @@ from lychee_jax.attention.decode import Decode
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.prefill import Extend
 from lychee_jax.attention.selection import SelectionPolicy
-from lychee_jax.cache.pages import Pools
+from lychee_jax.cache.pages import Pools, copy_pages
 from lychee_jax.engine import ranking
 from lychee_jax.engine.sampling import (
     MAX_TOP_LOGPROBS,
@@ -357,6 +357,10 @@ def decode_block(
     empty = Block.empty(plan.steps, batch, spec.config.vocab_size)
     _, pools, rows, block = jax.lax.while_loop(more, step, (jnp.int32(0), pools, rows, empty))
     return pools, rows, block, fed
+
+
+copy_for_forks = jax.jit(copy_pages, donate_argnames=("pools",))
+"""`copy_pages` in place."""
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "implementation"), donate_argnames=("pools",))

@@ -34,6 +34,8 @@ class Request:
             what a page holds: model fingerprint, dtypes, page size, implementation, adapter.
         grammar: what says which tokens may come next. Such a request is guided: its next step is sent when its newest
             token was read, and as long as it decodes the blocks of all rows have one step.
+        fork_of: the id of a request with the same prompt and salt that the engine knows. If this one can start where
+            that prompt ends, the prompt is read once for both and its pages are shared; if not, it makes no difference.
 
     Raises:
         UserError: an empty prompt, or no token to be generated.
@@ -51,6 +53,7 @@ class Request:
     cache_salt: bytes = b""
     grammar: Grammar | None = None
     prompt_logprobs: int | None = None
+    fork_of: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

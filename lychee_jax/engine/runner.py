@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lychee_jax.attention.head_map import HeadMap
-from lychee_jax.cache.pages import Pools, copy_pages, make_pools
+from lychee_jax.cache.pages import Pools, make_pools
 from lychee_jax.engine.compile_timer import Programs
 from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.programs import (
     DecodePlan,
     Rows,
     Start,
+    copy_for_forks,
     correct_cache,
     decode_block,
     make_rows,
@@ -101,7 +102,7 @@ class Runner:
             pairs = copies[first : first + _COPIES]
             padded = np.full((2, _COPIES), -1, np.int32)
             padded[:, : len(pairs)] = np.asarray(pairs, np.int32).T
-            self.pools = self.programs(copy_pages, _COPIES, (), self.pools, padded[0], padded[1])
+            self.pools = self.programs(copy_for_forks, _COPIES, (), self.pools, padded[0], padded[1])
 
     def prefill(self, work: PrefillWork) -> tuple[SentChunks, list[SentBlock]]:
         """Read chunks, and start the rows whose prompts end with them."""

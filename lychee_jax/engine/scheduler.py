@@ -210,27 +210,21 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request.
 
+        A fork starts with its parent where that one's prompt ends. If that is not possible, because the parent is gone
+        or decodes already, or because no slot or too few pages are free when its prompt was read, it is a request like
+        any other.
+
         Raises:
             UserError: it can never fit (more pages than there are), or its id is taken.
+            ValueError: a fork's prompt is not that of its parent.
         """
-        self._add(_Sequence(request, self._keys(request), parent=None))
-
-    def fork(self, parent_id: str, request: Request) -> None:
-        """Queue a request with the prompt of another one, to start with it where that prompt ends.
-
-        If that is not possible, because the parent is gone or decodes already, or because no slot or too few pages are
-        free when its prompt was read, this is a request like any other.
-
-        Raises:
-            UserError: as for `add`.
-            ValueError: the prompts differ.
-        """
-        parent = self._running.get(parent_id) or self._waiting.get(parent_id)
-        if parent is None or request.prompt_logprobs is not None:
-            self.add(request)
+        name = request.fork_of if request.prompt_logprobs is None else None
+        parent = None if name is None else self._running.get(name) or self._waiting.get(name)
+        if parent is None:
+            self._add(_Sequence(request, self._keys(request), parent=None))
             return
         if (request.prompt, request.cache_salt) != (parent.request.prompt, parent.request.cache_salt):
-            raise ValueError(f"request {request.id!r} must have the prompt of {parent_id!r} to be its fork")
+            raise ValueError(f"request {request.id!r} must have the prompt of {name!r} to be its fork")
         self._add(_Sequence(request, parent.keys or self._keys(request), parent.parent or parent))
 
     def abort(self, request_id: str) -> bool:

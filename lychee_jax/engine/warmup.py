@@ -82,6 +82,8 @@ class Rehearsal(Runner):
                 self.prefill(work.prefill)
                 for chunk in work.prefill.chunks:
                     sent[chunk.request.id] = int(chunk.last)
+                    sent.update({fork.request.id: 1 for fork in chunk.forks})
+            self.copy(work.copies)
             for group in work.decode:
                 self.decode(group)
                 for row in group.rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class Metrics:
         gauge("pages_free", "Pages of the KV cache that hold nothing of use", lambda now: now.pages_free)
         gauge("pages_cached", "Pages that nobody owns and a prompt may reuse", lambda now: now.pages_cached)
         gauge("pages_owned", "Pages that running sequences own", lambda now: now.pages_owned)
+        gauge("tasks", "Tasks of the event loop, the one that asks included", lambda _: len(asyncio.all_tasks()))
         self.requests = counter("requests", "Calls that were admitted", "endpoint")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were admitted")
         self.cached_tokens = counter("prefix_cache_hit_tokens", "Tokens of prompts that the prefix cache had")
@@ -67,5 +69,5 @@ class Metrics:
         self._cpu.labels(part).set_function(lambda: sum(map(time.clock_gettime, clocks)))
 
     def text(self) -> bytes:
-        """All of it."""
+        """All of it; to be called in the event loop."""
         return generate_latest(self._registry)

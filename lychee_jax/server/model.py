@@ -14,6 +14,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM, engine_options
 from lychee_jax.server.grammar import Grammars
 from lychee_jax.server.token_texts import TokenTexts
+from lychee_jax.server.warmup import Readiness
 from lychee_jax.text.tokenizer import Tokenizer
 
 _CPU_CACHE = 2 << 30
@@ -23,12 +24,14 @@ _CPU_CACHE = 2 << 30
 class ServedModel:
     """Everything about the model that handlers look at; only the engine's thread may step the engine.
 
-    `defaults`: attention, policy and the ids that end a text.
+    `defaults`: attention, policy and the ids that end a text. `readiness`: which programs are compiled; without it
+    each is at its first use, and everyone waits.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     defaults: GenerateOptions
+    readiness: Readiness | None = None
 
     @classmethod
     def of(cls, llm: LLM, defaults: GenerateOptions, options: EngineOptions) -> ServedModel:

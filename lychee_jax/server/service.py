@@ -150,6 +150,7 @@ class Service:
                     tuple(dict.fromkeys(eos_ids)), sample_index=sample, top_logprobs=top_logprobs,
                     grammar=None if grammar is None else model.grammars.start(grammar),
                     prompt_logprobs=prompt_logprobs,
+                    fork_of=f"{name}-{choice - sample}" if sample else None,
                 )  # fmt: skip
                 if sample == 0:
                     model.engine.check(request)

@@ -3,60 +3,109 @@
 from __future__ import annotations
 
 import bisect
+import contextvars
 import dataclasses
 from collections.abc import Iterator, Sequence
-
-import numpy as np
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
 
 from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.grammar import Anything
 from lychee_jax.engine.options import AttentionOptions, max_pages
 from lychee_jax.engine.request import Request
 from lychee_jax.errors import UserError
 
-
-class _Anything:
-    """A grammar that allows every token."""
-
-    finished = False
-
-    def __init__(self, vocab_size: int) -> None:
-        self._allowed = np.ones(vocab_size, bool)
-
-    def mask(self) -> np.ndarray:
-        """All of them."""
-        return self._allowed
-
-    def accept(self, token: int) -> None:
-        """Nothing changes."""
+Part = Literal["plain", "guided", "scored"]
 
 
-def warm_up(engine: Engine, attention: AttentionOptions) -> None:
+class Readiness:
+    """Which programs are compiled: a request of a rare kind waits for its own, and nobody waits with it.
+
+    A kind is an attention, and what of it: "plain", or "guided", blocks of one step, which all rows share while a
+    guided one decodes. "scored" are the programs that read prompts for their log-probabilities, whatever the attention.
+    """
+
+    def __init__(self, engine: Engine, attention: AttentionOptions) -> None:
+        """`attention`: of requests that name none."""
+        self._engine, self._attention = engine, attention
+        self._kinds: dict[tuple[AttentionOptions, Part], Future[list[Future[Any]]]] = {}
+        # One thread, so that programs are compiled in the order in which they were asked for.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rehearse")
+        self._guided = False
+
+    def begin(self, attention: AttentionOptions, part: Part) -> Future[list[Future[Any]]]:
+        """Find what this kind needs, and compile it, in the background; the result has a future for each program."""
+        kind = attention, part
+        if kind not in self._kinds:
+            # What is set for this context, an interpreter of kernels say, is set for that thread, too.
+            self._kinds[kind] = self._pool.submit(contextvars.copy_context().run, self._prepare, attention, part)
+        return self._kinds[kind]
+
+    def is_ready(self, request: Request) -> bool:
+        """Whether nothing is left to be compiled for this request, alone or beside others; begins what is missing.
+
+        Raises:
+            Exception: what the compiler has raised.
+        """
+        attention, default = request.attention, self._attention
+        assert isinstance(attention, AttentionOptions)
+        asked = [self.begin(attention, "plain")]
+        if not self._engine.options.correct_every:
+            self.begin(attention, "guided")
+        self._guided |= request.grammar is not None
+        if self._guided:
+            asked += [future for (_, part), future in self._kinds.items() if part == "guided"]
+        if request.prompt_logprobs is not None:
+            asked.append(self.begin(default, "scored"))
+        programs = [each for future in asked if future.done() for each in future.result()]
+        for program in programs:
+            if program.done():
+                program.result()
+        return all(future.done() for future in [*asked, *programs])
+
+    def _prepare(self, attention: AttentionOptions, part: Part) -> list[Future[Any]]:
+        engine, changes = self._engine, dict[str, Any]()
+        if part == "guided":
+            changes["grammar"] = Anything(engine.spec.config.vocab_size)
+        if part == "scored":
+            changes["prompt_logprobs"] = 0
+        groups = _prompts(engine, attention) if part == "scored" else rehearsals(engine, attention)
+        return [
+            future
+            for requests in groups
+            for future in engine.prepare([dataclasses.replace(request, **changes) for request in requests])
+        ]
+
+
+def warm_up(engine: Engine, attention: AttentionOptions) -> Readiness:
     """Compile what requests of this attention can need, side by side, and run one of them.
 
-    What only guided requests need is compiled in the background meanwhile and after that: it is as much again.
+    What only guided requests need, and those that ask for log-probabilities of their prompts, is compiled in the
+    background meanwhile and after that: it is as much again. Other attention is compiled when it is asked for.
 
     Raises:
         UserError: not even a page of cache fits into the memory.
     """
     if engine.max_tokens < 2:
         raise UserError("the KV cache has no room: give it more with --cache-memory")
-    compiling = [
-        future for requests in rehearsals(engine, attention) for future in engine.prepare(requests)
-    ]  # fmt: skip
+    readiness = Readiness(engine, attention)
+    plain = readiness.begin(attention, "plain")
+    readiness.begin(attention, "scored")
     if not engine.options.correct_every:
-        anything = _Anything(engine.spec.config.vocab_size)
-        for requests in rehearsals(engine, attention):
-            engine.prepare([dataclasses.replace(request, grammar=anything) for request in requests])
-    for future in compiling:
+        readiness.begin(attention, "guided")
+    for future in plain.result():
         future.result()
     engine.add_request(Request("warm-up", (0,), 2, attention=attention))
     while engine.has_work:
         engine.step()
+    return readiness
 
 
 def rehearsals(engine: Engine, attention: AttentionOptions) -> Iterator[list[Request]]:
     """Groups of requests that come together: every prefill program, and every decode program of every batch."""
     yield from _prompts(engine, attention)
+    if engine.options.max_num_seqs > 1 and engine.max_tokens > 2:
+        yield [Request("0", (0,), 2, attention=attention), Request("1", (0,), 2, attention=attention, fork_of="0")]
     page_size, most = engine.options.page_size, engine.max_tokens
     batches = _batches(engine)
     for low, high in _widths(engine):

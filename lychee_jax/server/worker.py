@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "dead"]
 
+_COMPILER_SECONDS = 0.05  # after which the thread looks again whether programs are compiled, where it has nothing to do
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
@@ -39,14 +41,14 @@ class EngineStats:
     prompt_tokens: int = 0
 
     @classmethod
-    def of(cls, engine: Engine) -> EngineStats:
-        """The engine's numbers now."""
+    def of(cls, engine: Engine, held: int = 0) -> EngineStats:
+        """The engine's numbers now; `held`: requests that wait before it."""
         scheduler, allocator = engine.scheduler, engine.allocator
         if scheduler is None or allocator is None:
-            return cls()
+            return cls(waiting=held)
         return cls(
-            scheduler.num_running, scheduler.num_waiting, allocator.num_free, allocator.num_cached, allocator.num_owned,
-            engine.prompt_tokens_read,
+            scheduler.num_running, scheduler.num_waiting + held, allocator.num_free, allocator.num_cached,
+            allocator.num_owned, engine.prompt_tokens_read,
         )  # fmt: skip
 
 
@@ -65,8 +67,9 @@ class Worker:
         """`start` loads the model and warms its engine up; it is called in the engine's thread."""
         self._start = start
         self._loop = asyncio.get_running_loop()
-        self._commands: queue.SimpleQueue[Callable[[Engine], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[ServedModel], None] | None] = queue.SimpleQueue()
         self._receivers: dict[str, Callable[[RequestOutput], None]] = {}
+        self._held: list[Request] = []  # the thread's: their programs are being compiled
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._step_began: float | None = None
         self.state: State = "starting"
@@ -85,12 +88,12 @@ class Worker:
         if self.state == "dead":
             self._deliver([RequestOutput(request.id, finish_reason="abort")])
             return
-        self._commands.put(lambda engine: self._add(engine, request))
+        self._commands.put(lambda model: self._add(model, request))
 
     def finish(self, request_id: str) -> None:
         """Nobody wants more of this request; what it did is forgotten, and its pages are free after the step."""
         if self._receivers.pop(request_id, None) is not None:
-            self._commands.put(lambda engine: engine.finish(request_id))
+            self._commands.put(lambda model: self._finish(model, request_id))
 
     def stop(self, seconds: float = 5.0) -> bool:
         """End the thread after its step; False if it has not ended in time."""
@@ -121,36 +124,55 @@ class Worker:
             model = self._start()
             engine = model.engine
             self._call(self._set_ready, model, EngineStats.of(engine))
-            while self._take_commands(engine):
+            while self._take_commands(model):
                 self._step_began = time.monotonic()
                 outputs = engine.step()
                 self._step_began = None
-                self._call(self._deliver, outputs, EngineStats.of(engine))
+                self._call(self._deliver, outputs, EngineStats.of(engine, len(self._held)))
         except BaseException as raised:
             _log.debug("the engine has ended", exc_info=True)
             error = raised
         self._step_began = None
         self._call(self._end, error)
 
-    def _take_commands(self, engine: Engine) -> bool:
+    def _take_commands(self, model: ServedModel) -> bool:
         """Do what the loop asks for; waits where there is nothing else to do. False at the end."""
+        engine = model.engine
         while True:
+            held, self._held = self._held, []
+            for request in held:
+                self._add(model, request)
             try:
-                command = self._commands.get(block=not engine.has_work)
+                command = self._commands.get(not engine.has_work, _COMPILER_SECONDS if self._held else None)
             except queue.Empty:
-                return True
+                if engine.has_work:
+                    return True
+                continue
             if command is None:
                 return False
-            command(engine)
-            if not engine.has_work:  # a request was forgotten, and nothing of it is on its way
-                self._call(self._deliver, [], EngineStats.of(engine))
+            command(model)
+            if not engine.has_work:  # a request was forgotten or is held, and nothing is on its way
+                self._call(self._deliver, [], EngineStats.of(engine, len(self._held)))
 
-    def _add(self, engine: Engine, request: Request) -> None:
+    def _add(self, model: ServedModel, request: Request) -> None:
+        """Give a request to the engine, or hold it until its programs are compiled."""
         try:
-            engine.add_request(request)
+            if model.readiness is not None and not model.readiness.is_ready(request):
+                self._held.append(request)
+                return
+            model.engine.add_request(request)
+            return
         except (UserError, NotImplementedError) as error:
-            output = RequestOutput(request.id, finish_reason="error", error=first_line(error))
-            self._call(self._deliver, [output], EngineStats.of(engine))
+            told = first_line(error)
+        except Exception:
+            _log.exception("programs for %s cannot be compiled", request.id)
+            told = "what this request needs cannot be compiled; the server's log says more"
+        output = RequestOutput(request.id, finish_reason="error", error=told)
+        self._call(self._deliver, [output], EngineStats.of(model.engine, len(self._held)))
+
+    def _finish(self, model: ServedModel, request_id: str) -> None:
+        self._held = [request for request in self._held if request.id != request_id]
+        model.engine.finish(request_id)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         try:

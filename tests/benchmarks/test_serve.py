@@ -171,6 +171,43 @@ def test_a_long_prompt_arrives_while_others_decode(folder, capsys):
     assert (target["target"], target["sense"]) == (3, "<=")
 
 
+def test_long_prompts_are_read_once_for_both_kinds_of_attention(folder, tmp_path, capsys):
+    target = tmp_path / "serve.json"
+    arguments = ["--requests", "2", "--prompt-lengths", "70", "--new-tokens", "26", "--heads", "none", *SMALL]
+    every = ["--scenario", "long-batch", "--model", folder, *arguments, "--output", str(target), "--append"]
+    assert _serve(*every, "--no-read-again") == 0
+    printed = json.loads(target.read_text())
+    rows = printed["rows"]
+    assert [(row["name"], row["attention"]) for row in rows] == [
+        ("prompts read", "hybrid"), ("prompts known", "hybrid"), ("prompts known", "dense"),
+    ]  # fmt: skip
+    assert all(row["late_compile_s"] == 0 and row["full_rows"] == 2 for row in rows)
+    assert [row["prompt_tokens_read"] for row in rows] == 3 * [140]  # only prompts of many pages are kept
+    (reached,) = printed["targets"]
+    assert reached["value"] == rows[1]["full_tokens_per_s"] / rows[2]["full_tokens_per_s"]
+    assert "prompts known" in capsys.readouterr().out
+
+
+def test_a_shared_beginning_and_a_guided_row(folder, tmp_path):
+    target = tmp_path / "serve.json"
+    model = ["--model", folder, "--output", str(target), "--append", *SMALL]
+    lengths = ["--requests", "2", "--prompt-lengths", "80", "--new-tokens", "16"]
+    assert _serve("--scenario", "guided", *lengths, *model) == 0
+    assert _serve("--scenario", "guided", *lengths, *model) == 0
+    printed = json.loads(target.read_text())
+    assert [row["name"] for row in printed["rows"]] == 2 * ["no guided", "one guided"]
+    assert [row["device"] for row in printed["rows"]] == 4 * [printed["device"]]
+    assert all(each["value"] > 0 for each in printed["targets"])
+
+
+def test_prompts_may_begin_alike():
+    made = serve.arrivals(serve.Traffic(3, math.inf, (40,), 5, shared=30), CONFIG, 0)
+    assert len({each.prompt[:30] for each in made}) == 1
+    assert len({each.prompt[30:] for each in made}) == 3
+    with pytest.raises(UserError, match="share"):
+        serve.Traffic(3, math.inf, (40, 20), 5, shared=30)
+
+
 def test_people_get_a_table_and_random_weights_will_do(folder, monkeypatch, capsys):
     monkeypatch.setitem(shapes.MODELS, "llama-3-8b", read_config(folder))
     arguments = ["--requests", "2", "--prompt-lengths", "24", "--new-tokens", "60", "--rate", "inf"]

@@ -275,7 +275,7 @@ def test_forks_start_where_their_parents_prompt_ends() -> None:
     queue = scheduler()
     queue.add(Request("a", prompt(11), 7))
     for name in "bc":
-        queue.fork("a", Request(name, prompt(11), 5))
+        queue.add(Request(name, prompt(11), 5, fork_of="a"))
     assert chunks_of(queue.schedule()) == [("a", 0, 8)]
     assert queue.num_running == 1
     work = queue.schedule()
@@ -292,7 +292,7 @@ def test_forks_start_where_their_parents_prompt_ends() -> None:
 def test_a_fork_at_a_page_border_copies_nothing_and_one_token_needs_no_step() -> None:
     queue = scheduler()
     queue.add(Request("a", prompt(8), 7))
-    queue.fork("a", Request("b", prompt(8), 1))
+    queue.add(Request("b", prompt(8), 1, fork_of="a"))
     work = queue.schedule()
     assert work.copies == ()
     assert rows_of(work) == [[("a", 8, 1)]]
@@ -303,13 +303,13 @@ def test_a_fork_that_cannot_start_with_its_parent_is_a_request_like_any_other() 
     late = scheduler()
     late.add(Request("a", prompt(11), 7))
     chunks_until_idle(late)
-    late.fork("a", Request("late", prompt(11), 1))
-    late.fork("unknown", Request("orphan", prompt(11), 1))
+    late.add(Request("late", prompt(11), 1, fork_of="a"))
+    late.add(Request("orphan", prompt(11), 1, fork_of="unknown"))
     assert chunks_until_idle(late) == [[("late", 8, 3)], [("orphan", 8, 3)]]
 
     aborted = scheduler()
     aborted.add(Request("a", prompt(11), 7))
-    aborted.fork("a", Request("b", prompt(11), 1))
+    aborted.add(Request("b", prompt(11), 1, fork_of="a"))
     aborted.schedule()
     aborted.abort("a")
     aborted.add(Request("a", prompt(11), 1))  # not the parent, though it has its name
@@ -317,7 +317,7 @@ def test_a_fork_that_cannot_start_with_its_parent_is_a_request_like_any_other() 
 
     full = scheduler(max_num_seqs=1)
     full.add(Request("a", prompt(11), 1))
-    full.fork("a", Request("b", prompt(11), 1))
+    full.add(Request("b", prompt(11), 1, fork_of="a"))
     assert chunks_until_idle(full) == [[("a", 0, 8)], [("a", 8, 3)]]
     full.finish("a")
     assert chunks_until_idle(full) == [[("b", 8, 3)]]
@@ -326,8 +326,8 @@ def test_a_fork_that_cannot_start_with_its_parent_is_a_request_like_any_other() 
 def test_a_fork_of_a_fork_has_the_same_parent() -> None:
     queue = scheduler()
     queue.add(Request("a", prompt(3), 1))
-    queue.fork("a", Request("b", prompt(3), 1))
-    queue.fork("b", Request("c", prompt(3), 1))
+    queue.add(Request("b", prompt(3), 1, fork_of="a"))
+    queue.add(Request("c", prompt(3), 1, fork_of="b"))
     work = queue.schedule().prefill
     assert work
     assert [fork.request.id for fork in work.chunks[0].forks] == ["b", "c"]
@@ -337,14 +337,14 @@ def test_a_fork_needs_the_prompt_of_its_parent() -> None:
     queue = scheduler()
     queue.add(Request("a", prompt(3), 1))
     with pytest.raises(ValueError, match="must have the prompt"):
-        queue.fork("a", Request("b", prompt(4), 1))
+        queue.add(Request("b", prompt(4), 1, fork_of="a"))
     with pytest.raises(ValueError, match="must have the prompt"):
-        queue.fork("a", Request("b", prompt(3), 1, cache_salt=b"adapter"))
+        queue.add(Request("b", prompt(3), 1, cache_salt=b"adapter", fork_of="a"))
 
 
 def test_a_fork_does_not_overtake() -> None:
     queue = scheduler(max_num_seqs=4)
     queue.add(Request("a", prompt(11), 1))
     queue.add(Request("x", prompt(3, other_from=0), 1))
-    queue.fork("a", Request("b", prompt(11), 1))
+    queue.add(Request("b", prompt(11), 1, fork_of="a"))
     assert chunks_until_idle(queue) == [[("a", 0, 8)], [("a", 8, 3)], [("x", 0, 3)], [("b", 8, 3)]]

@@ -103,26 +103,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add_again(self, data: st.DataObject, more: list[int], forks: int) -> None:
         """A prompt that continues an earlier one, and perhaps more texts for it."""
         earlier = data.draw(st.sampled_from(self.known[-5:]))
-        parent = dataclasses.replace(earlier, id=self.new_id(), prompt=earlier.prompt + tuple(more))
+        parent = dataclasses.replace(earlier, id=self.new_id(), prompt=earlier.prompt + tuple(more), fork_of=None)
         self.submit(parent)
         for _ in range(forks):
-            self.submit(dataclasses.replace(parent, id=self.new_id()), parent.id)
+            self.submit(dataclasses.replace(parent, id=self.new_id(), fork_of=parent.id))
 
     def new_id(self) -> str:
         """A few ids that come back as soon as they are free."""
         taken = {*self.live, *(waiting.id for waiting in self.queue)}
         return next(name for name in map(str, itertools.count()) if name not in taken)
 
-    def submit(self, new: Request, parent: str | None = None) -> None:
+    def submit(self, new: Request) -> None:
         self.known.append(new)
         if pages_for(len(new.prompt) + new.max_new_tokens, PAGE) > self.pages:
             with pytest.raises(UserError, match="the cache has"):
                 self.scheduler.add(new)
             return
-        if parent is None:
-            self.scheduler.add(new)
-        else:
-            self.scheduler.fork(parent, new)
+        self.scheduler.add(new)
         self.queue.append(new)
 
     @rule(data=st.data(), copies=st.integers(1, 3), new=st.integers(1, 9))
@@ -132,7 +129,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         parent = data.draw(st.sampled_from(parents))
         for _ in range(copies):
-            self.submit(dataclasses.replace(parent, id=self.new_id(), max_new_tokens=new), parent.id)
+            self.submit(dataclasses.replace(parent, id=self.new_id(), max_new_tokens=new, fork_of=parent.id))
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:

@@ -15,12 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
+from lychee_jax.cli import main as cli
 from lychee_jax.engine.engine import Engine
-from lychee_jax.errors import UserError
 from lychee_jax.server.errors import ApiError
 from lychee_jax.server.middleware import ApiKey
-from lychee_jax.server.model import ServedModel
-from lychee_jax.server.process import bind
+from lychee_jax.server.process import bind, serve
 from lychee_jax.server.settings import ServerConfig
 from tests.support import servers
 from tests.support.servers import Running
@@ -45,6 +44,23 @@ def test_a_client_that_leaves_is_forgotten(server: Running, stream: bool):
     client = _send(server, LONG | {"n": 12, "stream": stream})
     server.wait_until(lambda: server.service.worker.stats.waiting > 0)
     client.close()
+    server.wait_until(server.is_idle)
+
+
+def test_a_client_that_is_killed_in_its_stream_is_forgotten(server: Running):
+    code = f"""
+import http.client, sys, time
+connection = http.client.HTTPConnection({server.url.removeprefix("http://")!r})
+connection.request("POST", "/v1/completions", sys.argv[1], {{"content-type": "application/json"}})
+print(connection.getresponse().readline().decode(), flush=True)
+time.sleep(600)
+"""
+    command = [sys.executable, "-S", "-c", code, json.dumps(LONG | {"n": 6, "stream": True})]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("data: {")
+        assert not server.is_idle()
+        process.kill()
     server.wait_until(server.is_idle)
 
 
@@ -86,9 +102,12 @@ def test_the_key_guards_everything_but_health():
         assert status(path, (b"authorization", b"Bearer secret")) == 200
 
 
-def test_a_port_in_use_is_told_in_one_line():
-    with bind("127.0.0.1", 0) as taken, pytest.raises(UserError, match="choose another --port"):
-        bind("127.0.0.1", taken.getsockname()[1])
+def test_a_port_in_use_is_told_in_one_line(capsys: pytest.CaptureFixture[str]):
+    with bind("127.0.0.1", 0) as taken:
+        assert cli.main(["serve", "--port", str(taken.getsockname()[1])]) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1
+    assert "choose another --port" in told
 
 
 class FailingEngine(Engine):
@@ -109,19 +128,43 @@ class FailingEngine(Engine):
 def test_a_device_error_fails_what_runs_and_ends_the_server(server: Running):
     llm = server.llm
 
-    def load() -> ServedModel:
-        assert llm.tokenizer is not None
-        engine = FailingEngine(llm.spec, llm.weights, servers.ENGINE, servers.ENGINE_CONFIG)
-        return ServedModel(engine, llm.tokenizer, servers.DEFAULTS)
-
     def fail() -> None:
-        with servers.running(llm, ServerConfig(), load=load) as other:
+        with servers.running(llm, ServerConfig(), load=lambda: servers.served(llm, FailingEngine)) as other:
             answer = other.post("/v1/completions", {"prompt": [[1] * 13], "max_tokens": 2})
             assert answer.status_code == 503
             assert "device" not in answer.text
 
     with pytest.raises(RuntimeError, match="the device has failed"):
         fail()
+
+
+def test_a_device_error_ends_the_process_with_a_reason(
+    server: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """`serve` runs in this process here; what ends it is an exception."""
+    llm = server.llm
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    def ask() -> None:
+        """Until it is ready, and then the request at which the device fails."""
+        while (answer := httpx.post(url + "/v1/completions", json=body, timeout=60)).status_code != 503 or (
+            "loading" in answer.text
+        ):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    body = {"prompt": [[1] * 13], "max_tokens": 2}
+    client = threading.Thread(target=ask)
+    client.start()
+    with pytest.raises(SystemExit) as ended:
+        serve(ServerConfig(), listener, lambda: servers.served(llm, FailingEngine))
+    client.join(60)
+    assert ended.value.code == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "error: the engine has ended: the device has failed"
 
 
 class HangingEngine(Engine):
@@ -137,17 +180,11 @@ class HangingEngine(Engine):
 def test_a_step_that_hangs_and_text_that_takes_too_long_are_told(server: Running, capfd: pytest.CaptureFixture[str]):
     llm = server.llm
 
-    def load() -> ServedModel:
-        assert llm.tokenizer is not None
-        return ServedModel(
-            HangingEngine(llm.spec, llm.weights, servers.ENGINE, servers.ENGINE_CONFIG), llm.tokenizer, servers.DEFAULTS
-        )
-
     def health() -> int:
         return httpx.get(other.url + "/health", timeout=60).status_code
 
     config = ServerConfig(watchdog_seconds=0.2, text_seconds=0.05)
-    with servers.running(llm, config, load=load) as other:
+    with servers.running(llm, config, load=lambda: servers.served(llm, HangingEngine)) as other:
         work = other.service.in_pool(time.sleep, 0.5)
         with pytest.raises(ApiError, match=r"longer than 0\.05 s"):
             asyncio.run_coroutine_threadsafe(work, other.service.worker.ended.get_loop()).result(60)
@@ -200,7 +237,9 @@ def _command(*options: str, **environment: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_the_command_serves_the_bundled_model_until_a_signal():
-    with _command("--max-model-len", "256", "--max-num-seqs", "2", LYCHEE_API_KEY="secret") as process:
+    with _command(
+        "--max-model-len", "256", "--max-num-seqs", "2", "--drain-seconds", "100", LYCHEE_API_KEY="secret"
+    ) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
         assert line.startswith("lychee is ready on http://127.0.0.1:"), line
@@ -209,7 +248,16 @@ def test_the_command_serves_the_bundled_model_until_a_signal():
         body = {"prompt": "The red fox", "max_tokens": 4}
         assert httpx.post(url + "/v1/completions", json=body).status_code == 401
         assert httpx.post(url + "/v1/completions", json=body, headers=key, timeout=60).status_code == 200
-        process.send_signal(signal.SIGTERM)
+        long = {"prompt": "The red fox", "max_tokens": 60, "ignore_eos": True, "n": 4, "stream": True}
+        with httpx.stream("POST", url + "/v1/completions", json=long, headers=key, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert "draining" in process.stderr.readline()
+            assert httpx.post(url + "/v1/completions", json=body, headers=key, timeout=60).status_code == 503
+            told = [line for line in lines if line]
+        assert told[-1] == "data: [DONE]"
+        assert sum('"finish_reason":"length"' in line.replace(" ", "") for line in told) == 4
         assert process.wait(30) == 0
 
 

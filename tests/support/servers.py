@@ -15,6 +15,7 @@ import httpx
 import openai
 
 from lychee_jax.data import language
+from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.llm import LLM, Generation
 from lychee_jax.loading import BUNDLED
@@ -84,10 +85,13 @@ class Running:
     def post(self, path: str, body: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=60)
 
+    def another_llm(self) -> LLM:
+        """The same model, with an engine of its own."""
+        return LLM(self.llm.path, self.llm.config, self.llm.model, None, self.llm.eos_ids, ENGINE_CONFIG, ENGINE)
+
     def reference(self, prompts: list[str], **options: Any) -> Generation:
         """What an engine of its own makes of the prompts, greedily."""
-        llm = LLM(self.llm.path, self.llm.config, self.llm.model, None, self.llm.eos_ids, ENGINE_CONFIG, ENGINE)
-        return llm.generate(prompts, page_size=DEFAULTS.page_size, **options)
+        return self.another_llm().generate(prompts, page_size=DEFAULTS.page_size, **options)
 
     def metrics(self) -> str:
         return httpx.get(self.url + "/metrics", timeout=60).text
@@ -106,6 +110,12 @@ class Running:
         return not (stats.running or stats.waiting or stats.pages_owned or self.service.num_open)
 
 
+def served(llm: LLM, engine: type[Engine] = Engine) -> ServedModel:
+    """The model with an engine of its own, which compiles at first use."""
+    assert llm.tokenizer is not None
+    return ServedModel(engine(llm.spec, llm.weights, ENGINE, ENGINE_CONFIG), llm.tokenizer, DEFAULTS)
+
+
 @contextlib.contextmanager
 def running(
     llm: LLM, config: ServerConfig, *, engine: EngineOptions = ENGINE, load: Callable[[], ServedModel] | None = None
@@ -114,8 +124,7 @@ def running(
 
     def load_it() -> ServedModel:
         model = ServedModel.of(llm, DEFAULTS, engine)
-        warm_up(model.engine, model.defaults.attention_options)
-        return model
+        return dataclasses.replace(model, readiness=warm_up(model.engine, model.defaults.attention_options))
 
     config = dataclasses.replace(config, port=0)
     listener = bind(config.host, 0)
