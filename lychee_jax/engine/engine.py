@@ -32,8 +32,7 @@ from lychee_jax.engine.warmup import Rehearsal
 from lychee_jax.errors import UserError
 from lychee_jax.models.spec import ModelSpec
 
-_CPU_CACHE = 2 << 30
-_ACCELERATOR_SHARE = 0.85
+_CPU_CACHE, _LEAST_TOKENS, _ACCELERATOR_SHARE = 2 << 30, 4096, 0.85
 
 
 @dataclasses.dataclass
@@ -260,12 +259,13 @@ class Engine:
         self._unscheduled.clear()
 
     def _pages_for(self, requests: Sequence[Request]) -> int:
-        """Pages of a cache that is made for these requests."""
+        """Pages of a cache that is made for these requests, not few: a larger one compiles every program anew."""
         if jax.default_backend() != "cpu" or self.options.cache_memory is not None:
             return self._most_pages
-        needs = [pages_for(len(r.prompt) + r.max_new_tokens, self.options.page_size) for r in requests]
-        together = 2 * sum(sorted(needs)[-self.options.max_num_seqs :])
-        return max(max(needs), min(next_power_of_two(together), self._default_pages()))
+        needs = sorted(pages_for(len(r.prompt) + r.max_new_tokens, self.options.page_size) for r in requests)
+        least = pages_for(_LEAST_TOKENS, self.options.page_size)
+        together = max(least, 2 * sum(needs[-self.options.max_num_seqs :]))
+        return max(needs[-1], min(next_power_of_two(together), self._default_pages(), self._most_pages))
 
     def prepare(self, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
         """Compile in the background what these requests will need, a future for each program; neither weights nor a

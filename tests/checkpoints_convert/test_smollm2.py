@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Pipeline
 
 from checkpoints_convert import convert
-from lychee_jax.engine.options import EngineConfig, GenerateOptions
+from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.llm import LLM
 from lychee_jax.loading import load
 from lychee_jax.text.tokenizer import Tokenizer
@@ -34,10 +34,13 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> LLM:
-    """One size of batches for one chat and for four prompts: each more is a program of 30 layers to compile."""
+    """One size of batches for one chat and for four prompts, and one cache for all: each more is a program of 30 layers
+    to compile.
+    """
     loaded = load(folder)
-    config = dataclasses.replace(EngineConfig.of("cpu", loaded.config), min_rows=4)
-    return LLM(loaded.path, loaded.config, loaded.model, loaded.heads, loaded.eos_ids, engine_config=config)
+    loaded.engine_config = dataclasses.replace(EngineConfig.of("cpu", loaded.config), min_rows=4)
+    loaded.engine_options = EngineOptions(cache_memory=400 << 20)
+    return loaded
 
 
 def test_ids_of_the_real_tokenizer(folder):

@@ -70,7 +70,6 @@ def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None, 
     [
         (Shape(16, 64, 4, BF16), [2, -1, 0], "max", False),
         (Shape(32, 128, 7, F16), [1], "lse", True),
-        (Shape(64, 128, 8, BF16), [0, 2, 1], "max", True),
         (Shape(128, 64, 1, BF16), [-1, 2], "lse", True),
         (Shape(64, 64, 2, F16), [0, 1, 2], None, True),
     ],
@@ -217,7 +216,6 @@ def test_select_pages_by_every_rule(name: str, amount: float) -> None:
 @pytest.mark.parametrize(
     ("shape", "heads", "rule", "known", "dense"),
     [
-        (Shape(16, 64, 4, BF16), [1], oracle.Rule(4, 1, 1), True, None),
         (Shape(64, 128, 8, BF16), [2, -1], oracle.Rule(4, 1, 1), False, None),
         (Shape(32, 64, 2, F16), [-1], oracle.Rule(4, 1, 1), True, None),
         (Shape(16, 128, 7, F16), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), True, None),

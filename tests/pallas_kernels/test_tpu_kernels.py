@@ -109,7 +109,7 @@ def test_dense_decode_at_every_border_of_a_page(shape: Shape, heads: list[int], 
 
 @pytest.mark.parametrize(
     ("shape", "heads", "kind"),
-    [(Shape(64, 64, 2), [0, 2], "max"), (Shape(32, 128, 4, BF16), [1], "lse"), (Shape(128, 128, 7), [2], "max")],
+    [(Shape(64, 64, 2), [0, 2], "max"), (Shape(32, 128, 4, BF16), [1], "lse")],
     ids=str,
 )
 def test_dense_decode_over_several_steps(shape: Shape, heads: list[int], kind: str) -> None:
@@ -131,7 +131,7 @@ def test_tiles_of_other_sizes_give_the_same() -> None:
 def test_two_cores_share_the_work(heads: list[int]) -> None:
     """v4 and v5p: cores take turns with the heads, or share each head's context where heads do not come out even."""
     shape = Shape(64, 64, 4)
-    check_dense(shape, make_cache(shape, lengths=[5000, 0, 8192, 70]), heads, "max", cores=2)
+    check_dense(shape, make_cache(shape, lengths=[320, 0, 512, 70]), heads, "max", cores=2, config=SMALL)
 
 
 def test_a_row_of_another_cache_does_not_leak_in() -> None:
@@ -147,14 +147,14 @@ def test_a_row_of_another_cache_does_not_leak_in() -> None:
     np.testing.assert_allclose(np.asarray(out[1:], np.float64), want, atol=shape.tolerance)
 
 
-@pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize(
-    ("shape", "heads", "budget"),
+    ("shape", "heads", "budget", "cores"),
     [
-        (Shape(16, 64, 4), [1, 2], 4),
-        (Shape(64, 128, 8, BF16), [-1, 0], 4),
-        (Shape(128, 128, 7, BF16), [0, 1, 2], 40),
-        (Shape(64, 64, 1), [2, 0], 70),
+        (Shape(16, 64, 4), [1, 2], 4, 1),
+        (Shape(64, 128, 8, BF16), [-1, 0], 4, 2),
+        (Shape(128, 128, 7, BF16), [0, 1, 2], 40, 1),
+        (Shape(128, 128, 7, BF16), [0, 1, 2], 40, 2),
+        (Shape(64, 64, 1), [2, 0], 70, 1),
     ],
     ids=str,
 )

@@ -40,7 +40,7 @@ from tests.support import tiny_checkpoints
 CONTEXT, HEADS = 512, 4
 CHUNK = 2 * CONTEXT  # two chunks of prompts a cell, the last one not full
 SIZES = study.Sizes(
-    samples=3, retrieval_heads=HEADS, steps=3, lengths=(448, 512), dialogues=2, dialogue_tokens=120
+    samples=3, retrieval_heads=HEADS, steps=3, lengths=(512, 512), dialogues=2, dialogue_tokens=120
 )  # fmt: skip
 FIELDS = {
     "model", "method", "seed", "task", "context", "budget", "page_size", "rule", "page_score", "correction", "sink",
@@ -270,7 +270,7 @@ def whole(folder: Path, tmp_path_factory) -> Path:
         output=where / "study", chunk_tokens=CHUNK, model=str(folder),
         tasks="passkey", contexts=str(CONTEXT), samples=SIZES.samples,
         dialogues=SIZES.dialogues, dialogue_tokens=SIZES.dialogue_tokens, seeds="0", retrieval_heads=HEADS,
-        steps=SIZES.steps, train_lengths="448,512", json_file=where / "copy.json", publish=where / "docs",
+        steps=SIZES.steps, train_lengths="512,512", json_file=where / "copy.json", publish=where / "docs",
     )  # fmt: skip
     return where
 
