@@ -16,6 +16,9 @@ from lychee_jax.models.quantization import STORED
 
 _log = logging.getLogger(__name__)
 
+# The number of every byte: looked up, because e4m3 takes four times as long to be converted.
+_NUMBERS = {name: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for name, dtype in EIGHT_BITS.items()}
+
 
 class QuantizedFolder(FolderSource):
     """The tensors of such a folder, scales multiplied in. Opening it reads headers only.
@@ -56,15 +59,15 @@ class QuantizedFolder(FolderSource):
         if not self.is_quantised(name):
             yield from super().blocks(name)
             return
-        columns = self.tensors[name].shape[1]
+        numbers, columns = _NUMBERS[self.tensors[name].dtype], self.tensors[name].shape[1]
         scale, (high, wide) = self._read_scale(name)
         for first, stored in super().blocks(name):
             scales = scale[np.arange(first, first + len(stored)) // high]
             if scales.shape[1] > 1:
                 scales = scales.repeat(wide, axis=1)[:, :columns]
-            numbers = stored.astype(np.float32)
-            numbers *= scales
-            yield first, numbers
+            block = numbers[stored.view(np.uint8)]
+            block *= scales
+            yield first, block
 
     def channels(
         self, name: str, quantize: Quantization

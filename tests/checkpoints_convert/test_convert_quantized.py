@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,8 +54,9 @@ def assert_same(found, wanted):
 def test_a_folder_stores_what_loading_would_round(tmp_path, raw, quantize, head):
     tiny_checkpoints.write_checkpoint(tmp_path / "hf", raw, shards=2)
     wanted = load(tmp_path / "hf", "bfloat16", quantize=quantize, quantize_head=head)
-    options = {"dtype": "bfloat16", "quantize": quantize, "quantize_head": head}
-    report = convert(tmp_path / "hf", tmp_path / "out", verify=True, **options)
+    report = convert(
+        tmp_path / "hf", tmp_path / "out", dtype="bfloat16", quantize=quantize, quantize_head=head, verify=True
+    )
     assert_same(read_all(tmp_path / "out"), arrays(wanted))
     assert report.bytes == sum(array.nbytes for array in arrays(wanted).values())
     assert (report.quantize, report.verified) == (quantize, True)
@@ -138,11 +140,12 @@ def test_what_cannot_be_rounded_leaves_nothing(tmp_path):
     tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", LLAMA)
     tensors[UP][3, 5] = np.inf
     tiny_checkpoints.write_shards(tmp_path / "hf", tensors)
-    for options, told in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"quantize": "int8"}, f"{UP}: a weight is NaN or infinite"),
         ({"quantize": "int4"}, "use int8 or fp8"),
         ({"quantize_head": True}, "quantize is none"),
-    ):
+    ]
+    for options, told in cases:
         with pytest.raises(UserError, match=told):
             convert(tmp_path / "hf", tmp_path / "deep" / "out", **options)
     assert [file.name for file in tmp_path.iterdir()] == ["hf"]

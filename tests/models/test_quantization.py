@@ -1,5 +1,6 @@
 """Weights of 8 bits: rounding channel by channel, and programs that never hold a kernel in another dtype."""
 
+import re
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from flax import nnx
 from lychee_jax.config import ModelConfig, Quantization
 from lychee_jax.errors import UserError
 from lychee_jax.models.layers import Linear
-from lychee_jax.models.quantization import check_quantization, quantize_kernel
+from lychee_jax.models.quantization import STORED, check_quantization, quantize_kernel
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.parallel import axes
 
@@ -87,6 +88,32 @@ def test_a_cpu_never_holds_the_kernel_in_another_dtype(quantize: Quantization, d
     wanted = np.asarray(x, np.float64) @ (stored.astype(np.float64) * scale[:, None]).T
     found = np.asarray(compiled(x, jnp.asarray(stored), jnp.asarray(scale)), np.float64) / 3
     np.testing.assert_allclose(found, wanted, atol=8 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_are_given_a_conversion_and_a_product_that_xla_fuses(
+    quantize: Quantization, platform: str
+) -> None:
+    """Nothing but that has the kernel's shape, and both operands are contracted along their last axis."""
+    outputs, inputs = 1536, 256
+
+    def apply(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+        module = Linear(
+            inputs, outputs, axes=(axes.MLP, axes.EMBED), bias=False, dtype=x.dtype, rngs=nnx.Rngs(0),
+            quantize=quantize,
+        )  # fmt: skip
+        module.kernel, module.scale = nnx.Param(kernel), nnx.Param(scale)
+        return module(x)
+
+    shapes = (((2, 3, inputs), jnp.bfloat16), ((outputs, inputs), STORED[quantize]), ((outputs,), jnp.float32))
+    args = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
+    code = jax.export.export(jax.jit(apply), platforms=[platform])(*args).mlir_module()
+    made = re.findall(r"= stablehlo\.(\w+).*tensor<1536x256x(\w+)>$", code.replace(" loc(", "\n"), re.MULTILINE)
+    assert made == [("convert", "bf16")]
+    (product,) = re.findall(r"stablehlo\.dot_general.*", code)
+    assert "contracting_dims = [2] x [1]" in product
+    assert "-> tensor<2x3x1536xf32>" in product
 
 
 @pytest.mark.parametrize("tied", [True, False])
