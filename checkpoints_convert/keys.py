@@ -21,7 +21,7 @@ _MODULES = {
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 _WEIGHT_SCALES = ("weight_scale", "weight_scale_inv")  # both are what a stored number is multiplied by
-_ACTIVATION_SCALES = ("input_scale", "act_scale", "output_scale")
+_ACTIVATION_SCALES = ("input_scale", "input_zero_point", "act_scale", "output_scale")
 _CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale")
 _QUANTISED = ("qweight", "qzeros", "g_idx", "scales", "weight_packed", "absmax", *_WEIGHT_SCALES)
 
@@ -43,7 +43,7 @@ def is_cache_scale(name: str) -> bool:
 
 
 def is_activation_scale(name: str) -> bool:
-    """Whether a tensor of a checkpoint is what activations are divided by, where these are quantised, too."""
+    """Whether a tensor of a checkpoint says how activations are quantised."""
     return name.rpartition(".")[2] in _ACTIVATION_SCALES
 
 
