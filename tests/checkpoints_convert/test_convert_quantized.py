@@ -53,10 +53,15 @@ def assert_same(found, wanted):
 )
 def test_a_folder_stores_what_loading_would_round(tmp_path, raw, quantize, head):
     tiny_checkpoints.write_checkpoint(tmp_path / "hf", raw, shards=2)
-    wanted = load(tmp_path / "hf", "bfloat16", quantize=quantize, quantize_head=head)
+    wanted, heard = load(tmp_path / "hf", "bfloat16", quantize=quantize, quantize_head=head), []
     report = convert(
-        tmp_path / "hf", tmp_path / "out", dtype="bfloat16", quantize=quantize, quantize_head=head, verify=True
-    )
+        tmp_path / "hf", tmp_path / "out", dtype="bfloat16", quantize=quantize, quantize_head=head, verify=True,
+        progress=lambda *told: heard.append(told),
+    )  # fmt: skip
+    for stage in ("convert", "verify"):  # nothing is read twice, but for a tied table that is also a head
+        steps = [told[1:] for told in heard if told[0] == stage]
+        assert [done for done, _ in steps] == sorted({done for done, _ in steps})
+        assert steps[-1] == (steps[0][1], report.tensors + (report.tied and head))
     assert_same(read_all(tmp_path / "out"), arrays(wanted))
     assert report.bytes == sum(array.nbytes for array in arrays(wanted).values())
     assert (report.quantize, report.verified) == (quantize, True)
