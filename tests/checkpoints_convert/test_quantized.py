@@ -9,6 +9,7 @@ import pytest
 
 from checkpoints_convert import convert, store
 from checkpoints_convert.config import ConvertConfig
+from lychee_jax.cli import main as cli
 from lychee_jax.errors import UserError
 from lychee_jax.loading import load
 from lychee_jax.models.quantization import quantize_kernel
@@ -141,6 +142,15 @@ def test_what_is_rounded_again_says_by_how_much(tmp_path, name, quantize, caplog
     caplog.clear()
     assert load(tmp_path / "hf", quantize=quantize).weights_digest() == load(tmp_path / "out").weights_digest()
     assert caplog.messages == [said]
+
+
+def test_the_command_line_says_so_once(tmp_path, capsys, caplog):
+    write(tmp_path / "hf", "qwen")
+    assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--quantize", "int8"]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith("notice: ")
+    assert said.count("\n") == 1
+    assert caplog.messages == [], "the root logger, which may have a handler, hears nothing of it"
 
 
 def test_a_kernel_of_parts_that_are_stored_differently(tmp_path, caplog):
