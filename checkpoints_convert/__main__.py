@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from checkpoints_convert.convert import convert
-from lychee_jax.config import DTYPES
+from lychee_jax.config import DTYPES, Quantization
 from lychee_jax.errors import UserError
 from lychee_jax.notices import notices_on_stderr
 from lychee_jax.tpu_environment import has_tpu, without_tpu
@@ -36,6 +36,13 @@ def parser() -> argparse.ArgumentParser:
         choices=DTYPES,
         help="of the converted weights (default: the checkpoint's, bfloat16 if it is quantised)",
     )
+    made.add_argument(
+        "--quantize",
+        choices=("none", *get_args(Quantization)),
+        default="none",
+        help="kernels of 8 bits, with a scale for each output channel; norms, biases and embedding stay as they are",
+    )
+    made.add_argument("--quantize-head", action="store_true", help="the output head, too")
     made.add_argument("--verify", action="store_true", help="read everything again and compare every tensor")
     made.add_argument("--overwrite", action="store_true", help="replace DST if it exists, once the new folder is whole")
     return made
@@ -49,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress = _show if sys.stderr.isatty() else None
     try:
         with notices_on_stderr():
-            report = convert(**vars(arguments), progress=progress)
+            quantize = None if arguments.quantize == "none" else arguments.quantize
+            report = convert(**{**vars(arguments), "quantize": quantize}, progress=progress)
         print(report)
     except UserError as error:
         return _fail(str(error))

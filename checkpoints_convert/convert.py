@@ -11,19 +11,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from checkpoints_convert import store
 from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.converted import FORMAT
 from checkpoints_convert.hub import locate
-from checkpoints_convert.keys import Key
+from checkpoints_convert.keys import Target
 from checkpoints_convert.progress import Progress
+from checkpoints_convert.rounding import RoundingError
 from checkpoints_convert.source import MARKER
 from checkpoints_convert.verify import verify as compare
-from checkpoints_convert.weights import NUMPY_DTYPES, Weights, check_dtype
+from checkpoints_convert.weights import Weights, check_dtype
+from lychee_jax.config import ModelConfig, Quantization
 from lychee_jax.errors import UserError
 from lychee_jax.files import check_tensor_path, json_text
+from lychee_jax.models.quantization import check_quantization
+from lychee_jax.quantization_config import converted_quantization, without_quantization
 from lychee_jax.text.tokenizer import check_tokenizer
 
 
@@ -31,7 +35,7 @@ from lychee_jax.text.tokenizer import check_tokenizer
 class ConversionReport:
     """What a conversion did; `tied` says whether one table embeds tokens and reads logits out.
 
-    `tensors` are counted as Hugging Face has them.
+    `tensors` are counted as Hugging Face has them; `quantize` is what kernels are stored as, where not in `dtype`.
     """
 
     path: Path
@@ -41,13 +45,15 @@ class ConversionReport:
     tied: bool
     verified: bool
     seconds: float
+    quantize: Quantization | None = None
 
     def __str__(self) -> str:
         head = "tied to the embedding" if self.tied else "of its own"
+        kernels = f" with kernels in {self.quantize}" if self.quantize else ""
         verified = ", verified" if self.verified else ""
         size = f"{self.bytes / 1e9:.2f} GB" if self.bytes >= 1e9 else f"{self.bytes / 1e6:.2f} MB"
         return (
-            f"{self.path}: {self.tensors} tensors, {size} in {self.dtype}, output head {head}"
+            f"{self.path}: {self.tensors} tensors, {size} in {self.dtype}{kernels}, output head {head}"
             f"{verified}, in {self.seconds:.1f} s"
         )
 
@@ -57,6 +63,8 @@ def convert(
     dst: str | Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
+    quantize_head: bool = False,
     verify: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -72,7 +80,11 @@ def convert(
             llama, qwen2 or qwen3 (of a split one any part; all lie in one folder).
         dst: the folder to make.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's, and makes bfloat16 of quantised GGUF files.
-        verify: read everything again before `dst` appears: it must be finite and, to the bit, what the source says.
+        quantize: int8 or fp8: kernels are stored in 8 bits with a scale for each output channel, rounded from the
+            checkpoint's own numbers, or as they are where it stores them so; norms, biases and the embedding stay.
+        quantize_head: the output head, too; of a tied embedding a copy.
+        verify: read everything again before `dst` appears: it must be finite and, to the bit, what the source says, or
+            what rounding makes of that.
         overwrite: replace `dst`, whatever it holds, once the new folder is whole.
         progress: told how far the work has come.
         config: how much is read and written at once.
@@ -83,6 +95,7 @@ def convert(
     started = time.perf_counter()
     dst = Path(dst).expanduser().resolve()
     check_dtype(dtype)
+    kind = check_quantization(quantize, quantize_head)
     _check_destination(dst, overwrite)
     source = locate(str(src), gguf=True)
     for kept in (source.resolve(), Path.cwd()):
@@ -91,14 +104,18 @@ def convert(
     weights = Weights(source, config)
     if source.is_dir():
         check_tokenizer(source)
-    dtype = dtype or weights.config.dtype
+    model = dataclasses.replace(
+        weights.config, dtype=dtype or weights.config.dtype, quantize=kind, quantize_head=quantize_head
+    )
     with _told_as_user_errors(dst), _appearing(dst, overwrite) as folder:
-        _copy_files(weights, dtype, folder)
-        size = _write_weights(weights, dtype, folder, progress, config)
+        _copy_files(weights, model, folder)
+        size = _write_weights(weights, model, folder, progress, config)
         if verify:
-            compare(weights, folder, dtype, progress)
+            compare(weights, folder, model, progress)
     seconds = time.perf_counter() - started
-    return ConversionReport(dst, weights.tensors, size, dtype, weights.config.tie_word_embeddings, verify, seconds)
+    return ConversionReport(
+        dst, weights.tensors, size, model.dtype, model.tie_word_embeddings, verify, seconds, model.quantize
+    )
 
 
 def _check_destination(dst: Path, overwrite: bool) -> None:
@@ -109,37 +126,49 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
         raise UserError(f"{dst} is a file, and only a folder can be replaced")
 
 
-def _copy_files(weights: Weights, dtype: str, folder: Path) -> None:
+def _copy_files(weights: Weights, model: ModelConfig, folder: Path) -> None:
     """The marker, the config as it now is, and whatever belongs to the text side."""
-    config = {key: value for key, value in weights.raw_config.items() if key != "torch_dtype"}
-    config |= {"dtype": dtype, "tie_word_embeddings": weights.config.tie_word_embeddings}
+    config = {key: value for key, value in without_quantization(weights.raw_config).items() if key != "torch_dtype"}
+    config |= {"dtype": model.dtype, "tie_word_embeddings": model.tie_word_embeddings}
+    if model.quantize is not None:
+        config["quantization_config"] = converted_quantization(model.quantize, model.quantize_head)
     (folder / "config.json").write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
     (folder / MARKER).write_text(json_text({"format": FORMAT}) + "\n", encoding="utf-8")
     weights.source.write_text_files(folder)
 
 
-def _write_weights(weights: Weights, dtype: str, folder: Path, progress: Progress | None, config: ConvertConfig) -> int:
+def _write_weights(
+    weights: Weights, model: ModelConfig, folder: Path, progress: Progress | None, config: ConvertConfig
+) -> int:
     """Returns the bytes written."""
-    done = 0
+    targets, error = weights.targets(model), RoundingError()
+    done, total = 0, sum(len(target.key.parts) for target in targets)
+    made: dict[str, Shaped[np.ndarray, ...]] = {}
 
-    def read(key: Key) -> Float[np.ndarray, "..."]:
+    def read(target: Target, path: str) -> Shaped[np.ndarray, "..."]:
         nonlocal done
-        if progress is not None:
-            progress("convert", done, weights.tensors)
-        done += len(key.parts)
-        return weights.read(key.path, dtype)
+        if path not in made:
+            if progress is not None:
+                progress("convert", done, total)
+            done += len(target.key.parts)
+            # A kernel and its scales are made together, and written one after the other.
+            made.clear()
+            made.update(weights.load(target, error))
+        return made.pop(path)
 
     tensors = {
-        path: store.Unread(key.shape, NUMPY_DTYPES[dtype], functools.partial(read, key))
-        for path, key in weights.keys.items()
+        path: store.Unread(shape, np.dtype(dtype), functools.partial(read, target, path))
+        for target in targets
+        for path, (shape, dtype) in target.tensors.items()
     }
     size = sum(tensor.nbytes for tensor in tensors.values())
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(f"the weights take {size / 1e9:.1f} GB, but {folder.parent} has {free / 1e9:.1f} GB left")
     store.write(folder / store.WEIGHTS, tensors, config)
+    weights.tell(error)
     if progress is not None:
-        progress("convert", done, weights.tensors)
+        progress("convert", done, total)
     return size
 
 

@@ -65,6 +65,10 @@ class GGUFSource(Source):
             block = tensor.rows(first, min(first + step, rows))
             yield first, _pairs_to_halves(block, head_dim) if turned else block
 
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor's numbers were rounded to few bits."""
+        return self._tensors[name].quantised
+
     def write_text_files(self, folder: Path) -> None:
         """The files of the tokenizer and of the ids that end a text.
 

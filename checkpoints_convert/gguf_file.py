@@ -87,7 +87,6 @@ class GGUFTensor(Stored):
     """One tensor as the header of its file describes it; `dtype` is the name of its `type`."""
 
     type: GGMLQuantizationType
-    offset: int
 
     @property
     def loaded_dtype(self) -> np.dtype | None:
@@ -113,13 +112,7 @@ class GGUFTensor(Stored):
         """
         numbers, size = gguf.GGML_QUANT_SIZES[self.type]
         row = int(np.prod(self.shape[1:], dtype=np.int64)) * size // numbers
-        try:
-            # Read, not mapped: the touched pages of a mapped file count as the process's own.
-            data = np.fromfile(self.file, np.uint8, (last - first) * row, offset=self.offset + first * row)
-        except OSError as error:
-            raise UserError(f"cannot read {self.file}: {error.strerror or error}") from error
-        if data.size != (last - first) * row:
-            raise UserError(f"cannot read {self.file}: it ends too early")
+        data = self.read(first * row, (last - first) * row)
         if self.type in _FLOATS:
             values = data.view(_FLOATS[self.type])
         else:
@@ -189,8 +182,8 @@ def _read(path: Path) -> tuple[Metadata, dict[str, GGUFTensor]]:
             path,
             tuple(reversed(tensor.shape.tolist())),
             tensor.tensor_type.name,
-            tensor.tensor_type,
             tensor.data_offset,
+            tensor.tensor_type,
         )
         for tensor in reader.tensors
     }

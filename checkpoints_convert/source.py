@@ -12,12 +12,13 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float32, Shaped, UInt8
 from safetensors import SafetensorError, safe_open
 
 from checkpoints_convert.config import DEFAULT, ConvertConfig
+from lychee_jax.config import Quantization
 from lychee_jax.errors import UserError
-from lychee_jax.files import read_json_object
+from lychee_jax.files import decode_text, parse_json, read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -39,8 +40,9 @@ TEXT_FILES = (
 )
 """Beside config and weights: what a converted checkpoint keeps, where it is there."""
 
-# safetensors' names. Importing ml_dtypes is also what teaches its NumPy reader bfloat16.
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# safetensors' names.
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+EIGHT_BITS = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "I8": np.dtype(np.int8)}
 # An error is one line: so many problems of a kind are told by name.
 _TOLD = 8
 _ADAPTER = "adapter_config.json"
@@ -50,11 +52,26 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One tensor of a checkpoint, as the header of its file describes it."""
+    """One tensor of a checkpoint, as the header of its file describes it: it begins at the byte `offset`."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
+
+    def read(self, start: int, size: int) -> UInt8[np.ndarray, " size"]:
+        """Bytes of the tensor. Read, not mapped: the touched pages of a mapped file count as the process's own.
+
+        Raises:
+            UserError: the file has changed or cannot be read any more.
+        """
+        try:
+            data = np.fromfile(self.file, np.uint8, size, offset=self.offset + start)
+        except OSError as error:
+            raise UserError(f"cannot read {self.file}: {error.strerror or error}") from error
+        if data.size != size:
+            raise UserError(f"cannot read {self.file}: it ends too early")
+        return data
 
 
 class Source(abc.ABC):
@@ -90,6 +107,22 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def write_text_files(self, folder: Path) -> None:
         """Whatever belongs to the text side, into a converted folder."""
+
+    def is_quantised(self, name: str) -> bool:
+        """Whether a tensor's numbers were rounded to few bits, which `blocks` undoes."""
+        return False
+
+    def channels(
+        self, name: str, quantize: Quantization
+    ) -> Iterator[tuple[int, Shaped[np.ndarray, "rows columns"], Float32[np.ndarray, " rows"]]] | None:
+        """A tensor that is stored as our kernels are, in pieces of whole rows: the first row's number, rows, scales.
+
+        None: it is stored in another way, and must be rounded.
+
+        Raises:
+            UserError: as `blocks`.
+        """
+        return None
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same numbers."""
@@ -130,21 +163,17 @@ class FolderSource(Source):
 
     def dtype(self, name: str) -> np.dtype | None:
         """The dtype in which a tensor is stored; None for one that is not supported."""
-        return _DTYPES.get(self.tensors[name].dtype)
+        return FLOATS.get(self.tensors[name].dtype)
 
     def blocks(self, name: str) -> Iterator[tuple[int, Shaped[np.ndarray, " rows *rest"]]]:
         """A tensor in pieces of whole rows."""
         stored = self.tensors[name]
-        step = max(1, self._config.block_numbers // math.prod(stored.shape[1:]))
-        rows = stored.shape[0]
-        for first in range(0, rows, step):
-            try:
-                # Opened for each block, because closing is what gives the mapped pages back.
-                with safe_open(stored.file, framework="numpy") as file:
-                    block = file.get_slice(name)[first : min(first + step, rows)]
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot read {name} from {stored.file}: {error}") from error
-            yield first, block
+        numbers, dtype = math.prod(stored.shape[1:]), (FLOATS | EIGHT_BITS)[stored.dtype]
+        step = max(1, self._config.block_numbers // numbers)
+        for first in range(0, stored.shape[0], step):
+            rows = min(step, stored.shape[0] - first)
+            data = stored.read(first * numbers * dtype.itemsize, rows * numbers * dtype.itemsize)
+            yield first, data.view(dtype).reshape(rows, *stored.shape[1:])
 
     def write_text_files(self, folder: Path) -> None:
         """Copy whatever belongs to the text side."""
@@ -186,14 +215,24 @@ class FolderSource(Source):
             return None
         found = {}
         try:
+            # The library checks the header, but NumPy lets it read no numbers of 8 bits: these are read where they lie.
             with safe_open(path, framework="numpy") as file:
+                begins = _begins(path)
                 for key in file.keys():  # noqa: SIM118 (no dictionary)
                     tensor = file.get_slice(key)
-                    found[key] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+                    found[key] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype(), begins[key])
         except (OSError, SafetensorError) as error:
             self.problems["truncated or damaged file"].append(f"{name} ({error})")
             return None
         return found
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where every tensor of a whole safetensors file begins: behind its header of JSON and that header's size."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = parse_json(decode_text(file.read(size), path), path)
+    return {name: 8 + size + about["data_offsets"][0] for name, about in header.items() if name != "__metadata__"}
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -223,6 +262,11 @@ def describe(problems: Mapping[str, Sequence[str]]) -> str:
         more = [f"… and {len(places) - _TOLD} more"] if len(places) > _TOLD else []
         parts.append(f"{kind}: {', '.join([*places[:_TOLD], *more])}")
     return "; ".join(parts)
+
+
+def show_shape(shape: tuple[int, ...]) -> str:
+    """A shape as messages show it."""
+    return "×".join(map(str, shape)) or "a scalar"
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import Float
+from jaxtyping import Shaped
 
 from checkpoints_convert.config import DEFAULT, ConvertConfig
 
@@ -31,7 +31,7 @@ class Unread:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], Float[np.ndarray, "..."]]
+    read: Callable[[], Shaped[np.ndarray, "..."]]
 
     @property
     def size(self) -> int:
@@ -110,7 +110,7 @@ def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return {path: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for path, leaf in _flatten(metadata.tree)}
 
 
-def read(folder: Path, paths: Iterable[str]) -> dict[str, Float[np.ndarray, "..."]]:
+def read(folder: Path, paths: Iterable[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
     """Some tensors of a written checkpoint, by dotted path.
 
     Raises:

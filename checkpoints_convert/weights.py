@@ -1,22 +1,27 @@
 """A Hugging Face checkpoint whose tensors were all checked against its config, ready to be read in our layout."""
 
+import collections
 import dataclasses
 import logging
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float32, Shaped
 
 from checkpoints_convert.config import DEFAULT, ConvertConfig
 from checkpoints_convert.gguf import GGUFSource
-from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, is_derived, is_quantised, keys, renaming
-from checkpoints_convert.source import FolderSource, Source, describe
+from checkpoints_convert.keys import EMBEDDING, LM_HEAD, Part, Target, is_derived, is_quantised, keys, renaming, targets
+from checkpoints_convert.quantized import QuantizedFolder
+from checkpoints_convert.rounding import RoundingError, rounded
+from checkpoints_convert.source import FolderSource, Source, describe, show_shape
 from lychee_jax.config import DTYPES, ModelConfig
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
+from lychee_jax.models.quantization import STORED
+from lychee_jax.quantization_config import stored_quantization
 
 NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -52,7 +57,14 @@ class Weights:
         else:
             config = ModelConfig.from_folder(path)
             self.raw_config = read_json_object(path / "config.json")
-            self.source = FolderSource(path, convert_config)
+            stored = stored_quantization(self.raw_config)
+            self.source = (
+                FolderSource(path, convert_config)
+                if stored is None
+                else QuantizedFolder(path, stored.block, convert_config)
+            )
+            if config.quantize is not None:
+                raise UserError(f"{path}: what its config.json says of quantization is said of converted folders alone")
         if config.tie_word_embeddings and self._has_own_head():
             config = dataclasses.replace(config, tie_word_embeddings=False)
         there = self.source.tensors.keys() | self.source.lost
@@ -81,9 +93,41 @@ class Weights:
                 target[...] = cast(block, dtype, part.name)
         return array
 
-    def read_all(self, dtype: str, wide: Container[str] = ()) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
-        """Path and array of every parameter, those of `wide` in float32; see `read`."""
-        return ((path, self.read(path, "float32" if path in wide else dtype)) for path in self.keys)
+    def targets(self, config: ModelConfig) -> tuple[Target, ...]:
+        """Everything that a model of `config` stores of these weights."""
+        return targets(self.keys.values(), config)
+
+    def load(self, target: Target, error: RoundingError) -> dict[str, Shaped[np.ndarray, "..."]]:
+        """Path → array of what a model stores of one parameter; what takes memory is the result alone.
+
+        Args:
+            target: one of `targets`.
+            error: where to count the error of what is rounded a second time.
+
+        Raises:
+            UserError: a number that the dtype or the 8 bits cannot hold, or a file that cannot be read any more.
+        """
+        if target.quantize is None:
+            return {target.path: self.read(target.key.path, target.dtype)}
+        kernel = np.empty(target.key.shape, STORED[target.quantize])
+        scale = np.empty(target.key.shape[0], np.float32)
+        for part in target.key.parts:
+            for first, rows, channels in rounded(self.source, part.name, target.quantize, error):
+                kernel[part.rows][first : first + len(rows)] = rows
+                scale[part.rows][first : first + len(rows)] = channels
+        return {target.path: kernel, target.scale: scale}
+
+    def load_all(self, config: ModelConfig) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
+        """Path and array of everything that a model of `config` stores, a parameter at a time; see `load`."""
+        error = RoundingError()
+        for target in self.targets(config):
+            yield from self.load(target, error).items()
+        self.tell(error)
+
+    def tell(self, error: RoundingError) -> None:
+        """Log how far numbers moved that were rounded a second time, if there are any."""
+        if error.channels:
+            _log.warning("%s", f"{self.source.path} is quantised already, and was rounded again: {error}")
 
     def compare(self, path: str, array: Float[np.ndarray, "..."]) -> dict[str, list[str]]:
         """What is wrong with a parameter as it was written: kind of problem → names of the checkpoint's tensors.
@@ -103,6 +147,26 @@ class Weights:
                 problems.setdefault("different", []).append(part.name)
             if not_finite:
                 problems.setdefault(NOT_FINITE, []).append(part.name)
+        return problems
+
+    def compare_kernel(
+        self, target: Target, kernel: Shaped[np.ndarray, "out in"], scale: Float32[np.ndarray, " out"]
+    ) -> dict[str, list[str]]:
+        """What is wrong with a kernel of 8 bits as it was written, beside the rounding that is expected: see `compare`.
+
+        Raises:
+            UserError: as `load`.
+        """
+        assert target.quantize is not None
+        problems: dict[str, list[str]] = {}
+        for part in target.key.parts:
+            wrong = 0
+            for first, rows, channels in rounded(self.source, part.name, target.quantize, RoundingError()):
+                block = slice(part.rows.start + first, part.rows.start + first + len(rows))
+                same = (kernel[block].view(np.uint8) == rows.view(np.uint8)).all(axis=1)
+                wrong += int((~same | (scale[block].view(np.uint32) != channels.view(np.uint32))).sum())
+            if wrong:
+                problems.setdefault("different", []).append(f"{part.name} ({wrong} of {part.shape[0]} channels)")
         return problems
 
     def _blocks(
@@ -135,7 +199,7 @@ class Weights:
             "not in the index": [f"{name} (in {unlisted[name]})" for name in wanted if name in unlisted],
             "extra": [name for name in tensors if name not in known and not is_derived(name)],
             "misshapen": [
-                f"{name} ({_shape(tensors[name].shape)} instead of {_shape(part.shape)})"
+                f"{name} ({show_shape(tensors[name].shape)} instead of {show_shape(part.shape)})"
                 for name, part in wanted.items()
                 if name in tensors and tensors[name].shape != part.shape
             ],
@@ -145,7 +209,10 @@ class Weights:
                 if name in tensors and self.source.dtype(name) is None
             ],
         }
-        problems = self.source.problems | {kind: names for kind, names in found.items() if names}
+        problems = collections.defaultdict(list, self.source.problems)
+        for kind, names in found.items():
+            if names:
+                problems[kind] = [*problems[kind], *names]
         if problems:
             raise UserError(f"{self.source.path}: {describe(problems)}")
         if strange := [name for name in unlisted if not is_derived(name)]:
@@ -169,7 +236,3 @@ def cast(array: Float[np.ndarray, "..."], dtype: str, name: str) -> Float[np.nda
     if dtype == "float16" and array.dtype != np.float16 and (np.isinf(result) & np.isfinite(array)).any():
         raise UserError(f"{name} has numbers that float16 cannot hold (65504 is its largest); use bfloat16 or float32")
     return result
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "a scalar"

@@ -16,10 +16,10 @@ from typing import Any, Literal, get_args
 
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json
+from lychee_jax.quantization_config import Quantization, stored_quantization
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 Family = Literal["llama", "qwen2", "qwen3"]
-Quantization = Literal["int8", "fp8"]
 
 ROPE_KINDS: tuple[str, ...] = get_args(RopeKind)
 FAMILIES: tuple[str, ...] = get_args(Family)
@@ -82,7 +82,7 @@ class ModelConfig:
     """One decoder of the Llama, Qwen2 or Qwen3 family; `family` is a label, the fields decide the arithmetic.
 
     `dtype` is that of activations, cache, embedding and norms; `quantize` that of all other kernels, the output head's
-    only with `quantize_head`. Config files do not say the last two: whoever loads the weights does.
+    only with `quantize_head`. Of config files only those of converted folders say the last two.
 
     Raises:
         UserError: sizes that fit no decoder (not positive, heads not divisible, odd head_dim).
@@ -207,6 +207,7 @@ class ModelConfig:
             raise UserError(f"a model config must be a JSON object, not {type(raw).__name__}")
         family = _family(raw)
         _refuse_unsupported(raw)
+        stored = stored_quantization(raw)
 
         hidden_size = _integer(raw, "hidden_size")
         num_layers = _integer(raw, "num_hidden_layers")
@@ -237,6 +238,8 @@ class ModelConfig:
             dtype=_dtype(raw),
             bos_token_id=bos_ids[0] if bos_ids else None,
             eos_token_ids=token_ids(raw.get("eos_token_id", eos), "eos_token_id"),
+            quantize=stored.quantize if stored else None,
+            quantize_head=stored is not None and stored.quantize_head,
         )
 
 
@@ -272,22 +275,6 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
     for key in ("num_experts", "num_local_experts", "n_routed_experts"):
         if raw.get(key):
             raise UserError(f"mixture-of-experts models ({key} = {raw[key]!r}) are not supported")
-    # The last is MLX's, which has no method but bits; it writes quantization_config, too, of the same content.
-    for key in ("quantization_config", "compression_config", "quantization"):
-        if raw.get(key):
-            raise UserError(
-                f"quantised checkpoints ({key}: {_quantisation(raw[key])}) are not supported; use the unquantised one"
-            )
-
-
-def _quantisation(value: Any) -> str:
-    """The method's name, or what else tells how a checkpoint is quantised."""
-    if not isinstance(value, dict):
-        return str(value)
-    for key in ("quant_method", "quant_algo", "mode"):
-        if isinstance(value.get(key), str):
-            return value[key]
-    return f"{value['bits']} bits" if "bits" in value else "unnamed"
 
 
 def _exact_tokens(raw: dict[str, Any]) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -15,7 +15,7 @@ from checkpoints_convert.converted import Converted
 from checkpoints_convert.export import export_hugging_face
 from checkpoints_convert.hub import locate
 from checkpoints_convert.source import INDEX, MARKER, SINGLE
-from checkpoints_convert.weights import Weights, cast, check_dtype
+from checkpoints_convert.weights import Weights, check_dtype
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
@@ -23,7 +23,7 @@ from lychee_jax.files import read_json_object
 from lychee_jax.llm import LLM, Generation, LoadedModel
 from lychee_jax.maps.shipped import SHIPPED, find_map
 from lychee_jax.models.decoder import Decoder
-from lychee_jax.models.quantization import check_quantization, quantize_kernel
+from lychee_jax.models.quantization import check_quantization
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.tokenizer import read_eos_id
 
@@ -74,7 +74,8 @@ def load(
         path: the folder, or a hub id such as "Qwen/Qwen3-8B"; None is the model that the package brings along.
         dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
         quantize: int8 or fp8: kernels become 8 bits with a scale for each output channel, rounded from the checkpoint's
-            own numbers; norms, biases and the embedding stay. None keeps the kernels as they are.
+            own numbers, or kept where it stores them so; norms, biases and the embedding stay. None: kernels in the
+            dtype, but those of a folder that was converted to 8 bits as they are.
         quantize_head: the output head, too; of a tied embedding a copy.
         maps: a folder of head maps; where the model's own folder has no heads.json, the one made for its config is
             taken. By default, the maps that the package ships.
@@ -86,9 +87,7 @@ def load(
         UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line.
     """
     check_dtype(dtype)
-    chosen = check_quantization(quantize)
-    if quantize_head and quantize is None:
-        raise UserError("quantize_head says that the output head is quantised, too, and quantize is none")
+    check_quantization(quantize)
     folder = find(path)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -97,21 +96,23 @@ def load(
         )
     if (folder / MARKER).is_file():
         converted = Converted(folder)
-        config = converted.config
-        dtype = dtype or config.dtype
-        read = converted.read
+        config, load_all = converted.config, converted.load_all
     else:
         weights = Weights(folder)
-        config = weights.config
-        dtype = dtype or config.dtype
-        read = weights.read_all
+        config, load_all = weights.config, weights.load_all
+    if config.quantize is not None and quantize not in (None, config.quantize):
+        raise UserError(
+            f"{folder} was converted with --quantize {config.quantize}; for {quantize}, convert the original again"
+        )
+    quantize_head = quantize_head or config.quantize_head
+    chosen = check_quantization(quantize or config.quantize, quantize_head)
     own = folder / "heads.json"
     heads = HeadMap.load(own, config) if own.exists() else find_map(config, maps)
     eos_ids = _eos_ids(folder, config)
-    config = dataclasses.replace(config, dtype=dtype, quantize=chosen, quantize_head=quantize_head)
+    config = dataclasses.replace(config, dtype=dtype or config.dtype, quantize=chosen, quantize_head=quantize_head)
     if before_weights is not None:
         before_weights(folder, config, heads, eos_ids)
-    return LLM(folder, config, _fill(config, read, on_progress), heads, eos_ids)
+    return LLM(folder, config, _fill(config, load_all(config), on_progress), heads, eos_ids)
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -143,39 +144,19 @@ def save(folder: Path, config: ModelConfig, params: Mapping[str, Float[jax.Array
 
 def _fill(
     config: ModelConfig,
-    read: Callable[[str, Container[str]], Iterator[tuple[str, Float[np.ndarray, ...]]]],
+    arrays: Iterable[tuple[str, Shaped[np.ndarray, ...]]],
     on_progress: Callable[[int, int], None] | None,
 ) -> Decoder:
     """The module around weights that go to the device as they come."""
     spec, shapes = ModelSpec.abstract(config, config.dtype)
     done, total = 0, sum(shape.size * shape.dtype.itemsize for shape in shapes)
     weights: dict[str, jax.Array] = {}
-
-    def put(path: str, array: Shaped[np.ndarray, ...]) -> None:
-        nonlocal done
+    for path, array in arrays:
         # Waited for, so that no queue of copies keeps tensors in the host's memory.
         weights[path] = jax.device_put(array).block_until_ready()
         done += array.nbytes
         if on_progress is not None:
             on_progress(done, total)
-
-    # What is to have 8 bits, by where the checkpoint has it: a tied table is also the output head.
-    kernels = {name: name for name in spec.names if name.endswith(".kernel") and f"{name[:-6]}scale" in spec.names}
-    if config.tie_word_embeddings and "lm_head.kernel" in kernels:
-        kernels["embed.embedding"] = kernels.pop("lm_head.kernel")
-    # Rounded once, from what the checkpoint holds.
-    for path, array in read(config.dtype, kernels):
-        kernel = kernels.get(path)
-        if kernel is not None:
-            assert config.quantize is not None
-            try:
-                stored, scale = quantize_kernel(array, config.quantize)
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from error
-            put(kernel, stored)
-            put(f"{kernel[:-6]}scale", scale)
-        if kernel != path:
-            put(path, cast(array, config.dtype, path))
     return spec.merge(tuple(weights[name] for name in spec.names))
 
 

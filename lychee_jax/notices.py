@@ -13,13 +13,16 @@ def notices_on_stderr() -> Iterator[None]:
     """Show what is logged as a warning on standard error, every notice once."""
     handler = _OnceEach(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("lychee_jax", "checkpoints_convert")]
+    before = [logger.propagate for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
+        logger.propagate = False  # libraries that read weights give the root logger a handler, which would say it again
     try:
         yield
     finally:
-        for logger in loggers:
+        for logger, propagate in zip(loggers, before, strict=True):
             logger.removeHandler(handler)
+            logger.propagate = propagate
 
 
 class _OnceEach(logging.Handler):

@@ -76,6 +76,13 @@ def convert(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(show_default="the checkpoint's, bfloat16 if it is quantised", help="Of the converted weights."),
     ] = None,
+    quantize: Annotated[
+        Literal["none", "int8", "fp8"],
+        typer.Option(
+            help="Kernels of 8 bits, a scale for each output channel; norms, biases and embedding stay as they are."
+        ),
+    ] = "none",
+    quantize_head: Annotated[bool, typer.Option("--quantize-head", help="The output head, too.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read everything again and compare every tensor, to the bit.")
     ] = False,
@@ -91,13 +98,18 @@ def convert(
 
     [cyan]lychee convert Qwen/Qwen3-8B my-8b --dtype bfloat16 --verify[/cyan]
 
+    [cyan]lychee convert Qwen/Qwen3-8B my-8b --quantize int8[/cyan]
+
     [cyan]lychee convert Qwen3-8B-Q4_K_M.gguf my-8b[/cyan]
     """
     from checkpoints_convert.convert import convert as run
     from lychee_jax.cli.console import progress_bar
 
     with progress_bar() as progress:
-        report = run(src, dst, dtype=dtype, verify=verify, overwrite=overwrite, progress=progress)
+        report = run(
+            src, dst, dtype=dtype, quantize=None if quantize == "none" else quantize, quantize_head=quantize_head,
+            verify=verify, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     print(report)
 
 

@@ -15,14 +15,16 @@ _LARGEST = {"int8": 127.0, "fp8": 448.0}
 _BLOCK = 1 << 22  # numbers that are widened to float32 at once
 
 
-def check_quantization(quantize: str | None) -> Quantization | None:
+def check_quantization(quantize: str | None, quantize_head: bool = False) -> Quantization | None:
     """The quantization of that name; None keeps the weights as they are.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or the output head alone is to have one.
     """
     if quantize not in (None, *get_args(Quantization)):
         raise UserError(f"quantize is {quantize!r}; use {' or '.join(get_args(Quantization))}, or none at all")
+    if quantize_head and quantize is None:
+        raise UserError("quantize_head says that the output head is quantised, too, and quantize is none")
     return cast(Quantization | None, quantize)
 
 

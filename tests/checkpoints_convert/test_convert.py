@@ -1,5 +1,6 @@
 """Conversion keeps every number: each family and layout, dtypes, tied embeddings, files, memory, `--verify`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -223,16 +224,21 @@ def test_the_config_keeps_what_it_said(tmp_path):
     assert written == raw | {"dtype": "bfloat16", "tie_word_embeddings": False}
 
 
+def verify_as(dtype, folder):
+    weights = Weights(folder / "hf")
+    verify(weights, folder / "out", dataclasses.replace(weights.config, dtype=dtype))
+
+
 def test_verify_finds_what_differs(tmp_path):
     tensors = tiny_checkpoints.write_checkpoint(tmp_path / "hf", LLAMA, dtype="bfloat16")
     convert(tmp_path / "hf", tmp_path / "out")
-    verify(Weights(tmp_path / "hf"), tmp_path / "out", "bfloat16")
+    verify_as("bfloat16", tmp_path)
     with pytest.raises(UserError, match=r"missing or misshapen: embed\.embedding"):
-        verify(Weights(tmp_path / "hf"), tmp_path / "out", "float16")
+        verify_as("float16", tmp_path)
     tensors["model.layers.1.mlp.up_proj.weight"].view(np.uint16)[5, 7] ^= 1
     rewrite(tmp_path / "hf", tensors)
     with pytest.raises(UserError, match=r": different: model\.layers\.1\.mlp\.up_proj\.weight$"):
-        verify(Weights(tmp_path / "hf"), tmp_path / "out", "bfloat16")
+        verify_as("bfloat16", tmp_path)
 
 
 def chunk(folder, path):
@@ -249,7 +255,7 @@ def test_verify_finds_damaged_and_lost_files(tmp_path):
     chunk(tmp_path / "out", damaged).write_bytes(content)
     chunk(tmp_path / "out", lost).unlink()
     with pytest.raises(UserError, match="differs from the checkpoint") as error:
-        verify(Weights(tmp_path / "hf"), tmp_path / "out", "bfloat16")
+        verify_as("bfloat16", tmp_path)
     assert "different: model.layers.0.mlp.gate_proj.weight" in str(error.value)
     assert f"unreadable: {lost}" in str(error.value)
     assert "\n" not in str(error.value)

@@ -266,14 +266,14 @@ def test_verify_notices_a_file_that_has_changed_and_numbers_that_are_not_finite(
     write_gguf(tmp_path / "m.gguf", SMALL, tensors)
     convert(tmp_path / "m.gguf", tmp_path / "out")
     weights = Weights(tmp_path / "m.gguf")
-    verify(weights, tmp_path / "out", "float32")
+    verify(weights, tmp_path / "out", weights.config)
     tensors["model.layers.0.self_attn.q_proj.weight"][5, 7] += 1
     write_gguf(tmp_path / "m.gguf", SMALL, tensors)
     with pytest.raises(UserError, match=r": different: model\.layers\.0\.self_attn\.q_proj\.weight$"):
-        verify(weights, tmp_path / "out", "float32")
+        verify(weights, tmp_path / "out", weights.config)
     (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:-5000])
     with pytest.raises(UserError, match=r"cannot read .*m\.gguf: it ends too early"):
-        verify(weights, tmp_path / "out", "float32")
+        verify(weights, tmp_path / "out", weights.config)
     tensors["model.norm.weight"][0] = np.nan
     write_gguf(tmp_path / "m.gguf", SMALL, tensors)
     assert "not finite (NaN or infinity): model.norm.weight" in refused(tmp_path / "m.gguf", verify=True)

@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import json
 import math
+from typing import Any
 
 import pytest
 
 from lychee_jax.config import ModelConfig, RopeConfig, token_ids
 from lychee_jax.errors import UserError
-from tests.support.tiny_checkpoints import TINY
+from lychee_jax.quantization_config import converted_quantization
+from tests.support.tiny_checkpoints import TINY, block_fp8, compressed_tensors
 
 FAMILIES = sorted(TINY)
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -365,6 +367,11 @@ def test_missing_sizes(key):
     assert refusal(without=(key,)) == f"{key} is missing"
 
 
+JSON_VALUES: list[Any] = [
+    None, True, "x", "", -1, 0, 1, 2.5, 10**400, math.nan, math.inf, [], ["x"], [1], {}, {"a": 1}, {"a": {}},
+]  # fmt: skip
+
+
 def test_any_json_value_gives_a_config_or_one_line():
     """Every key of a rich config takes every kind of JSON value: nothing but a UserError may come of it."""
     rich = TINY["qwen3"] | {
@@ -384,11 +391,10 @@ def test_any_json_value_gives_a_config_or_one_line():
         "hidden_act": "silu",
         "quantization_config": None,
     }
-    values = [None, True, "x", "", -1, 0, 1, 2.5, 10**400, math.nan, math.inf, [], ["x"], [1], {}, {"a": 1}, {"a": {}}]
     read_count, messages = 0, []
     for place in (None, "rope_scaling", "rope_parameters"):
         for key in rich if place is None else rich[place]:
-            for value in values:
+            for value in JSON_VALUES:
                 raw = copy.deepcopy(rich)
                 if place == "rope_parameters":
                     del raw["rope_scaling"]
@@ -402,11 +408,47 @@ def test_any_json_value_gives_a_config_or_one_line():
     assert not [message for message in messages if not message or "\n" in message]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        block_fp8(128, 128),
+        compressed_tensors(strategy="block", block_structure=[128, 128]) | {"sparsity_config": {"format": "dense"}},
+        converted_quantization("int8", quantize_head=True),
+    ],
+    ids=["fp8", "compressed-tensors", "converted"],
+)
+def test_any_json_value_about_quantization_gives_a_config_or_one_line(config):
+    """At every depth: the method's own keys, those of a group of weights, and those of its weights."""
+
+    def places(value, path=()):
+        if isinstance(value, dict):
+            for key, each in value.items():
+                yield (*path, key)
+                yield from places(each, (*path, key))
+
+    assert read(quantization_config=config).quantize == config.get("quantize")
+    read_count, messages = 0, []
+    for *path, key in places({"quantization_config": config}):
+        for value in JSON_VALUES:
+            changed = copy.deepcopy({"quantization_config": config})
+            place = changed
+            for step in path:
+                place = place[step]
+            place[key] = value
+            try:
+                read(**changed)
+                read_count += 1
+            except UserError as error:
+                messages.append(str(error))
+    assert read_count > 5
+    assert not [message for message in messages if not message or "\n" in message]
+
+
 def test_fingerprint():
     config = read("qwen3")
     # Head maps in people's folders hold this value: it must not change from one release to the next.
     assert config.fingerprint() == "924a6efa8cfa2e55d7a8f9f82dc196e6b306f24791c70ef7f2430908b6dbd230"
-    same = dataclasses.replace(config, dtype="bfloat16", eos_token_ids=(5,), bos_token_id=3)
+    same = dataclasses.replace(config, dtype="bfloat16", eos_token_ids=(5,), bos_token_id=3, quantize="fp8")
     assert same.fingerprint() == config.fingerprint()
     others = [
         read("qwen3", num_hidden_layers=3),

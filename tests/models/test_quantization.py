@@ -1,5 +1,6 @@
 """Weights of 8 bits: rounding channel by channel, and programs that never hold a kernel in another dtype."""
 
+import re
 from typing import Any
 
 import jax
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lychee_jax.benchmarks import tpu_compiler
+from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for
 from lychee_jax.config import ModelConfig, Quantization
 from lychee_jax.errors import UserError
 from lychee_jax.models.layers import Linear
-from lychee_jax.models.quantization import check_quantization, quantize_kernel
+from lychee_jax.models.quantization import STORED, check_quantization, quantize_kernel
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.parallel import axes
 
@@ -64,29 +67,71 @@ def test_other_formats_are_refused() -> None:
         check_quantization("int4")
 
 
+OUTPUTS, INPUTS = 1536, 256
+
+
+def apply(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """A `Linear` with a kernel of 8 bits."""
+    outputs, inputs = kernel.shape
+    kind: Quantization = "int8" if kernel.dtype == jnp.int8 else "fp8"
+    module = Linear(
+        inputs, outputs, axes=(axes.MLP, axes.EMBED), bias=False, dtype=x.dtype, rngs=nnx.Rngs(0), quantize=kind
+    )
+    module.kernel, module.scale = nnx.Param(kernel), nnx.Param(scale)
+    return module(x)
+
+
+@jax.jit
+def steps(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """A loop, as decoding is one: nothing is taken out of it either."""
+    start = jnp.zeros((*x.shape[:-1], len(kernel)), x.dtype)
+    return jax.lax.fori_loop(0, 3, lambda _, y: y + apply(x, kernel, scale), start)
+
+
+def shapes(quantize: Quantization, outputs: int, inputs: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (
+        jax.ShapeDtypeStruct((2, 3, inputs), jnp.bfloat16),
+        jax.ShapeDtypeStruct((outputs, inputs), STORED[quantize]),
+        jax.ShapeDtypeStruct((outputs,), jnp.float32),
+    )
+
+
 @pytest.mark.parametrize("quantize", KINDS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_cpu_never_holds_the_kernel_in_another_dtype(quantize: Quantization, dtype: Any) -> None:
-    outputs, inputs = 1536, 256
     rng = np.random.default_rng(0)
-    stored, scale = quantize_kernel(rng.standard_normal((outputs, inputs)).astype(np.float32), quantize)
-    x = jnp.asarray(rng.standard_normal((2, 3, inputs)), dtype)
-
-    def steps(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-        """A loop, as decoding is one: nothing is taken out of it either."""
-        module = Linear(
-            inputs, outputs, axes=(axes.MLP, axes.EMBED), bias=False, dtype=dtype, rngs=nnx.Rngs(0), quantize=quantize
-        )
-        module.kernel, module.scale = nnx.Param(kernel), nnx.Param(scale)
-        return jax.lax.fori_loop(0, 3, lambda _, y: y + module(x), jnp.zeros((2, 3, outputs), dtype))
-
-    compiled = jax.jit(steps).lower(x, jnp.asarray(stored), jnp.asarray(scale)).compile()
+    stored, scale = quantize_kernel(rng.standard_normal((OUTPUTS, INPUTS)).astype(np.float32), quantize)
+    x = jnp.asarray(rng.standard_normal((2, 3, INPUTS)), dtype)
+    compiled = steps.lower(x, jnp.asarray(stored), jnp.asarray(scale)).compile()
     memory: Any = compiled.memory_analysis()
     # A copy has two or four bytes for each number; one in 8 bits is allowed, e4m3 needs it.
     assert memory.temp_size_in_bytes < 1.5 * stored.size
     wanted = np.asarray(x, np.float64) @ (stored.astype(np.float64) * scale[:, None]).T
     found = np.asarray(compiled(x, jnp.asarray(stored), jnp.asarray(scale)), np.float64) / 3
     np.testing.assert_allclose(found, wanted, atol=8 * float(jnp.finfo(dtype).eps) * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_get_a_conversion_and_a_product_that_xla_fuses(quantize: Quantization, platform: str) -> None:
+    """Nothing but that has the kernel's shape, and both operands are contracted along their last axis."""
+    code = jax.export.export(jax.jit(apply), platforms=[platform])(*shapes(quantize, OUTPUTS, INPUTS)).mlir_module()
+    made = re.findall(r"= stablehlo\.(\w+).*tensor<1536x256x(\w+)>$", code.replace(" loc(", "\n"), re.MULTILINE)
+    assert made == [("convert", "bf16")]
+    (product,) = re.findall(r"stablehlo\.dot_general.*", code)
+    assert "contracting_dims = [2] x [1]" in product
+    assert "-> tensor<2x3x1536xf32>" in product
+
+
+@pytest.mark.libtpu
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu, the TPU compiler, is not installed here")
+@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_a_tpu_never_holds_the_kernel_in_another_dtype(quantize: Quantization, chip: Chip) -> None:
+    """A kernel so large that a copy of it has no place in a chip's VMEM, where it would not be seen."""
+    outputs, inputs = 16384, 8192
+    memory: Any = compile_for(chip, steps, *shapes(quantize, outputs, inputs)).memory_analysis()
+    assert memory.temp_size_in_bytes < outputs * inputs
 
 
 @pytest.mark.parametrize("tied", [True, False])

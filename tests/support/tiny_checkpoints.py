@@ -12,6 +12,7 @@ from lychee_jax.data import language
 from lychee_jax.loading import BUNDLED
 
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+STORED = {"fp8": ml_dtypes.float8_e4m3fn, "int8": np.int8}
 
 TINY = {
     "llama": {
@@ -124,6 +125,105 @@ def write_checkpoint(
     tensors = random_tensors(raw, seed=seed, dtype=dtype)
     write_shards(folder, tensors, shards=shards)
     return tensors
+
+
+def compressed_tensors(kind: str = "fp8", strategy: str = "channel", **weights: Any) -> dict[str, Any]:
+    """The `quantization_config` that compressed-tensors writes; keywords change what it says of weights."""
+    form = {"fp8": "float", "int8": "int"}[kind]
+    about = {"num_bits": 8, "type": form, "symmetric": True, "dynamic": False, "group_size": None}
+    about |= {"actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {}}
+    activations = about | {"dynamic": True, "strategy": "token", "observer": None}
+    group = {
+        "targets": ["Linear"],
+        "weights": about | {"strategy": strategy} | weights,
+        "input_activations": activations,
+        "output_activations": None,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{form}-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+    }
+
+
+def block_fp8(*block: int) -> dict[str, Any]:
+    """The `quantization_config` of Qwen's own checkpoints in FP8."""
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": list(block),
+        "modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"],
+    }
+
+
+def quantised(
+    tensors: dict[str, np.ndarray],
+    kind: str,
+    layout: str | tuple[int, int],
+    *,
+    suffix: str = "_scale",
+    scale_dtype: str = "bfloat16",
+    skip: tuple[str, ...] = ("lm_head", "embed_tokens"),
+) -> dict[str, np.ndarray]:
+    """The tensors with their matrices in 8 bits and scales beside them.
+
+    Args:
+        tensors: of a whole checkpoint.
+        kind: fp8 or int8.
+        layout: what shares a scale: "scalar" or "tensor" (a number without or with an axis), "channel", or blocks.
+        suffix: of the scales' names.
+        scale_dtype: of the scales.
+        skip: matrices that have one of these in their name stay as they are.
+    """
+    result: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        if array.ndim != 2 or any(each in name for each in skip):
+            result[name] = array
+            continue
+        wide = array.astype(np.float32)
+        high, across = array.shape if isinstance(layout, str) else layout
+        if layout == "channel":
+            high = 1
+        scale = np.empty((-(-array.shape[0] // high), -(-array.shape[1] // across)), NUMPY_DTYPES[scale_dtype])
+        stored = np.empty(array.shape, STORED[kind])
+        for row in range(scale.shape[0]):
+            for column in range(scale.shape[1]):
+                at = slice(row * high, (row + 1) * high), slice(column * across, (column + 1) * across)
+                scale[row, column] = np.abs(wide[at]).max() / {"fp8": 440, "int8": 126}[kind]
+                numbers = wide[at] / scale[row, column].astype(np.float32)
+                stored[at] = (np.rint(numbers) if kind == "int8" else numbers).astype(STORED[kind])
+        shape = {"scalar": (), "tensor": (1,)}.get(layout, scale.shape) if isinstance(layout, str) else scale.shape
+        result |= {name: stored, f"{name}{suffix}": scale.reshape(shape)}
+    return result
+
+
+def plain_reading(tensors: dict[str, np.ndarray], block: tuple[int, int] | None = None) -> dict[str, np.ndarray]:
+    """What such a checkpoint means, written out: every matrix times its scales, each repeated where it counts."""
+    result = {}
+    for name, array in tensors.items():
+        scale = tensors.get(f"{name}_scale", tensors.get(f"{name}_scale_inv"))
+        if scale is not None:
+            wide = scale.astype(np.float32)
+            if block is not None:
+                wide = np.kron(wide, np.ones(block, np.float32))[: array.shape[0], : array.shape[1]]
+            result[name] = array.astype(np.float32) * wide
+        elif "_scale" not in name:
+            result[name] = array
+    return result
+
+
+def write_quantised(
+    folder: Path, raw: dict[str, Any], config: dict[str, Any], tensors: dict[str, np.ndarray], *, shards: int = 1
+) -> None:
+    """A checkpoint of these tensors, whose `config.json` has this `quantization_config`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"} | raw | {"quantization_config": config}))
+    write_shards(folder, tensors, shards=shards)
 
 
 def write_speaker(folder: Path, *, seed: int = 0) -> Path:
