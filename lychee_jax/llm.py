@@ -161,7 +161,7 @@ class LLM:
             pages = max_pages(max(map(len, prompts)) + options.max_new_tokens, options.page_size)
             refuse_uncovered(
                 options.implementation, self.config, self.dtype, options.policy, batch=len(prompts), pages=pages,
-                page_size=options.page_size,
+                page_size=options.page_size, kv_dtype=options.kv_dtype,
             )  # fmt: skip
 
     def stream_tokens(
@@ -364,8 +364,9 @@ def prepare(
 def engine_options(base: EngineOptions, options: GenerateOptions) -> EngineOptions:
     """The base with what a call may choose."""
     return dataclasses.replace(
-        base, page_size=options.page_size, correct_every=options.correct_every, implementation=options.implementation
-    )
+        base, page_size=options.page_size, correct_every=options.correct_every, implementation=options.implementation,
+        kv_dtype=options.kv_dtype,
+    )  # fmt: skip
 
 
 LoadedModel = LLM

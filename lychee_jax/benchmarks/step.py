@@ -176,9 +176,16 @@ def _samples(run: Callable[[int], None], repeats: int) -> list[float]:
 
 
 def pool_copies(program: str, pool: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """How many instructions of a compiled program copy a whole pool."""
-    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[str(pool.dtype)]
-    shape = re.escape(f"{kind}[{','.join(map(str, pool.shape))}]")
+    """How many instructions of a compiled program copy a whole pool, or its scales.
+
+    Raises:
+        ValueError: no array of this kind is in the program.
+    """
+    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "uint16": "u16"}[str(pool.dtype)]
+    shape = f"{kind}[{','.join(map(str, pool.shape))}]"
+    if shape not in program:
+        raise ValueError(f"{shape} is not in the program, which would pass for copying nothing")
+    shape = re.escape(shape)
     return len(re.findall(rf"= {shape}\S* (?:copy|copy-start|dynamic-update-slice|transpose)\(", program))
 
 

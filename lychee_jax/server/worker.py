@@ -37,6 +37,7 @@ class EngineStats:
     pages_cached: int = 0
     pages_owned: int = 0
     prompt_tokens: int = 0
+    page_bytes: int = 0
 
     @classmethod
     def of(cls, engine: Engine) -> EngineStats:
@@ -46,7 +47,7 @@ class EngineStats:
             return cls()
         return cls(
             scheduler.num_running, scheduler.num_waiting, allocator.num_free, allocator.num_cached, allocator.num_owned,
-            engine.prompt_tokens_read,
+            engine.prompt_tokens_read, engine.page_bytes,
         )  # fmt: skip
 
 
