@@ -41,6 +41,12 @@ class AttentionOptions:
         return length < max(dense_below, budget + budget // 4)
 
 
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    """Raise UserError if no cache is quantised like this; None is one that is not quantised."""
+    if kv_dtype not in (None, *get_args(KVDtype)):
+        raise UserError(f"kv_dtype is {kv_dtype!r}; use {' or '.join(get_args(KVDtype))}, or none at all")
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
     """What all requests of an engine share.
@@ -74,8 +80,7 @@ class EngineOptions:
         if self.implementation is not None and self.implementation not in available("hybrid_decode"):
             names = ", ".join(available("hybrid_decode"))
             raise UserError(f"implementation {self.implementation!r} is not available; this version has {names}")
-        if self.kv_dtype not in (None, *get_args(KVDtype)):
-            raise UserError(f"kv_dtype is {self.kv_dtype!r}; use {' or '.join(get_args(KVDtype))}, or none at all")
+        check_kv_dtype(self.kv_dtype)
         if self.max_num_seqs < 1:
             raise UserError(f"max_num_seqs is {self.max_num_seqs}; it must be at least 1")
 
