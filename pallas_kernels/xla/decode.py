@@ -1,9 +1,9 @@
 """The decode ops in plain JAX: the meaning that kernels are held to, and the implementation wherever no kernel exists.
 
 Shapes follow one convention: `q [B, K, G, H]`; a cache `kv` of one layer, whose `data [num_pages, K, page_size, 2H]`
-has keys in `[..., :H]` and values in `[..., H:]`, or which is quantised (see `KVPages`); `page_table [B, P]` from logical to pool pages; `lengths [B]`;
-`heads [R]` the KV heads to compute, −1 for none. Slots past a row's length, and pool pages that no row owns, may hold
-anything, NaN included.
+has keys in `[..., :H]` and values in `[..., H:]`, or which is quantised (see `KVPages`); `page_table [B, P]` from
+logical to pool pages; `lengths [B]`; `heads [R]` the KV heads to compute, −1 for none. Slots past a row's length, and
+pool pages that no row owns, may hold anything, NaN included.
 """
 
 import math

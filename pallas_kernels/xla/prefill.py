@@ -168,11 +168,12 @@ def extend_attention(
     carry = jax.lax.fori_loop(0, (jnp.max(starts) + block - 1) // block, past, carry)
     causal = jnp.tile(jnp.tril(jnp.ones((length, length), bool)), (groups, 1))
     if kv.quantized is None:
-        own, scales = [zero_padding(x, counts).transpose(0, 2, 1, 3) for x in (k, v)], None
+        keys, values = (zero_padding(x, counts).transpose(0, 2, 1, 3) for x in (k, v))
+        scales = None
     else:
         words, scales = _chunk_words(kv, page_table, starts, counts, length)
-        own = halves(words)
-    _, total, out = add(carry, *own, scales, causal[None, None])
+        keys, values = keys_and_values(words, kv.quantized, wide)
+    _, total, out = add(carry, keys, values, scales, causal[None, None])
     out = (out / total[..., None]).reshape(batch, kv_heads, groups, length, head_dim)
     return out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
 

@@ -1,6 +1,5 @@
 """The compiled programs: what they copy, what they hold, how often they compile, and who waits for whom."""
 
-import re
 from pathlib import Path
 from typing import Any
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import pallas_kernels
 from lychee_jax.engine.kernel_support import refuse_uncovered
 from lychee_jax.engine.options import EngineOptions, check_kv_dtype
 from lychee_jax.errors import UserError
@@ -82,9 +83,10 @@ def test_a_kv_dtype_that_does_not_exist_is_told() -> None:
 @KINDS
 @pytest.mark.parametrize("name", ["mosaic_gpu", "mosaic_tpu"])
 def test_named_kernels_say_before_anything_is_read_what_they_do_not_cover(name: str, kind: KVDtype) -> None:
-    import pallas_kernels
-
-    with pallas_kernels.interpreted(name), pytest.raises(NotImplementedError, match=f"{name} reads no quantised.*{kind}"):
+    with (
+        pallas_kernels.interpreted(name),
+        pytest.raises(NotImplementedError, match=f"{name} reads no quantised.*{kind}"),
+    ):
         refuse_uncovered(
             name, BUDGET.config, np.dtype("float32"), BUDGET.policy, batch=1, pages=4, page_size=BUDGET.page_size,
             kv_dtype=kind,

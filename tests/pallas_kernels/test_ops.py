@@ -333,5 +333,3 @@ def test_bad_input_is_a_value_error(wrong: dict[str, Any], message: str, monkeyp
             scale=1.0,
             dense=jnp.zeros(shapes["dense"], bool),
         )
-
-

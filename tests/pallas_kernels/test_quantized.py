@@ -56,7 +56,9 @@ def test_numbers_are_rounded_as_the_formats_say(kind: str, dtype: str) -> None:
             np.testing.assert_array_equal(scales[..., index], want.scales)
         wide = keys_and_values(words, kind, jnp.dtype(dtype))[index]
         assert wide.dtype == dtype, "a type of 16 bits holds them exactly"
-        read = np.asarray(wide, np.float64) * (1.0 if scales is None else np.asarray(scales, np.float64)[..., index, None])
+        read = np.asarray(wide, np.float64) * (
+            1.0 if scales is None else np.asarray(scales, np.float64)[..., index, None]
+        )
         np.testing.assert_array_equal(read, want.read)
 
 

@@ -11,7 +11,7 @@ Array = np.ndarray
 
 
 def _e4m3(code: int) -> float:
-    """Sign, four bits of exponent with a bias of 7, three bits of mantissa; all ones is NaN, and there is no infinity."""
+    """Sign, four bits of exponent with a bias of 7, three of mantissa; all ones is NaN, and there is no infinity."""
     sign, exponent, mantissa = (-1.0 if code & 0x80 else 1.0), code >> 3 & 15, code & 7
     if exponent == 15 and mantissa == 7:
         return float("nan")
