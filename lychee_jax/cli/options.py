@@ -47,8 +47,8 @@ KVDtypeOption = Annotated[
     typer.Option(
         "--kv-dtype",
         "--kv-cache-dtype",  # vLLM's name
-        help="Keys and values of 8 bits: the cache takes half the memory and is read in half the time. [b]int8[/b] has "
-        "a scale for every token and head, [b]fp8[/b] (e4m3) none; [b]auto[/b]: the dtype of the activations.",
+        help="Of the KV cache. [b]int8[/b] and [b]fp8[/b] (e4m3) take half the memory of bfloat16, int8 with a scale "
+        "for every token and head; read by plain JAX. [b]auto[/b]: the dtype of the activations.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels import KVPages, dispatch
+from pallas_kernels import KVDtype, KVPages, dispatch
 from pallas_kernels.xla.quantized import keys_and_values, quantize_kv
 from tests.support import oracle, quantized
 from tests.support.paged_caches import (
@@ -29,7 +29,7 @@ KINDS = ("int8", "fp8")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def make_quantized(shape: Shape, kind: str, **options: Any) -> tuple[tuple[Any, ...], Cache]:
+def make_quantized(shape: Shape, kind: KVDtype, **options: Any) -> tuple[tuple[Any, ...], Cache]:
     """Arguments of the ops, and the cache of floats that these are to read."""
     cache = make_cache(shape, **options)
     pool = quantized.store_pool(cache.kv_pages, kind)
@@ -42,17 +42,18 @@ def make_quantized(shape: Shape, kind: str, **options: Any) -> tuple[tuple[Any, 
 
 @kinds
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_numbers_are_rounded_as_the_formats_say(kind: str, dtype: str) -> None:
+def test_numbers_are_rounded_as_the_formats_say(kind: KVDtype, dtype: str) -> None:
     rng = np.random.default_rng(0)
     kv = rng.standard_normal((40, 3, 16)) * 10.0 ** rng.integers(-6, 3, (40, 3, 1))
     kv[:5] = [[[0.0]], [[-0.0]], [[1e-30]], [[448.0]], [[3e4]]]
     kv[5, 0] = [0.5, 1.5, 2.5, 127, -127, 126.5, 0.49, -0.5, 464, 465, 2**-10, 3 * 2**-10, 2**-9, 17, 19, -21]
     kv = np.asarray(kv, jnp.dtype(dtype))
     words, scales = jax.jit(functools.partial(quantize_kv, dtype=kind))(kv)
+    assert (scales is None) == (kind == "fp8")
     for index, half in enumerate(np.split(kv, 2, axis=-1)):
         want = quantized.store(half, kind)
         np.testing.assert_array_equal(np.asarray(words) >> 8 * index & 255, want.bytes)
-        if kind == "int8":
+        if scales is not None:
             np.testing.assert_array_equal(scales[..., index], want.scales)
         wide = keys_and_values(words, kind, jnp.dtype(dtype))[index]
         assert wide.dtype == dtype, "a type of 16 bits holds them exactly"
@@ -64,7 +65,7 @@ def test_numbers_are_rounded_as_the_formats_say(kind: str, dtype: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=str)
-def test_what_is_not_finite_does_not_become_a_number(kind: str, bad: float) -> None:
+def test_what_is_not_finite_does_not_become_a_number(kind: KVDtype, bad: float) -> None:
     """So that it is an error of the logits, as without quantisation."""
     kv = np.ones((2, 8), np.float32)
     kv[0, 1] = kv[1, 5] = bad
@@ -80,7 +81,7 @@ def test_what_is_not_finite_does_not_become_a_number(kind: str, bad: float) -> N
 
 @kinds
 @pytest.mark.parametrize(("shape", "score"), [(SHAPES[1], "max"), (SHAPES[5], "lse")], ids=str)
-def test_dense_and_sparse_decode(kind: str, shape: Shape, score: str) -> None:
+def test_dense_and_sparse_decode(kind: KVDtype, shape: Shape, score: str) -> None:
     arrays, cache = make_quantized(shape, kind)
     heads, named = [2, 0], jnp.array([2, -1, 0], jnp.int32)
     out, scores, lse = run(ops.dense_decode, *arrays, named, scale=shape.scale, page_scores=score, return_lse=True)
@@ -105,7 +106,7 @@ def test_dense_and_sparse_decode(kind: str, shape: Shape, score: str) -> None:
 
 
 @kinds
-def test_hybrid_decode_picks_by_what_is_stored(kind: str) -> None:
+def test_hybrid_decode_picks_by_what_is_stored(kind: KVDtype) -> None:
     shape, rule = SHAPES[2], oracle.Rule(BUDGET, 1, 1)
     arrays, cache = make_quantized(shape, kind, seed=3)
     pages, retrieval = some_pages(cache, shape.page_size), [1]
@@ -131,7 +132,7 @@ def test_hybrid_decode_picks_by_what_is_stored(kind: str) -> None:
 
 @kinds
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_chunk_attends_to_what_was_stored_of_it(kind: str, dtype: str) -> None:
+def test_a_chunk_attends_to_what_was_stored_of_it(kind: KVDtype, dtype: str) -> None:
     """Its own keys and values are not looked at, nor is what lies behind it."""
     shape, length = Shape(4, 16, 2, dtype), 8
     starts, counts = np.array([0, 4, 7, 12, 24], np.int32), np.array([8, 5, 8, 0, 1], np.int32)
@@ -159,7 +160,7 @@ def test_scales_belong_to_words_and_fit_them() -> None:
 
 @kinds
 @pytest.mark.parametrize("name", sorted(set(dispatch.available("dense_decode")) - {"xla"}))
-def test_kernels_refuse_quantised_caches_by_name_and_xla_takes_them(kind: str, name: str) -> None:
+def test_kernels_refuse_quantised_caches_by_name_and_xla_takes_them(kind: KVDtype, name: str) -> None:
     (q, kv, table, lengths), _ = make_quantized(SHAPES[0], kind)
     with ops.interpreted(name), pytest.raises(NotImplementedError, match=f"{name} reads no quantised caches.*{kind}"):
         ops.dense_decode(q, kv, table, lengths, np.array([0], np.int32), scale=1.0, implementation=name)

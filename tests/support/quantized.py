@@ -75,5 +75,5 @@ def store_pool(pool: Array, kind: str) -> Pool:
     read = np.where(unwritten[..., None], np.nan, np.concatenate([keys.read, values.read], axis=-1))
     if keys.scales is None or values.scales is None:
         return Pool(words, None, read)
-    scales = [np.where(unwritten, np.nan, half.scales).astype(np.float32) for half in (keys, values)]
-    return Pool(words, np.concatenate(scales, axis=-1), read)
+    scales = np.concatenate([keys.scales, values.scales], axis=-1)
+    return Pool(words, np.where(np.tile(unwritten, 2), np.float32(np.nan), scales), read)
