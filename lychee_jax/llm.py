@@ -132,14 +132,17 @@ class LLM:
         self._router = Router(Engine(self.spec, self.weights, options, self.engine_config))
         return self._router
 
-    def read_pages(self, prompt: Sequence[int], options: GenerateOptions) -> Reading:
+    def read_pages(self, prompt: Sequence[int], options: GenerateOptions, *, token: int | None = None) -> Reading:
         """Which pages every head reads in the decode step after a prompt, in hybrid attention.
+
+        The step feeds `token`, or else the likeliest one.
 
         Raises:
             UserError: a prompt that this model cannot take, or a generation is still running.
         """
         (row,) = self.check_prompts([prompt], 1)
-        return trace_step(self.engine(engine_options(self.engine_options, options)), row, options.attention_options)
+        engine = self.engine(engine_options(self.engine_options, options))
+        return trace_step(engine, row, options.attention_options, token)
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
         """The prompts as the engine takes them.
