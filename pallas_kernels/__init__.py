@@ -9,12 +9,11 @@ from pallas_kernels.dispatch import (
     sparse_decode,
 )  # fmt: skip
 from pallas_kernels.interpret import interpreted
-from pallas_kernels.types import KVDtype, KVPages, Selection, SelectionSpec
+from pallas_kernels.types import KVPages, Selection, SelectionSpec
 from pallas_kernels.xla.decode import MASKED
 
 __all__ = [
     "MASKED",
-    "KVDtype",
     "KVPages",
     "Selection",
     "SelectionSpec",

@@ -16,7 +16,7 @@ from lychee_jax.cache.pages import cache_bytes
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.llm import LLM
-from pallas_kernels import KVDtype
+from pallas_kernels.types import KVDtype
 
 
 @dataclasses.dataclass(frozen=True)

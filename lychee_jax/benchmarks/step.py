@@ -32,7 +32,8 @@ from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
-from pallas_kernels import KVDtype, KVPages
+from pallas_kernels import KVPages
+from pallas_kernels.types import KVDtype
 
 Mode = Literal["hybrid", "dense", "cudnn"]
 _STEPS = 16

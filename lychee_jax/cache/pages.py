@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from lychee_jax.config import ModelConfig
-from pallas_kernels import KVDtype, KVPages
+from pallas_kernels import KVPages
+from pallas_kernels.types import KVDtype
 from pallas_kernels.xla.quantized import quantize_kv
 
 # One pool a layer. Programs get them donated and give them back.

@@ -8,7 +8,8 @@ import numpy as np
 from lychee_jax.attention.selection import Selection, SelectionPolicy
 from lychee_jax.cache.pages import make_pools
 from lychee_jax.config import ModelConfig
-from pallas_kernels import KVDtype, KVPages, hybrid_decode
+from pallas_kernels import KVPages, hybrid_decode
+from pallas_kernels.types import KVDtype
 
 
 def refuse_uncovered(

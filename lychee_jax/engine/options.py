@@ -11,8 +11,8 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.engine.scheduler import ChunkSizes
 from lychee_jax.errors import UserError
-from pallas_kernels import KVDtype
 from pallas_kernels.dispatch import available
+from pallas_kernels.types import KVDtype
 
 AttentionMode = Literal["auto", "hybrid", "dense"]
 

@@ -10,7 +10,7 @@ import pallas_kernels
 from lychee_jax.engine.kernel_support import refuse_uncovered
 from lychee_jax.engine.options import EngineOptions, check_kv_dtype
 from lychee_jax.errors import UserError
-from pallas_kernels import KVDtype
+from pallas_kernels.types import KVDtype
 from tests.support import oracle, quantized
 from tests.support.hybrid_models import BUDGET, NEW, make_model, run, small_chunks
 

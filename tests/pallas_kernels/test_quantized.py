@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels import KVDtype, KVPages, dispatch
+from pallas_kernels import KVPages, dispatch
+from pallas_kernels.types import KVDtype
 from pallas_kernels.xla.quantized import keys_and_values, quantize_kv
 from tests.support import oracle, quantized
 from tests.support.paged_caches import (

@@ -29,7 +29,8 @@ from lychee_jax.engine.options import max_pages
 from lychee_jax.engine.programs import DecodePlan, make_rows
 from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.models.spec import ModelSpec
-from pallas_kernels import KVDtype, KVPages, Selection, SelectionSpec
+from pallas_kernels import KVPages, Selection, SelectionSpec
+from pallas_kernels.types import KVDtype
 
 pytestmark = [
     pytest.mark.libtpu,
