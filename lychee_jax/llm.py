@@ -132,14 +132,17 @@ class LLM:
         self._router = Router(Engine(self.spec, self.weights, options, self.engine_config))
         return self._router
 
-    def read_pages(self, prompt: Sequence[int], options: GenerateOptions) -> Reading:
+    def read_pages(self, prompt: Sequence[int], options: GenerateOptions, *, token: int | None = None) -> Reading:
         """Which pages every head reads in the decode step after a prompt, in hybrid attention.
+
+        The step feeds `token`, or else the likeliest one.
 
         Raises:
             UserError: a prompt that this model cannot take, or a generation is still running.
         """
         (row,) = self.check_prompts([prompt], 1)
-        return trace_step(self.engine(engine_options(self.engine_options, options)), row, options.attention_options)
+        engine = self.engine(engine_options(self.engine_options, options))
+        return trace_step(engine, row, options.attention_options, token)
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[tuple[int, ...]]:
         """The prompts as the engine takes them.
@@ -161,7 +164,7 @@ class LLM:
             pages = max_pages(max(map(len, prompts)) + options.max_new_tokens, options.page_size)
             refuse_uncovered(
                 options.implementation, self.config, self.dtype, options.policy, batch=len(prompts), pages=pages,
-                page_size=options.page_size,
+                page_size=options.page_size, kv_dtype=options.kv_dtype,
             )  # fmt: skip
 
     def stream_tokens(
@@ -364,8 +367,9 @@ def prepare(
 def engine_options(base: EngineOptions, options: GenerateOptions) -> EngineOptions:
     """The base with what a call may choose."""
     return dataclasses.replace(
-        base, page_size=options.page_size, correct_every=options.correct_every, implementation=options.implementation
-    )
+        base, page_size=options.page_size, correct_every=options.correct_every, implementation=options.implementation,
+        kv_dtype=options.kv_dtype,
+    )  # fmt: skip
 
 
 LoadedModel = LLM

@@ -88,12 +88,17 @@ def _run(op: str, implementation: str | None, *args: Any, **options: Any) -> Any
 
 
 def _check_cache(kv: KVPages, kv_heads: int, head_dim: int) -> None:
-    if kv.kv_heads != kv_heads or kv.data.shape[3] != 2 * head_dim:
+    if kv.kv_heads != kv_heads or kv.head_dim != head_dim:
+        width = head_dim if kv.quantized else 2 * head_dim
         raise ValueError(
-            f"kv.data {kv.data.shape} does not fit q: expected [num_pages, {kv_heads}, page_size, {2 * head_dim}]"
+            f"kv.data {kv.data.shape} does not fit q: expected [num_pages, {kv_heads}, page_size, {width}]"
         )
-    if kv.scales is not None:
-        raise NotImplementedError("quantised caches are not read yet: kv.scales must be None")
+    scales = (kv.num_pages, kv_heads, 2 * kv.page_size)
+    if kv.scales is not None and (kv.quantized is None or kv.scales.shape != scales):
+        raise ValueError(
+            f"kv.scales {kv.scales.shape} beside kv.data of {kv.data.dtype}: only words of 8-bit numbers (uint16) have "
+            f"scales, and these are {scales}"
+        )
 
 
 def _check_rows(batch: int, **rows: Array) -> None:
@@ -288,7 +293,8 @@ def extend_attention(
 
     Token t of row b is at position `starts[b] + t` and sees all positions up to its own. The first `counts[b]` tokens
     are real; their keys and values are in the cache already, and once more in `k` and `v`, as the cache holds them:
-    an implementation reads them where it is cheaper. Nothing else from `starts[b]` on is looked at: slots of the cache,
+    an implementation reads them where it is cheaper. Of a quantised cache the cache alone is read: a chunk attends to
+    what was stored of its own tokens, too. Nothing else from `starts[b]` on is looked at: slots of the cache,
     tokens past the count and entries of the page table behind the last page needed may hold anything, NaN included.
     What comes out for tokens that are not real means nothing.
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
@@ -11,14 +12,18 @@ from jaxtyping import Array, Int
 # order them.
 Heads = Array | np.ndarray
 PageScore = Literal["max", "lse"]
+KVDtype = Literal["int8", "fp8"]
 Rule = Literal["budget", "ratio", "top_p", "threshold", "forced"]
 
 
 class KVPages(NamedTuple):
     """The paged KV cache of one layer: a pytree that programs are given and give back.
 
-    `data [num_pages, K, page_size, 2H]`: keys in `[..., :H]`, values in `[..., H:]`. `scales`: what a quantised cache
-    needs to be read; None where `data` holds the numbers themselves.
+    `data [num_pages, K, page_size, 2H]`: keys in `[..., :H]`, values in `[..., H:]`. A quantised cache has 8 bits for a
+    number and holds words, uint16 `[num_pages, K, page_size, H]`: a key in the low byte, a value in the high one. (XLA
+    copies pools of 8-bit elements on TPUs at every append, and Hopper transposes elements of 16 bits alone.) "int8" has
+    a scale for every token and head beside them, float32 `scales [num_pages, K, 2 · page_size]`, the keys' and then the
+    values': number = byte · scale. "fp8" is e4m3 without scales.
     """
 
     data: jax.Array
@@ -28,6 +33,18 @@ class KVPages(NamedTuple):
     def num_pages(self) -> int:
         """Pages of the pool, scratch pages included."""
         return self.data.shape[0]
+
+    @property
+    def quantized(self) -> KVDtype | None:
+        """What the bytes of a quantised cache are; None: `data` holds the numbers themselves."""
+        if self.data.dtype != jnp.uint16:
+            return None
+        return "fp8" if self.scales is None else "int8"
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.data.shape[3] if self.quantized else self.data.shape[3] // 2
 
     @property
     def kv_heads(self) -> int:

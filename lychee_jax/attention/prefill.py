@@ -30,7 +30,8 @@ class Extend:
         Writing after the loop that reads would make XLA copy the pool.
         """
         pool = state[index]
-        k, v = k.astype(pool.data.dtype), v.astype(pool.data.dtype)
+        if pool.quantized is None:
+            k, v = k.astype(pool.data.dtype), v.astype(pool.data.dtype)
         append = append_pages if self.aligned else append_tokens
         pool = append(pool, self.page_table, self.starts, self.counts, jnp.concatenate([k, v], axis=-1))
         out = pallas_kernels.extend_attention(

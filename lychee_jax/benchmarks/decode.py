@@ -24,8 +24,9 @@ from rich.table import Table
 from lychee_jax.attention.decode import Decode
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.benchmarks.step import random_pools
 from lychee_jax.cache.allocator import pages_for
-from lychee_jax.cache.pages import Pools
+from lychee_jax.cache.pages import Pools, cache_bytes
 from lychee_jax.engine.options import AttentionMode, AttentionOptions, EngineConfig, GenerateOptions
 from lychee_jax.engine.request import Request
 from lychee_jax.engine.runner import Runner
@@ -33,6 +34,7 @@ from lychee_jax.engine.scheduler import Chunk, DecodeRow, DecodeWork, PrefillWor
 from lychee_jax.errors import UserError
 from lychee_jax.llm import LLM
 from pallas_kernels import KVPages
+from pallas_kernels.xla.quantized import keys_and_values
 
 _MODES: tuple[AttentionMode, ...] = ("dense", "hybrid", "auto")
 # JAX's own attention, over contiguous keys and values: the baseline of a paged cache.
@@ -55,6 +57,7 @@ class DecodeReport:
     model: str
     device: str
     dtype: str
+    kv: str
     context: int
     page_size: int
     budget: int
@@ -71,10 +74,14 @@ class DecodeReport:
     kv_bytes: int
     speedup: dict[str, float]
 
+    @property
+    def _dtypes(self) -> str:
+        return self.dtype if self.kv == self.dtype else f"{self.dtype}, cache {self.kv}"
+
     def __str__(self) -> str:
         table = Table(
             "", "a token", "tokens/s", "attention alone", "cache read",
-            title=f"Decoding after {self.context:,} tokens: {self.model}, {self.dtype}, {self.device}",
+            title=f"Decoding after {self.context:,} tokens: {self.model}, {self._dtypes}, {self.device}",
             title_justify="left",
         )  # fmt: skip
         for column in table.columns[1:]:
@@ -129,10 +136,9 @@ def _random_cache(model: LLM, context: int, options: GenerateOptions) -> Runner:
         model.spec, model.weights, dataclasses.replace(options.engine, max_num_seqs=1), config,
         num_pages=pages_for(most, options.page_size) + config.batch_bucket(1, 1), max_model_len=most,
     )  # fmt: skip
-    shape, kind = runner.pools[0].data.shape, runner.pools[0].data.dtype
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), runner.pools)
     runner.pools = ()  # freed before the others are made
-    keys = jax.random.split(jax.random.key(0), model.config.num_layers)
-    runner.pools = tuple(KVPages(jax.random.normal(key, shape, kind)) for key in keys)
+    runner.pools = random_pools(shapes, jax.random.key(0))
     return runner
 
 
@@ -192,7 +198,7 @@ def _attention_calls(
 
     paged(None)  # appends what every later call appends again
     # The keys and values of every layer, contiguous, as a cache without pages has them.
-    plain = tuple(_contiguous(pool, table, context) for pool in held[0])
+    plain = tuple(_contiguous(pool, table, context, runner.dtype) for pool in held[0])
     # Where a call may be shorter than its dispatch, several are in flight at once.
     calls = 1 if jax.default_backend() == "cpu" else 8
 
@@ -240,13 +246,25 @@ def _plain(cache: tuple[tuple[jax.Array, jax.Array], ...], qkv: Float[Array, "L 
     return jnp.stack(outs)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _contiguous(
-    pool: KVPages, page_table: Int[Array, "1 P"], length: int
+    pool: KVPages, page_table: Int[Array, "1 P"], length: int, dtype: np.dtype
 ) -> tuple[Float[Array, "1 S K H"], Float[Array, "1 S K H"]]:
-    tiles = pool.data[page_table[0, : pages_for(length, pool.page_size)]].transpose(0, 2, 1, 3)
-    keys, values = jnp.split(tiles.reshape(1, -1, *tiles.shape[2:])[:, :length], 2, axis=-1)
-    return keys, values
+    """Keys and values in the activations' dtype, whatever the pool's: what there is without pages is not quantised."""
+    pages = page_table[0, : pages_for(length, pool.page_size)]
+    if pool.quantized is None:
+        keys, values = jnp.split(pool.data[pages], 2, axis=-1)
+    else:
+        keys, values = keys_and_values(pool.data[pages], pool.quantized, dtype)
+        if pool.scales is not None:
+            scales = pool.scales[pages].reshape(*keys.shape[:2], 2, pool.page_size, 1).astype(dtype)
+            keys, values = keys * scales[:, :, 0], values * scales[:, :, 1]
+
+    def in_order(tiles: jax.Array) -> jax.Array:
+        tiles = tiles.transpose(0, 2, 1, 3)
+        return tiles.reshape(1, -1, *tiles.shape[2:])[:, :length]
+
+    return in_order(keys), in_order(values)
 
 
 def _report(
@@ -265,13 +283,14 @@ def _report(
     weight_bytes = sum(leaf.nbytes for leaf in model.weights)
     if not config.tie_word_embeddings:
         weight_bytes -= config.vocab_size * config.hidden_size * model.dtype.itemsize  # one row of it is read
-    page = 2 * config.head_dim * options.page_size * model.dtype.itemsize
-    kv_bytes = config.num_layers * config.num_kv_heads * page * pages_for(context, options.page_size)
+    pages = pages_for(context, options.page_size)
+    kv_bytes = cache_bytes(config, pages, options.page_size, model.dtype, options.kv_dtype)
     device = jax.devices()[0]
     return DecodeReport(
         model=model.name,
         device=f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind,
         dtype=str(model.dtype),
+        kv=options.kv_dtype or str(model.dtype),
         context=context,
         page_size=options.page_size,
         budget=policy.budget,

@@ -16,6 +16,7 @@ from lychee_jax.cache.pages import cache_bytes
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.llm import LLM
+from pallas_kernels.types import KVDtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class PrefillRow:
     name: str
     model: str
     dtype: str
+    kv: str
     context: int
     page_size: int
     seconds: float
@@ -57,6 +59,7 @@ def measure(
     context: int,
     page_size: int = 64,
     dtype: Any = jnp.bfloat16,
+    kv_dtype: KVDtype | None = None,
     repeats: int = 3,
     report: Callable[[str], None] = lambda line: None,
 ) -> PrefillRow:
@@ -67,11 +70,11 @@ def measure(
     engine_config = EngineConfig.of(jax.default_backend(), config)
     pages = pages_for(context + 1, page_size) + engine_config.batch_bucket(1, 1)
     engine_options = EngineOptions(
-        max_num_seqs=1, cache_memory=cache_bytes(config, pages, page_size, dtype), prefix_cache=False
+        max_num_seqs=1, cache_memory=cache_bytes(config, pages, page_size, dtype, kv_dtype), prefix_cache=False
     )
     llm = LLM(Path(model), config, spec.merge(weights), None, (), engine_config, engine_options)
     del weights
-    options = GenerateOptions("dense", page_size=page_size, max_new_tokens=1)
+    options = GenerateOptions("dense", page_size=page_size, max_new_tokens=1, kv_dtype=kv_dtype)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, context).tolist()
     samples = []
     for index in range(repeats + 1):
@@ -82,8 +85,8 @@ def measure(
     seconds = float(np.median(samples))
     total, attention = operations(config, context)
     return PrefillRow(
-        "prefill", model, str(jnp.dtype(dtype)), context, page_size, seconds, samples, total, attention,
-        total / seconds / 1e12, total / seconds / MATRIX_RATE, peak_bytes(None),
+        "prefill", model, str(jnp.dtype(dtype)), kv_dtype or str(jnp.dtype(dtype)), context, page_size, seconds,
+        samples, total, attention, total / seconds / 1e12, total / seconds / MATRIX_RATE, peak_bytes(None),
     )  # fmt: skip
 
 

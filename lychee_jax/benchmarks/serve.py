@@ -209,7 +209,7 @@ def measure(
         rows, page_size = options.max_num_seqs, options.page_size
         needs = sorted(pages_for(len(each.prompt) + each.new_tokens, page_size) for each in coming)
         pages = sum(needs[-rows:]) + engine_config.batch_bucket(rows, rows)
-        memory = cache_bytes(config, pages, page_size, weights[0].dtype)
+        memory = cache_bytes(config, pages, page_size, weights[0].dtype, options.kv_dtype)
         options = dataclasses.replace(options, cache_memory=memory)
     engine = Engine(spec, weights, options, engine_config)
 

@@ -24,7 +24,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.cache.allocator import pages_for
-from lychee_jax.cache.pages import Pools, make_pools
+from lychee_jax.cache.pages import Pools, cache_bytes, make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.options import EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.programs import DecodePlan, Rows, decode_block, make_rows
@@ -33,6 +33,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
 from pallas_kernels import KVPages
+from pallas_kernels.types import KVDtype
 
 Mode = Literal["hybrid", "dense", "cudnn"]
 _STEPS = 16
@@ -60,6 +61,7 @@ class StepRow:
     cache_bytes: int
     peak_bytes: int | None
     pool_copies: int
+    kv: str
 
 
 def spread_heads(config: ModelConfig, count: int) -> HeadMap:
@@ -96,6 +98,7 @@ def measure(
     page_size: int = 64,
     dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
+    kv_dtype: KVDtype | None = None,
     modes: Sequence[Mode] = ("hybrid", "dense", "cudnn"),
     repeats: int = 7,
     report: Callable[[str], None] = lambda line: None,
@@ -114,7 +117,7 @@ def measure(
             programs[batch, mode] = _Contiguous.lower(spec, shapes, batch, context)
         else:
             plan = DecodePlan(head_map if mode == "hybrid" else None, policy, _STEPS, implementation)
-            programs[batch, mode] = _Paged.lower(spec, shapes, plan, batch, context, page_size)
+            programs[batch, mode] = _Paged.lower(spec, shapes, plan, batch, context, page_size, kv_dtype)
     report(f"{model}: {len(programs)} programs are compiled")
     # Side by side, and before anything is timed.
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -128,20 +131,20 @@ def measure(
     rows = []
     for batch in batches:
         times: dict[str, list[float]] = {}
-        peak, copies, cache_bytes = None, 0, 0
+        peak, copies, held = None, 0, 0
         for mode in modes:
             report(f"{model}, batch {batch}, {mode}")
             program = programs.pop((batch, mode))
             times[mode] = _samples(program.runner(weights), repeats)
             if isinstance(program, _Paged):
                 peak = peak_bytes(peak)
-                copies, cache_bytes = max(copies, program.pool_copies), program.cache_bytes
+                copies, held = max(copies, program.pool_copies), program.cache_bytes
         us = float(np.median(times["hybrid"]))
-        kv_page = 2 * config.head_dim * page_size * weights[0].dtype.itemsize
+        page = cache_bytes(config, 1, page_size, dtype, kv_dtype) // (config.num_layers * config.num_kv_heads)
         pages = pages_for(context, page_size)
         sparse = config.num_layers * config.num_kv_heads - head_map.num_retrieval
         read = head_map.num_retrieval * pages + sparse * min(pages, policy.budget // page_size)
-        roofline = 1e6 * (read_bytes + batch * read * kv_page) / READ_BANDWIDTH
+        roofline = 1e6 * (read_bytes + batch * read * page) / READ_BANDWIDTH
         rivals = {
             {"dense": "dense", "cudnn": "dense_cudnn"}[mode]: float(np.median(values))
             for mode, values in times.items()
@@ -151,10 +154,26 @@ def measure(
             StepRow(
                 "decode_step", model, str(jnp.dtype(dtype)), batch, context, head_map.num_retrieval,
                 config.num_layers * config.num_kv_heads, page_size, policy.budget // page_size, us, times["hybrid"],
-                rivals, roofline, us / roofline, weight_bytes, cache_bytes, peak, copies,
+                rivals, roofline, us / roofline, weight_bytes, held, peak, copies,
+                kv_dtype or str(jnp.dtype(dtype)),
             )
         )  # fmt: skip
     return rows
+
+
+def random_pools(pools: Pools, key: jax.Array) -> Pools:
+    """Pools of these shapes with normal numbers, made one by one on the device."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pools[0])
+
+    @jax.jit
+    def make(key: jax.Array) -> KVPages:
+        if shapes.quantized is None:
+            return KVPages(jax.random.normal(key, shapes.data.shape, shapes.data.dtype))
+        # Without the highest bit of the exponent: bytes of e4m3 below 2, and none of them NaN.
+        words = jax.random.bits(key, shapes.data.shape, jnp.uint16) & jnp.uint16(0xBFBF)
+        return KVPages(words, None if shapes.scales is None else jnp.full(shapes.scales.shape, 1 / 32, jnp.float32))
+
+    return tuple(make(each) for each in jax.random.split(key, len(pools)))
 
 
 def peak_bytes(before: int | None) -> int | None:
@@ -176,9 +195,16 @@ def _samples(run: Callable[[int], None], repeats: int) -> list[float]:
 
 
 def pool_copies(program: str, pool: jax.Array | jax.ShapeDtypeStruct) -> int:
-    """How many instructions of a compiled program copy a whole pool."""
-    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[str(pool.dtype)]
-    shape = re.escape(f"{kind}[{','.join(map(str, pool.shape))}]")
+    """How many instructions of a compiled program copy a whole pool, or its scales.
+
+    Raises:
+        ValueError: no array of this kind is in the program.
+    """
+    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "uint16": "u16"}[str(pool.dtype)]
+    shape = f"{kind}[{','.join(map(str, pool.shape))}]"
+    if shape not in program:
+        raise ValueError(f"{shape} is not in the program, which would pass for copying nothing")
+    shape = re.escape(shape)
     return len(re.findall(rf"= {shape}\S* (?:copy|copy-start|dynamic-update-slice|transpose)\(", program))
 
 
@@ -208,14 +234,21 @@ class _Paged(_Program):
 
     @classmethod
     def lower(
-        cls, spec: ModelSpec, weights: tuple[Any, ...], plan: DecodePlan, batch: int, context: int, page_size: int
+        cls,
+        spec: ModelSpec,
+        weights: tuple[Any, ...],
+        plan: DecodePlan,
+        batch: int,
+        context: int,
+        page_size: int,
+        kv_dtype: KVDtype | None,
     ) -> "_Paged":
         """Lower `decode_block` for the last tokens of the context."""
         config = spec.config
         width = max(batch, EngineConfig.of(jax.default_backend(), config).min_rows)
         slots = max(width, EngineOptions().max_num_seqs)
         each = pages_for(context, page_size)
-        pools = jax.eval_shape(functools.partial(make_pools, config, batch * each + width, page_size, weights[0].dtype))
+        pools = jax.eval_shape(lambda: make_pools(config, batch * each + width, page_size, weights[0].dtype, kv_dtype))
         table = np.zeros((width, max_pages(context, page_size)), np.int32)
         table[:batch, :each] = np.arange(batch * each).reshape(batch, each)
         busy = np.arange(slots) < batch
@@ -237,12 +270,11 @@ class _Paged(_Program):
     @property
     def pool_copies(self) -> int:
         """How many instructions copy a whole pool."""
-        return pool_copies(self.compiled.as_text() or "", self.pools[0].data)
+        program = self.compiled.as_text() or ""
+        return sum(pool_copies(program, leaf) for leaf in jax.tree.leaves(self.pools[0]))
 
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
-        data = self.pools[0].data
-        make = jax.jit(lambda key: KVPages(jax.random.normal(key, data.shape, data.dtype)))
-        pools: Any = tuple(make(key) for key in jax.random.split(jax.random.key(1), len(self.pools)))
+        pools = random_pools(self.pools, jax.random.key(1))
         held: dict[str, Any] = {"pools": pools, "rows": jax.tree.map(jnp.array, self.rows)}
 
         def run(count: int) -> None:

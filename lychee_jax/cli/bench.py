@@ -58,6 +58,7 @@ def _device() -> dict[str, str]:
 def bench_decode(
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
+    kv_dtype: shared.KVDtypeOption = "auto",
     implementation: shared.ImplementationOption = None,
     heads: shared.HeadsOption = None,
     page_size: shared.PageSizeOption = 64,
@@ -98,7 +99,10 @@ def bench_decode(
         from lychee_jax.benchmarks import decode
         from lychee_jax.engine.options import GenerateOptions
 
-        options = GenerateOptions("hybrid", policy=policy, page_size=page_size, implementation=implementation)
+        options = GenerateOptions(
+            "hybrid", policy=policy, page_size=page_size, implementation=implementation,
+            kv_dtype=shared.kv_dtype_of(kv_dtype),
+        )  # fmt: skip
         loaded = load_model(model, dtype)
         options = dataclasses.replace(options, heads=loaded.choose_heads(heads))
         report = decode.run(loaded, options, context=context)
@@ -115,8 +119,8 @@ def bench_decode(
 
     rows = step.measure(
         shape, MODELS[shape], batches=_batches(batch), context=context, retrieval_heads=retrieval_heads, policy=policy,
-        page_size=page_size, dtype=dtype or "bfloat16", implementation=implementation, repeats=repeats or 7,
-        report=_tell,
+        page_size=page_size, dtype=dtype or "bfloat16", implementation=implementation,
+        kv_dtype=shared.kv_dtype_of(kv_dtype), repeats=repeats or 7, report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, step.table(rows))
 
@@ -125,6 +129,7 @@ def bench_decode(
 def bench_prefill(
     shape: Annotated[Shape, typer.Option(help="Random weights of this shape.")] = "llama-3-8b",
     dtype: shared.DtypeOption = None,
+    kv_dtype: shared.KVDtypeOption = "auto",
     context: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")] = 131072,
     page_size: shared.PageSizeOption = 64,
     repeats: Annotated[int, typer.Option(metavar="N", help="Samples, of which the median is shown.")] = 3,
@@ -142,8 +147,8 @@ def bench_prefill(
     from lychee_jax.benchmarks.shapes import MODELS
 
     row = prefill.measure(
-        shape, MODELS[shape], context=context, page_size=page_size, dtype=dtype or "bfloat16", repeats=repeats,
-        report=_tell,
+        shape, MODELS[shape], context=context, page_size=page_size, dtype=dtype or "bfloat16",
+        kv_dtype=shared.kv_dtype_of(kv_dtype), repeats=repeats, report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, prefill.table([row]))
 
@@ -220,6 +225,7 @@ def bench_serve(
     model: shared.ModelOption = None,
     shape: Annotated[Shape | None, typer.Option(help="Instead of a model: random weights of this shape.")] = None,
     dtype: shared.DtypeOption = None,
+    kv_dtype: shared.KVDtypeOption = "auto",
     implementation: shared.ImplementationOption = None,
     requests: Annotated[
         int | None, typer.Option(metavar="N", show_default="the scenario's", help="Requests to serve.")
@@ -286,8 +292,9 @@ def bench_serve(
     policy = SelectionPolicy(budget, sink, recent)
     policy.validate(page_size)
     engine_options = EngineOptions(
-        page_size, implementation=implementation, max_num_seqs=max_num_seqs, cache_memory=cache_memory
-    )
+        page_size, implementation=implementation, max_num_seqs=max_num_seqs, cache_memory=cache_memory,
+        kv_dtype=shared.kv_dtype_of(kv_dtype),
+    )  # fmt: skip
     chosen: dict[str, Any] = {
         "requests": requests,
         "rate": rate,

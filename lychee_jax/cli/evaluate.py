@@ -22,6 +22,7 @@ from lychee_jax.cli.evaluation_options import (
     whole_numbers,
 )
 from lychee_jax.errors import UserError
+from lychee_jax.files import json_text
 
 if TYPE_CHECKING:
     from lychee_jax.evaluation.cases import Cell, Task
@@ -289,6 +290,64 @@ def eval_perplexity(
     plan = EvaluationPlan(cells, variants, options, batch)
     settings = {"seed": seed, "scored": scored, **({"windows": samples} if text else {})}
     _evaluate(loaded, STYLE, plan, output, settings)
+
+
+@eval_app.command("picks")
+@spread
+def eval_picks(
+    *,
+    lengths: LengthsOption = "8192",
+    samples: SamplesOption = 4,
+    seed: SeedOption = 0,
+    answering: Answering,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="One JSON object on standard output instead of lines.", rich_help_panel=RUN),
+    ] = False,
+) -> None:
+    """How many of the pages that sparse heads pick differ over a quantised cache (--kv-dtype int8 or fp8).
+
+    Prompts are those of [b]eval passkey[/b]; the step after each is watched with and without quantisation. Pages that
+    are always read do not count.
+
+    [b]Example[/b]
+
+    [cyan]lychee eval picks --model my-8b --kv-dtype int8 --lengths 8192,32768 --budget 1024,4096[/cyan]
+    """
+    import dataclasses
+
+    from lychee_jax.evaluation.passkey import Passkey
+    from lychee_jax.evaluation.picks import compare_picks
+    from lychee_jax.evaluation.runner import tokenizer_of
+
+    variants = [variant for variant in answering.variants() if variant.budget is not None]
+    sizes = whole_numbers("--lengths", lengths)
+    if samples < 1:
+        raise UserError(f"--samples is {samples}; it must be at least 1")
+    if not variants:
+        raise UserError("--attention dense picks nothing; give hybrid")
+    if answering.kv_dtype == "auto":
+        raise UserError("there is nothing to compare: --kv-dtype is auto; give int8 or fp8")
+    loaded, options = answering.load()
+    task = Passkey(tokenizer_of(loaded), seed=seed, facts=1)
+    rows: list[dict[str, object]] = []
+    with stages() as bars:
+        for length in sizes:
+            prompts = [task.case(length, None, index).tokens for index in range(samples)]
+            for variant in variants:
+                asked = variant.options(options, length, 1)
+                where = f"{length:,}, {variant.label}"
+                found = compare_picks(
+                    loaded, prompts, asked,
+                    lambda done, where=where: bars.show("readings", done, 2 * samples, "prompts", where),
+                )  # fmt: skip
+                rows.append(
+                    {"length": length, "budget": asked.policy.budget, **dataclasses.asdict(found), "share": found.share}
+                )
+                if not as_json:
+                    print(f"{length:,} tokens, budget {asked.policy.budget}, {found.kv_dtype}: {found}")
+    if as_json:
+        print(json_text({"rows": rows}))
 
 
 def _evaluate(loaded: LLM, style: Style, plan: EvaluationPlan, output: Path, settings: Mapping[str, object]) -> None:

@@ -63,6 +63,7 @@ class Answering:
     dtype: shared.DtypeOption = None
     quantize: shared.QuantizeOption = "none"
     quantize_head: shared.QuantizeHeadOption = False
+    kv_dtype: shared.KVDtypeOption = "auto"
     implementation: shared.ImplementationOption = None
     attention: Annotated[
         str,
@@ -113,8 +114,9 @@ class Answering:
             enough, self.sink, self.recent, self.rule, self.ratio, self.top_p_mass, self.threshold, self.page_score
         )
         return GenerateOptions(
-            policy=policy, page_size=size, correct_every=self.correct_every, implementation=self.implementation
-        )
+            policy=policy, page_size=size, correct_every=self.correct_every, implementation=self.implementation,
+            kv_dtype=shared.kv_dtype_of(self.kv_dtype),
+        )  # fmt: skip
 
     def load(self) -> tuple[LLM, GenerateOptions]:
         """The model, and the options with its head map and its ends of text; they are checked before it is loaded."""

@@ -60,6 +60,7 @@ def generate(
     dtype: shared.DtypeOption = None,
     quantize: shared.QuantizeOption = "none",
     quantize_head: shared.QuantizeHeadOption = False,
+    kv_dtype: shared.KVDtypeOption = "auto",
     implementation: shared.ImplementationOption = None,
     attention: shared.AttentionOption = "auto",
     heads: shared.HeadsOption = None,
@@ -195,6 +196,7 @@ def generate(
         ignore_eos=ignore_eos,
         correct_every=correct_every,
         implementation=implementation,
+        kv_dtype=shared.kv_dtype_of(kv_dtype),
     )
     prompts: list[list[int]] = []
 

@@ -42,6 +42,16 @@ QuantizeOption = Annotated[
 QuantizeHeadOption = Annotated[
     bool, typer.Option("--quantize-head", help="The output head, too.", rich_help_panel=MODEL)
 ]
+KVDtypeOption = Annotated[
+    Literal["auto", "fp8", "int8"],
+    typer.Option(
+        "--kv-dtype",
+        "--kv-cache-dtype",  # vLLM's name
+        help="Of the KV cache. [b]int8[/b] and [b]fp8[/b] (e4m3) take half the memory of bfloat16, int8 with a scale "
+        "for every token and head; read by plain JAX. [b]auto[/b]: the dtype of the activations.",
+        rich_help_panel=MODEL,
+    ),
+]
 ImplementationOption = Annotated[
     Implementation | None,
     typer.Option(
@@ -142,6 +152,11 @@ TemplateKwargsOption = Annotated[
         rich_help_panel=CHAT,
     ),
 ]
+
+
+def kv_dtype_of(choice: Literal["auto", "fp8", "int8"]) -> Literal["fp8", "int8"] | None:
+    """What --kv-dtype says to the engine."""
+    return None if choice == "auto" else choice
 
 
 def model_name(model: str | None) -> str:

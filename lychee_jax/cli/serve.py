@@ -72,6 +72,7 @@ def serve(
             rich_help_panel=_ENGINE,
         ),
     ] = None,
+    kv_dtype: shared.KVDtypeOption = "auto",
     implementation: shared.ImplementationOption = None,
     attention: shared.AttentionOption = "auto",
     heads: shared.HeadsOption = None,
@@ -113,6 +114,7 @@ def serve(
         page_size=page_size,
         correct_every=correct_every,
         implementation=implementation,
+        kv_dtype=shared.kv_dtype_of(kv_dtype),
     )
     if cache_memory is not None and not 0 < cache_memory < 1 << 20:
         raise UserError(f"--cache-memory is {cache_memory}; it must be above 0, in GiB")

@@ -58,6 +58,7 @@ class Engine:
     """Batches requests as they come. The cache is made when the first request is scheduled.
 
     Attributes:
+        page_bytes: device memory of a page of the cache, over all layers.
         prompt_tokens_read: of all requests so far.
         host_seconds: how long `step` worked on the host: all of its time but compiling and waiting for the device.
         wait_seconds: how long `step` waited for the device.
@@ -74,6 +75,7 @@ class Engine:
         self.options = options
         self.config = config or EngineConfig.of(jax.default_backend(), spec.config)
         self.max_model_len = min(options.max_model_len or spec.config.max_tokens, spec.config.max_tokens)
+        self.page_bytes = cache_bytes(spec.config, 1, options.page_size, self.dtype, options.kv_dtype)
         self.prompt_tokens_read = 0
         self.host_seconds = self.wait_seconds = 0.0
         self._requests: dict[str, _Progress] = {}
@@ -91,7 +93,7 @@ class Engine:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of weights, activations and cache."""
+        """Of activations, and of a cache that is not quantised."""
         return np.dtype(self.weights[0].dtype)
 
     @property
@@ -265,7 +267,7 @@ class Engine:
         needs = sorted(pages_for(len(r.prompt) + r.max_new_tokens, self.options.page_size) for r in requests)
         least = pages_for(_LEAST_TOKENS, self.options.page_size)
         together = max(least, 2 * sum(needs[-self.options.max_num_seqs :]))
-        return max(needs[-1], min(next_power_of_two(together), self._default_pages(), self._most_pages))
+        return max(needs[-1], min(next_power_of_two(together), max(1, _CPU_CACHE // self.page_bytes), self._most_pages))
 
     def prepare(self, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
         """Compile in the background what these requests will need, a future for each program; neither weights nor a
@@ -296,19 +298,15 @@ class Engine:
         )  # fmt: skip
         return allocator, Scheduler(scheduling, allocator)
 
-    def _default_pages(self) -> int:
-        return max(1, _CPU_CACHE // cache_bytes(self.spec.config, 1, self.options.page_size, self.dtype))
-
     def _page_limit(self) -> int:
         """Pages that the cache may have for sequences."""
-        page = cache_bytes(self.spec.config, 1, self.options.page_size, self.dtype)
         useful = self.options.max_num_seqs * max_pages(self.max_model_len, self.options.page_size)
         memory = self.options.cache_memory
         if memory is None and jax.default_backend() == "cpu":
             return useful  # it grows for whoever needs more than the default
         if memory is None:
             memory = free_memory(self.weights)
-        return min(useful, memory // page - self._scratch)
+        return min(useful, memory // self.page_bytes - self._scratch)
 
     def _receive(self, sent: _Sent) -> list[RequestOutput]:
         """Wait for what one step sent, and hand out its tokens."""

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 
 from lychee_jax.attention.selection import Selection, SelectionPolicy
+from lychee_jax.cache.pages import make_pools
 from lychee_jax.config import ModelConfig
 from pallas_kernels import KVPages, hybrid_decode
+from pallas_kernels.types import KVDtype
 
 
 def refuse_uncovered(
@@ -19,6 +21,7 @@ def refuse_uncovered(
     batch: int,
     pages: int,
     page_size: int,
+    kv_dtype: KVDtype | None = None,
 ) -> None:
     """Trace the op with the model's shapes: what it refuses, it refuses now, not after the first token.
 
@@ -32,16 +35,17 @@ def refuse_uncovered(
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in (
             ((batch, kv_heads, config.groups, config.head_dim), dtype),
-            ((batch + 1, kv_heads, page_size, 2 * config.head_dim), dtype),
             ((batch, pages), np.int32), ((batch,), np.int32),
             ((batch, kv_heads, selecting.budget_pages), np.int32), ((batch, kv_heads), np.int32),
         )
     ]  # fmt: skip
 
-    def call(q: jax.Array, data: jax.Array, table: jax.Array, lengths: jax.Array, *chosen: jax.Array) -> Any:
+    kv = jax.eval_shape(lambda: make_pools(config, batch + 1, page_size, dtype, kv_dtype)[0])
+
+    def call(kv: KVPages, q: jax.Array, table: jax.Array, lengths: jax.Array, *chosen: jax.Array) -> Any:
         return hybrid_decode(
-            q, KVPages(data), table, lengths, Selection(*chosen), np.arange(1, dtype=np.int32), selecting, scale=1.0,
+            q, kv, table, lengths, Selection(*chosen), np.arange(1, dtype=np.int32), selecting, scale=1.0,
             implementation=implementation,
         )  # fmt: skip
 
-    jax.eval_shape(call, *shapes)
+    jax.eval_shape(call, kv, *shapes)

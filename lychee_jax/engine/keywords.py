@@ -12,7 +12,7 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.engine.options import AttentionMode
 from lychee_jax.engine.sampling_params import SamplingParams
-from pallas_kernels.types import Rule
+from pallas_kernels.types import KVDtype, Rule
 
 
 class GenerateKeywords(TypedDict, total=False):
@@ -47,6 +47,7 @@ class GenerateKeywords(TypedDict, total=False):
         page_score: a page counts by its best token ("max") or by its attention mass ("lse", "mass").
         correct_every: new tokens after which the cache of these is computed again densely; 0: never.
         implementation: of the attention kernels: "xla", "mosaic_tpu", "mosaic_gpu"; by default what suits the device.
+        kv_dtype: of the cache, 8 bits a number: "int8" or "fp8"; by default the dtype of the activations.
     """
 
     max_new_tokens: int | None
@@ -73,6 +74,7 @@ class GenerateKeywords(TypedDict, total=False):
     page_score: Literal["max", "lse", "mass"]
     correct_every: int | None
     implementation: str | None
+    kv_dtype: KVDtype | None
 
 
 # Both have a top_p; the shorter name is sampling's.

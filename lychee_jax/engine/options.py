@@ -12,6 +12,7 @@ from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.engine.scheduler import ChunkSizes
 from lychee_jax.errors import UserError
 from pallas_kernels.dispatch import available
+from pallas_kernels.types import KVDtype
 
 AttentionMode = Literal["auto", "hybrid", "dense"]
 
@@ -40,6 +41,12 @@ class AttentionOptions:
         return length < max(dense_below, budget + budget // 4)
 
 
+def check_kv_dtype(kv_dtype: str | None) -> None:
+    """Raise UserError if no cache is quantised like this; None is one that is not quantised."""
+    if kv_dtype not in (None, *get_args(KVDtype)):
+        raise UserError(f"kv_dtype is {kv_dtype!r}; use {' or '.join(get_args(KVDtype))}, or none at all")
+
+
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
     """What all requests of an engine share.
@@ -48,6 +55,7 @@ class EngineOptions:
         page_size: tokens of a page.
         correct_every: new tokens after which the cache of these is rewritten densely; 0: never. Fixes the block size.
         implementation: of the attention kernels; None takes what suits the platform.
+        kv_dtype: of the cache, 8 bits a number: "int8" or "fp8"; None is the dtype of the activations.
         max_num_seqs: sequences that decode together.
         max_model_len: tokens of the longest sequence; None: the model's limit.
         cache_memory: bytes of the KV cache; None: most of the free memory of an accelerator; on a CPU up to 2 GiB, and
@@ -62,6 +70,7 @@ class EngineOptions:
     max_model_len: int | None = None
     cache_memory: int | None = None
     prefix_cache: bool = True
+    kv_dtype: KVDtype | None = None
 
     def __post_init__(self) -> None:
         if self.page_size < 1:
@@ -71,6 +80,7 @@ class EngineOptions:
         if self.implementation is not None and self.implementation not in available("hybrid_decode"):
             names = ", ".join(available("hybrid_decode"))
             raise UserError(f"implementation {self.implementation!r} is not available; this version has {names}")
+        check_kv_dtype(self.kv_dtype)
         if self.max_num_seqs < 1:
             raise UserError(f"max_num_seqs is {self.max_num_seqs}; it must be at least 1")
 
@@ -96,6 +106,7 @@ class GenerateOptions:
     ignore_eos: bool = False
     correct_every: int = 0
     implementation: str | None = None
+    kv_dtype: KVDtype | None = None
 
     def __post_init__(self):
         settle_numbers(self)
@@ -110,7 +121,7 @@ class GenerateOptions:
     @property
     def engine(self) -> EngineOptions:
         """The part that an engine is made for."""
-        return EngineOptions(self.page_size, self.correct_every, self.implementation)
+        return EngineOptions(self.page_size, self.correct_every, self.implementation, kv_dtype=self.kv_dtype)
 
     @property
     def attention_options(self) -> AttentionOptions:

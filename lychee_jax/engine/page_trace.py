@@ -18,13 +18,14 @@ from lychee_jax.errors import UserError
 class Reading:
     """One step of one sequence: `pages [L, K, P]` says which pages each KV head of each layer read.
 
-    `length` counts the tokens in the cache, the one that was fed included; `head_map` says who picked.
+    `length` counts the tokens in the cache, `token`, which was fed, included; `head_map` says who picked.
     """
 
     pages: Bool[np.ndarray, "L K P"]
     length: int
     page_size: int
     head_map: HeadMap
+    token: int
 
     @property
     def share(self) -> float:
@@ -32,10 +33,12 @@ class Reading:
         return float(self.pages.mean())
 
 
-def trace_step(engine: Engine, prompt: tuple[int, ...], attention: AttentionOptions) -> Reading:
-    """Read a prompt, feed the likeliest next token with the roles of `attention`, and see which pages every head reads.
+def trace_step(
+    engine: Engine, prompt: tuple[int, ...], attention: AttentionOptions, token: int | None = None
+) -> Reading:
+    """Read a prompt, feed a token with the roles of `attention`, and see which pages every head reads.
 
-    The step is hybrid whatever the mode.
+    The step is hybrid whatever the mode; without a token, the likeliest one is fed.
 
     Raises:
         UserError: a prompt that the engine cannot take, or other requests are under way.
@@ -48,7 +51,9 @@ def trace_step(engine: Engine, prompt: tuple[int, ...], attention: AttentionOpti
     request = Request("trace", prompt, 1, attention=hybrid)
     engine.add_request(request, hold=True)
     try:
-        selected = _selected(engine, request, hybrid, _first_token(engine))
+        likeliest = _first_token(engine)
+        token = likeliest if token is None else token
+        selected = _selected(engine, request, hybrid, token)
     finally:
         engine.finish(request.id)
 
@@ -61,7 +66,7 @@ def trace_step(engine: Engine, prompt: tuple[int, ...], attention: AttentionOpti
             else:
                 chosen = selected[layer, head]
                 pages[layer, head, chosen[chosen >= 0]] = True
-    return Reading(pages, len(prompt) + 1, engine.options.page_size, head_map)
+    return Reading(pages, len(prompt) + 1, engine.options.page_size, head_map, token)
 
 
 def _first_token(engine: Engine) -> int:

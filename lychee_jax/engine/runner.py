@@ -67,7 +67,7 @@ class Runner:
     ):
         self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
         model = spec.config
-        self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype)
+        self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype, options.kv_dtype)
         self.rows: Rows = make_rows(self.slots, model.vocab_size, MAX_EOS_IDS)
         self._empty_prompt: Any = jnp.zeros((model.vocab_size,), bool)
 
@@ -89,7 +89,9 @@ class Runner:
         self.max_pages = max_pages(max_model_len, options.page_size)
         self.num_pages = num_pages
         self.blocks_sent = 0
-        self.programs: Any = Programs(self.dtype, (spec, self.dtype, num_pages, options.page_size, self.slots))
+        self.programs: Any = Programs(
+            self.dtype, (spec, self.dtype, num_pages, options.page_size, options.kv_dtype, self.slots)
+        )
 
     def rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and sines `[B, T, half]` at `positions [B, T]` of texts of `lengths` tokens."""

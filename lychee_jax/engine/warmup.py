@@ -56,7 +56,7 @@ class Rehearsal(Runner):
     ):
         self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
         model, page_size = spec.config, options.page_size
-        self.pools = jax.eval_shape(lambda: make_pools(model, num_pages, page_size, self.dtype))
+        self.pools = jax.eval_shape(lambda: make_pools(model, num_pages, page_size, self.dtype, options.kv_dtype))
         self.rows = jax.eval_shape(lambda: make_rows(self.slots, model.vocab_size, MAX_EOS_IDS))
         self._empty_prompt = jax.ShapeDtypeStruct((model.vocab_size,), bool)
         self._compilers: Programs = self.programs

@@ -92,4 +92,6 @@ def answer_settings(model: LLM, options: GenerateOptions) -> Record:
         "page_size": options.page_size,
         **policy,
         "correct_every": options.correct_every,
+        # Not where it is the activations' dtype: folders of before this option can be resumed.
+        **({} if options.kv_dtype is None else {"kv_dtype": options.kv_dtype}),
     }

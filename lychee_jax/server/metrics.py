@@ -39,6 +39,7 @@ class Metrics:
         gauge("pages_cached", "Pages that nobody owns and a prompt may reuse", lambda now: now.pages_cached)
         gauge("pages_owned", "Pages that running sequences own", lambda now: now.pages_owned)
         gauge("tasks", "Tasks of the event loop, the one that asks included", lambda _: len(asyncio.all_tasks()))
+        gauge("page_bytes", "Device memory of a page of the KV cache, over layers", lambda now: now.page_bytes)
         self.requests = counter("requests", "Calls that were admitted", "endpoint")
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were admitted")
         self.cached_tokens = counter("prefix_cache_hit_tokens", "Tokens of prompts that the prefix cache had")

@@ -39,6 +39,7 @@ class EngineStats:
     pages_cached: int = 0
     pages_owned: int = 0
     prompt_tokens: int = 0
+    page_bytes: int = 0
 
     @classmethod
     def of(cls, engine: Engine, held: int = 0) -> EngineStats:
@@ -48,7 +49,7 @@ class EngineStats:
             return cls(waiting=held)
         return cls(
             scheduler.num_running, scheduler.num_waiting + held, allocator.num_free, allocator.num_cached,
-            allocator.num_owned, engine.prompt_tokens_read,
+            allocator.num_owned, engine.prompt_tokens_read, engine.page_bytes,
         )  # fmt: skip
 
 

@@ -30,6 +30,8 @@ def _check_coverage(q: jax.Array, kv: KVPages) -> None:
         NotImplementedError: a case that the kernels do not cover.
     """
     groups, head_dim = q.shape[-2:]
+    if kv.quantized is not None:
+        raise NotImplementedError(f"mosaic_gpu reads no quantised caches, and this one is {kv.quantized}")
     if q.dtype not in (jnp.bfloat16, jnp.float16) or kv.data.dtype != q.dtype:
         raise NotImplementedError(
             f"mosaic_gpu takes bfloat16 or float16 queries over a cache of the same type, "

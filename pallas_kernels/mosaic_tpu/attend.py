@@ -37,8 +37,8 @@ def attend(
     in `dense [B]` read the page table all the same.
     """
     batch, kv_heads, groups, head_dim = q.shape
-    if kv.scales is not None:
-        raise NotImplementedError("mosaic_tpu reads no quantised caches")
+    if kv.quantized is not None:
+        raise NotImplementedError(f"mosaic_tpu reads no quantised caches, and this one is {kv.quantized}")
     held, lists = smem_words(page_table, num_tokens, selected)
     launch = Launch(
         batch=batch, kv_heads=kv_heads, heads=heads.shape[0], groups=groups, page_size=kv.page_size, head_dim=head_dim,

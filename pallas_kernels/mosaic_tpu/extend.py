@@ -32,8 +32,10 @@ def extend_attention(
     """See `pallas_kernels.extend_attention`: the past is gathered from the cache, the chunk comes from `k` and `v`.
 
     Raises:
-        NotImplementedError: `block_attention` does not cover the case.
+        NotImplementedError: the cache is quantised, or `block_attention` does not cover the case.
     """
+    if kv.quantized is not None:
+        raise NotImplementedError(f"mosaic_tpu reads no quantised caches, and this one is {kv.quantized}")
     head_dim = q.shape[-1]
     block = block_tokens(kv.page_size, config.key_block)
     q, k, v = (zero_padding(x, counts) for x in (q, k, v))
@@ -45,7 +47,7 @@ def extend_attention(
 
     def past(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         out, lse = carry
-        tiles, _ = cached_block(i, block, kv, page_table, starts)
+        tiles, _, _ = cached_block(i, block, kv, page_table, starts)
         new_out, new_lse = attend(tiles[..., :head_dim], tiles[..., head_dim:], jnp.clip(starts - i * block, 0, block))
         # A block of which a row sees nothing has a log-sum-exp of almost −∞.
         both = jnp.logaddexp(lse, new_lse)

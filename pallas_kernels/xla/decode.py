@@ -1,9 +1,9 @@
 """The decode ops in plain JAX: the meaning that kernels are held to, and the implementation wherever no kernel exists.
 
 Shapes follow one convention: `q [B, K, G, H]`; a cache `kv` of one layer, whose `data [num_pages, K, page_size, 2H]`
-has keys in `[..., :H]` and values in `[..., H:]`; `page_table [B, P]` from logical to pool pages; `lengths [B]`;
-`heads [R]` the KV heads to compute, −1 for none. Slots past a row's length, and pool pages that no row owns, may hold
-anything, NaN included.
+has keys in `[..., :H]` and values in `[..., H:]`, or which is quantised (see `KVPages`); `page_table [B, P]` from
+logical to pool pages; `lengths [B]`; `heads [R]` the KV heads to compute, −1 for none. Slots past a row's length, and
+pool pages that no row owns, may hold anything, NaN included.
 """
 
 import math
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels.types import Heads, KVPages, PageScore, Selection, SelectionSpec
 from pallas_kernels.xla.config import XlaConfig
+from pallas_kernels.xla.quantized import keys_and_values
 
 # Stands for −∞: finite, so that a row in which everything is masked does not become NaN.
 MASKED = -1e30
@@ -54,9 +55,11 @@ def _attend(
     else:
         pages = jnp.pad(pages, ((0, 0), (0, 0), (0, padding)), constant_values=-1)
         most = jnp.max(jnp.sum((pages >= 0) & (used[..., None] > 0), axis=-1, dtype=jnp.int32), initial=0)
-    # A page is multiplied whole: zeros in the query meet the values, and the output's first half is thrown away. That
-    # is cheaper than cutting keys from values, which copies both.
-    query = jnp.pad(q[:, heads].astype(jnp.float32) * scale, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
+    query, width = q[:, heads].astype(jnp.float32) * scale, head_dim
+    if kv.quantized is None:
+        # A page is multiplied whole: zeros in the query meet the values, and the output's first half is thrown away.
+        # That is cheaper than cutting keys from values, which copies both.
+        query, width = jnp.pad(query, ((0, 0), (0, 0), (0, 0), (0, head_dim))), 2 * head_dim
     offsets = jnp.arange(page_size, dtype=jnp.int32)
 
     def block(i, carry):
@@ -70,13 +73,23 @@ def _attend(
         physical = jnp.take_along_axis(
             page_table[:, None, :], jnp.where(inside, logical, 0), axis=2, mode="promise_in_bounds"
         )
-        tiles = kv.data.at[jnp.where(inside, physical, 0), heads[None, :, None]].get(mode="promise_in_bounds")
+        where = jnp.where(inside, physical, 0), heads[None, :, None]
+        tiles = kv.data.at[where].get(mode="promise_in_bounds")
         real = inside[..., None] & (logical[..., None] * page_size + offsets < lengths[..., None, None])
-        tiles = jnp.where(real[..., None], tiles.astype(jnp.float32), 0.0)  # [B, R, step, page_size, 2H]
-        tiles = tiles.reshape(batch, rows, step * page_size, 2 * head_dim)
+        tiles = jnp.where(real[..., None], tiles, jnp.zeros((), tiles.dtype))  # [B, R, step, page_size, …]
+        tiles = tiles.reshape(batch, rows, step * page_size, -1)
+        if kv.quantized is None:
+            keys = values = tiles.astype(jnp.float32)
+        else:
+            keys, values = keys_and_values(tiles, kv.quantized, jnp.float32)
         # The large operand on the left: XLA's CPU backend packs the right one anew.
-        scores = jnp.einsum("brsh,brgh->brsg", tiles, query).swapaxes(2, 3)
+        scores = jnp.einsum("brsh,brgh->brsg", keys, query).swapaxes(2, 3)
         scores = scores.reshape(batch, rows, groups, step, page_size)
+        scales = None
+        if kv.scales is not None:
+            scales = kv.scales.at[where].get(mode="promise_in_bounds")
+            scales = scales.reshape(batch, rows, 1, step, 2, page_size)
+            scores = scores * scales[..., 0, :]
         scores = jnp.where(real[:, :, None], scores, MASKED)
         if table is not None:
             mean = jnp.mean(scores, axis=2)
@@ -86,18 +99,20 @@ def _attend(
         weights = jnp.where(real[:, :, None], jnp.exp(scores - new_top[..., None, None]), 0.0)
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=(-2, -1))
+        if scales is not None:
+            weights = weights * jnp.where(real[:, :, None], scales[..., 1, :], 0.0)
         weights = weights.reshape(batch, rows, groups, step * page_size)
-        return new_top, total, out * shrink[..., None] + jnp.einsum("brgs,brsh->brgh", weights, tiles), table
+        return new_top, total, out * shrink[..., None] + jnp.einsum("brgs,brsh->brgh", weights, values), table
 
     lead = (batch, rows, groups)
     start = (
         jnp.full(lead, MASKED, jnp.float32),
         jnp.zeros(lead, jnp.float32),
-        jnp.zeros((*lead, 2 * head_dim), jnp.float32),
+        jnp.zeros((*lead, width), jnp.float32),
         None if page_scores is None else jnp.full((batch, rows, capacity + padding), MASKED, jnp.float32),
     )
     top, total, out, table = jax.lax.fori_loop(0, (most + step - 1) // step, block, start)
-    out = out[..., head_dim:] / jnp.maximum(total, 1e-30)[..., None]
+    out = out[..., width - head_dim :] / jnp.maximum(total, 1e-30)[..., None]
     lse = jnp.where(total > 0.0, top + jnp.log(jnp.maximum(total, 1e-30)), MASKED)
     return out.astype(q.dtype), None if table is None else table[..., :capacity], lse
 

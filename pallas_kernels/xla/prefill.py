@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.types import KVPages
 from pallas_kernels.xla.config import XlaConfig
 from pallas_kernels.xla.decode import MASKED
+from pallas_kernels.xla.quantized import keys_and_values
 
 
 class _Partial:
@@ -58,8 +59,10 @@ def block_tokens(page_size: int, tokens: int) -> int:
 
 def cached_block(
     index: jax.Array, block: int, kv: KVPages, page_table: jax.Array, starts: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Keys and values `[B, K, block, 2H]` of one block of positions, zero from `starts[b]` on, and which are below."""
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """What the cache holds of one block of positions, `[B, K, block, …]`, the scales of keys and values `[2, B, K,
+    block]` if it has any, both zero from `starts[b]` on; and which positions are below, `[B, block]`.
+    """
     batch, (_, kv_heads, page_size, width) = starts.shape[0], kv.data.shape
     pages = block // page_size
     heads = jnp.arange(kv_heads, dtype=jnp.int32)
@@ -67,11 +70,32 @@ def cached_block(
     logical = index * pages + jnp.arange(pages, dtype=jnp.int32)
     inside = logical[None, :] * page_size < starts[:, None]
     ids = jnp.take(page_table, jnp.minimum(logical, page_table.shape[1] - 1), axis=1)
-    tiles = kv.data[jnp.where(inside, ids, 0)[:, None, :], heads[None, :, None]]
-    tiles = tiles.reshape(batch, kv_heads, block, width)
+    where = jnp.where(inside, ids, 0)[:, None, :], heads[None, :, None]
+    tiles = kv.data[where].reshape(batch, kv_heads, block, width)
     position = index * block + jnp.arange(block, dtype=jnp.int32)
     seen = position[None, :] < starts[:, None]
-    return jnp.where(seen[:, None, :, None], tiles, jnp.zeros((), tiles.dtype)), seen
+    scales = None
+    if kv.scales is not None:
+        scales = kv.scales[where].reshape(batch, kv_heads, pages, 2, page_size)
+        scales = jnp.moveaxis(scales, 3, 0).reshape(2, batch, kv_heads, block)
+        scales = jnp.where(seen[:, None, :], scales, 0.0)
+    return jnp.where(seen[:, None, :, None], tiles, jnp.zeros((), tiles.dtype)), scales, seen
+
+
+def _chunk_words(
+    kv: KVPages, page_table: jax.Array, starts: jax.Array, counts: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """The words `[B, K, T, H]` that a quantised cache holds of a chunk, and the scales `[2, B, K, T]` if it has any."""
+    index, heads = jnp.arange(length, dtype=jnp.int32), jnp.arange(kv.kv_heads, dtype=jnp.int32)
+    position, real = starts[:, None] + index, index < counts[:, None]
+    logical = jnp.minimum(position // kv.page_size, page_table.shape[1] - 1)
+    page = jnp.where(real, jnp.take_along_axis(page_table, logical, axis=1), 0)[:, None, :]
+    offset = (position % kv.page_size)[:, None, :]
+    words = jnp.where(real[:, None, :, None], kv.data[page, heads[None, :, None], offset], jnp.uint16(0))
+    if kv.scales is None:
+        return words, None
+    both = jnp.stack([offset, offset + kv.page_size])
+    return words, jnp.where(real[:, None, :], kv.scales[page, heads[None, :, None], both], 0.0)
 
 
 def zero_padding(x: Float[Array, "B T *rest"], counts: Int[Array, " B"]) -> Float[Array, "B T *rest"]:
@@ -98,30 +122,42 @@ def extend_attention(
     The work on the past follows the longest row's `starts`, not the cache's capacity.
     """
     batch, length, kv_heads, groups, head_dim = q.shape
-    q, k, v = (zero_padding(x, counts) for x in (q, k, v))
+    q = zero_padding(q, counts)
     # Whatever the capacity, the same blocks: a row's sums must not depend on the longest row of its batch.
     block = block_tokens(kv.page_size, config.key_block)
+    # 8 bits are exact in bfloat16, and scales may be smaller than float16 can say.
+    wide = jnp.dtype(jnp.bfloat16 if q.dtype == jnp.bfloat16 else jnp.float32)
     # All queries of a KV head as rows of one matrix, once: no block of keys or scores is transposed in the loop.
     queries = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, groups * length, head_dim)
+    queries = queries if kv.quantized is None else queries.astype(wide)
 
-    def add(carry, keys: jax.Array, values: jax.Array, mask: jax.Array):
-        """Fold in keys and values `[B K S H]`; `mask` broadcasts to the scores `[B K G·T S]`."""
+    def halves(tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if kv.quantized is None:
+            return tiles[..., :head_dim], tiles[..., head_dim:]
+        return keys_and_values(tiles, kv.quantized, wide)
+
+    def add(carry, keys: jax.Array, values: jax.Array, scales: jax.Array | None, mask: jax.Array):
+        """Fold in keys and values `[B K S H]` and their scales; `mask` broadcasts to the scores `[B K G·T S]`."""
         top, total, out = carry
         scores = scale * jnp.einsum("bkmh,bksh->bkms", queries, keys, preferred_element_type=jnp.float32)
+        if scales is not None:
+            scores = scores * scales[0][:, :, None]
         scores = jnp.where(mask, scores, MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         # Wholly masked rows get weights of 1 here; the chunk itself, which comes last, shrinks them to nothing.
         weights = jnp.exp(scores - new_top[..., None])
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=-1)
+        if scales is not None:
+            weights = weights * scales[1][:, :, None]
         product = jnp.einsum(
             "bkms,bksh->bkmh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
         )
         return new_top, total, out * shrink[..., None] + product
 
     def past(i, carry):
-        tiles, seen = cached_block(i, block, kv, page_table, starts)
-        return add(carry, tiles[..., :head_dim], tiles[..., head_dim:], seen[:, None, None, :])
+        tiles, scales, seen = cached_block(i, block, kv, page_table, starts)
+        return add(carry, *halves(tiles), scales, seen[:, None, None, :])
 
     lead = (batch, kv_heads, groups * length)
     carry = (
@@ -131,7 +167,13 @@ def extend_attention(
     )
     carry = jax.lax.fori_loop(0, (jnp.max(starts) + block - 1) // block, past, carry)
     causal = jnp.tile(jnp.tril(jnp.ones((length, length), bool)), (groups, 1))
-    _, total, out = add(carry, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), causal[None, None])
+    if kv.quantized is None:
+        keys, values = (zero_padding(x, counts).transpose(0, 2, 1, 3) for x in (k, v))
+        scales = None
+    else:
+        words, scales = _chunk_words(kv, page_table, starts, counts, length)
+        keys, values = keys_and_values(words, kv.quantized, wide)
+    _, total, out = add(carry, keys, values, scales, causal[None, None])
     out = (out / total[..., None]).reshape(batch, kv_heads, groups, length, head_dim)
     return out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
 

@@ -99,9 +99,11 @@ def test_impossible_context_is_refused(model, options, context, message):
 
 def test_command_prints_one_object(folder, capsys):
     arguments = ["--context", str(CONTEXT), "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16"]
-    status = cli.main(["bench", "decode", "--model", str(folder), "--json", "-", *arguments])
+    quantised = ["--kv-dtype", "fp8"]
+    status = cli.main(["bench", "decode", "--model", str(folder), "--json", "-", *arguments, *quantised])
     printed = json.loads(capsys.readouterr().out)
     assert status == 0
+    assert printed["kv"] == "fp8"
     assert (printed["context"], printed["budget"], printed["retrieval_heads"]) == (CONTEXT, 64, 3)
     assert printed["speedup"]["step"] == pytest.approx(printed["step_ms"]["dense"] / printed["step_ms"]["hybrid"])
 
@@ -115,7 +117,7 @@ def test_a_shape_is_measured_without_a_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(shapes.MODELS, "llama-3-8b", config)
     target = tmp_path / "rows.json"
     shape = ["--shape", "llama-3-8b", "--retrieval-heads", "3", "--batch", "1,2", "--dtype", "float32"]
-    assert cli.main(["bench", "decode", *shape, "--json", str(target), *SMALL]) == 0
+    assert cli.main(["bench", "decode", *shape, "--kv-dtype", "int8", "--json", str(target), *SMALL]) == 0
     assert "hybrid" in capsys.readouterr().out
     rows = json.loads(target.read_text())["rows"]
     assert [(row["batch"], row["retrieval_heads"], row["kv_heads"], row["pages"]) for row in rows] == [
@@ -127,7 +129,8 @@ def test_a_shape_is_measured_without_a_model(monkeypatch, tmp_path, capsys):
         assert row["rivals"].keys() == {"dense", "dense_cudnn"}
         assert row["pool_copies"] == 0
         weights = row["weight_bytes"] - 64 * 32 * 4
-        read = row["batch"] * (3 * 16 + 3 * 4) * 16 * 2 * 16 * 4
+        assert (row["dtype"], row["kv"]) == ("float32", "int8")
+        read = row["batch"] * (3 * 16 + 3 * 4) * 16 * (2 * 16 + 2 * 4)
         assert row["roofline_us"] == pytest.approx(1e6 * (weights + read) / 4.6e12)
 
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from lychee_jax.cache.allocator import pages_for
-from lychee_jax.cache.pages import append_pages, append_token, append_tokens, copy_pages
+from lychee_jax.cache.pages import append_pages, append_token, append_tokens, cache_bytes, copy_pages, make_pools
+from lychee_jax.config import ModelConfig
 from pallas_kernels import KVPages
+from tests.support import quantized
 
-KV_HEADS, PAGE, WIDTH = 2, 4, 6
+KV_HEADS, PAGE, WIDTH = 2, 4, 8
 
 
 def _pool(num_pages):
@@ -71,6 +73,46 @@ def test_whole_pages_are_written_up_to_the_count_only():
     for row, pages in written.items():
         others = [page for index, page in enumerate(owned[row]) if index not in pages]
         assert np.isnan(np.asarray(pool.data)[others]).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("append", ["token", "tokens", "pages"])
+def test_quantised_tokens_land_there_too_with_their_scales(append, kind):
+    rng = np.random.default_rng(4)
+    table, counts = jnp.asarray(_table([5, 0, 3], [1, 7], [6, 2, 4])), np.asarray([9, 0, 12], np.int32)
+    config = ModelConfig("llama", 8, 8, 8, 1, KV_HEADS, KV_HEADS, WIDTH // 2, 64)
+    (pool,) = make_pools(config, 11, PAGE, jnp.bfloat16, kind)
+    untouched = jax.tree.map(np.array, pool)
+    kv = rng.normal(size=(3, 12, KV_HEADS, WIDTH)).astype(jnp.bfloat16)
+    starts = np.zeros(3, np.int32)
+    if append == "token":
+        for t in range(12):
+            positions = jnp.asarray(np.minimum(t, np.maximum(counts - 1, 0)), jnp.int32)
+            pool = jax.jit(append_token)(pool, table, positions, jnp.asarray(t < counts), jnp.asarray(kv[:, t]))
+    else:
+        write = jax.jit(append_pages if append == "pages" else append_tokens)
+        pool = write(pool, table, jnp.asarray(starts), jnp.asarray(counts), jnp.asarray(kv))
+    assert pool.quantized == kind
+    for row in (0, 2):
+        count = int(counts[row])
+        keys, values = (quantized.store(half, kind) for half in np.split(kv[row, :count], 2, axis=-1))
+        pages = np.asarray(table)[row, : pages_for(count, PAGE)]
+        words = np.asarray(pool.data)[pages].transpose(0, 2, 1, 3).reshape(-1, KV_HEADS, WIDTH // 2)[:count]
+        np.testing.assert_array_equal(words, keys.bytes + 256 * values.bytes.astype(np.uint16))
+        if pool.scales is not None:
+            scales = np.asarray(pool.scales)[pages].reshape(-1, KV_HEADS, 2, PAGE)
+            scales = scales.transpose(2, 0, 3, 1).reshape(2, -1, KV_HEADS)[:, :count]
+            np.testing.assert_array_equal(scales, [keys.scales, values.scales])
+    for was, now in zip(jax.tree.leaves(untouched), jax.tree.leaves(pool), strict=True):
+        np.testing.assert_array_equal(now[jnp.asarray([1, 7])], was[[1, 7]])
+
+
+def test_a_quantised_cache_takes_half_the_memory_and_its_scales():
+    config = ModelConfig("llama", 64, 64, 64, 3, 4, 2, 128, 64)
+    plain = cache_bytes(config, 10, 64, "bfloat16")
+    assert plain == 3 * 10 * 2 * 64 * 256 * 2
+    assert cache_bytes(config, 10, 64, "float32", "fp8") == plain // 2
+    assert cache_bytes(config, 10, 64, "bfloat16", "int8") == plain // 2 + 3 * 10 * 2 * 2 * 64 * 4
 
 
 def _random_pools(num_pages, layers=2):

@@ -304,6 +304,7 @@ def test_numbers_out_of_range(generate_refused, argv, culprits, attention):
         (["generate", "--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
         (["generate", "--rule", "best"], ["--rule", "best"]),
         (["generate", "--implementation", "cuda"], ["--implementation", "cuda"]),
+        (["generate", "--kv-dtype", "int4"], ["--kv-dtype", "int4", "fp8"]),
         (["convert"], "SRC"),
         (["convert", "a"], "DST"),
         (["convert", "a", "b", "--dtype", "int8"], ["--dtype", "int8"]),

@@ -343,13 +343,15 @@ def test_vllms_names_are_other_names_of_options(lychee, folder, monkeypatch):
     caught = []
 
     def stream(model, prompts, options, on_prefill=None):
-        caught.append((options.max_new_tokens, options.page_size))
+        caught.append((options.max_new_tokens, options.page_size, options.kv_dtype))
         raise UserError("seen")
 
     monkeypatch.setattr(LLM, "stream_tokens", stream)
-    for tokens, page in (("--max-new-tokens", "--page-size"), ("--max-tokens", "--block-size")):
-        lychee("generate", "--model", folder, "--prompt-ids", "-", tokens, "13", page, "128", stdin="[5]")
-    assert caught == [(13, 128), (13, 128)]
+    ours = ("--max-new-tokens", "--page-size", "--kv-dtype")
+    for names in (ours, ("--max-tokens", "--block-size", "--kv-cache-dtype")):
+        chosen = [word for pair in zip(names, ("13", "128", "fp8"), strict=True) for word in pair]
+        lychee("generate", "--model", folder, "--prompt-ids", "-", *chosen, stdin="[5]")
+    assert caught == [(13, 128, "fp8"), (13, 128, "fp8")]
 
 
 def test_what_is_not_done_is_told_once_on_stderr(lychee, folder, tmp_path):

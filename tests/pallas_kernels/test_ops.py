@@ -333,12 +333,3 @@ def test_bad_input_is_a_value_error(wrong: dict[str, Any], message: str, monkeyp
             scale=1.0,
             dense=jnp.zeros(shapes["dense"], bool),
         )
-
-
-def test_quantised_caches_are_refused_by_every_implementation() -> None:
-    shape = SHAPES[1]
-    q, kv, table, lengths = make_cache(shape).arrays
-    kv = kv._replace(scales=jnp.ones((kv.num_pages, KV_HEADS, 2 * shape.page_size)))
-    for name in (None, *dispatch.available("dense_decode")):
-        with pytest.raises(NotImplementedError, match="quantised"):
-            ops.dense_decode(q, kv, table, lengths, np.array([0], np.int32), scale=1.0, implementation=name)

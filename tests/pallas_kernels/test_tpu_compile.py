@@ -4,6 +4,7 @@ Shapes only, no weights: what is looked at is whether it compiles, what it holds
 """
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -14,12 +15,15 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
+from lychee_jax.attention.decode import Decode
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
+from lychee_jax.benchmarks.step import pool_copies
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for
 from lychee_jax.cache.allocator import pages_for
+from lychee_jax.cache.pages import Pools, make_pools
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine import programs
 from lychee_jax.engine.options import max_pages
@@ -27,6 +31,7 @@ from lychee_jax.engine.programs import DecodePlan, make_rows
 from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.models.spec import ModelSpec
 from pallas_kernels import KVPages, Selection, SelectionSpec
+from pallas_kernels.types import KVDtype
 
 pytestmark = [
     pytest.mark.libtpu,
@@ -214,3 +219,34 @@ def test_prefill_compiles_and_fits(chip: str, config: ModelConfig, tokens: int, 
         )  # fmt: skip
     assert set(calls) == {("extend_attention", "mosaic_tpu")}
     check_memory(CHIPS[chip], compiled, pools[0].data, config.num_layers, temporaries=1 << 30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "kind"), [(V6E, "int8"), (V5E, "fp8"), (V5P, "int8")])
+def test_quantised_pools_are_appended_to_in_place(chip: str, kind: KVDtype) -> None:
+    """Words of 16 bits: pools of 8-bit elements would be copied at every step."""
+    config = ModelConfig("llama", 64, 64, 64, 2, 32, 8, 128, 1 << 20)
+    pools = jax.eval_shape(lambda: make_pools(config, 4098, PAGE, jnp.bfloat16, kind))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def decode(pools: Pools, table: jax.Array, positions: jax.Array, qkv: jax.Array) -> Any:
+        def step(i: jax.Array, carry: Any) -> Any:
+            pools, added = carry
+            active = jnp.ones(positions.shape, bool)
+            backend = Decode(table, positions + i, active, None, SelectionPolicy(), "xla")
+            state = backend.start(pools)
+            for layer in range(config.num_layers):
+                q, k, v = qkv[..., :4, :] + added, qkv[..., 4, :] + added[..., 0, :], qkv[..., 5, :]
+                out, state = backend(layer, q, k, v, state)
+                added = added + out
+            return state.pools, added
+
+        return jax.lax.fori_loop(0, 8, step, (pools, jnp.zeros_like(qkv[..., :4, :])))
+
+    qkv = array(1, 1, 8, 6, 128, dtype=jnp.bfloat16)
+    compiled = compile_for(CHIPS[chip], decode, pools, array(1, 4096), array(1), qkv)
+    for leaf in jax.tree.leaves(pools[0]):
+        assert pool_copies(compiled.as_text(), leaf) == 0
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pools))
+    assert compiled.memory_analysis().alias_size_in_bytes >= size
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 << 20

@@ -174,6 +174,7 @@ def test_models_health_and_metrics(server: Running, client: openai.OpenAI):
     after = _numbers(server)
     assert after["lychee_generation_tokens_total"] - before["lychee_generation_tokens_total"] == 6
     assert after["lychee_request_seconds_count"] - before["lychee_request_seconds_count"] == 1
+    assert after["lychee_page_bytes"] > 0
     assert after["lychee_pages_owned"] == after["lychee_sequences_running"] == 0
 
 

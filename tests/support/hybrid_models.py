@@ -118,7 +118,10 @@ def poison(model: LLM, options: GenerateOptions) -> None:
         model.generate_tokens([[1]], dataclasses.replace(options, max_new_tokens=1))
     assert engine.runner is not None
     engine.reset_prefix_cache()
-    engine.runner.pools = jax.tree.map(lambda pool: jnp.full_like(pool, np.nan), engine.runner.pools)
+    # Words of which both bytes are NaN in e4m3; int8 has scales that are.
+    engine.runner.pools = jax.tree.map(
+        lambda pool: jnp.full_like(pool, 0x7F7F if pool.dtype == jnp.uint16 else np.nan), engine.runner.pools
+    )
 
 
 def run(model: LLM, prompts: list[list[int]], options: GenerateOptions, **more: Any) -> Result:

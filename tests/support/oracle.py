@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -290,9 +290,15 @@ class Output:
 
 
 class Oracle:
-    """One sequence through the model: dense prefill, then decode steps, every number in float64."""
+    """One sequence through the model: dense prefill, then decode steps, every number in float64.
 
-    def __init__(self, weights: Weights, config: Any, page_size: int):
+    `store`: what the cache keeps of the keys or values `[K, H]` of a token, which is what attention reads.
+    """
+
+    def __init__(
+        self, weights: Weights, config: Any, page_size: int, store: Callable[[Array], Array] = lambda numbers: numbers
+    ):
+        self.store = store
         self.w = {name: np.asarray(value).astype(np.float64) for name, value in weights.items()}
         self.config, self.page_size = config, page_size
         self.scale = config.head_dim**-0.5
@@ -343,8 +349,8 @@ class Oracle:
         x = [self.w["embed.embedding"][token] for token in tokens]
         for layer in range(self.config.num_layers):
             rows = [self._project(layer, x[t], start + t, inverse[t]) for t in range(len(tokens))]
-            self.keys[layer] = self.keys[layer][:start] + [k for _, k, _ in rows]
-            self.values[layer] = self.values[layer][:start] + [v for _, _, v in rows]
+            self.keys[layer] = self.keys[layer][:start] + [self.store(k) for _, k, _ in rows]
+            self.values[layer] = self.values[layer][:start] + [self.store(v) for _, _, v in rows]
             k, v = np.stack(self.keys[layer]), np.stack(self.values[layer])
             for t, (q, _, _) in enumerate(rows):
                 end = start + t + 1
@@ -368,8 +374,8 @@ class Oracle:
         selections, pages_read = [], 0
         for layer in range(self.config.num_layers):
             q, k_new, v_new = self._project(layer, x, position, inverse)
-            self.keys[layer].append(k_new)
-            self.values[layer].append(v_new)
+            self.keys[layer].append(self.store(k_new))
+            self.values[layer].append(self.store(v_new))
             k, v = np.stack(self.keys[layer]), np.stack(self.values[layer])
             mixed = []
             for head in range(K):

@@ -1,4 +1,4 @@
-"""`python -m lychee_jax.studies.real_model --model DIR --text BOOK …`: the study of one model; the same command resumes."""
+"""`python -m lychee_jax.studies.real_model --model DIR --text BOOK …`: one model's study; the same command resumes."""
 
 from __future__ import annotations
 

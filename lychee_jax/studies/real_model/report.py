@@ -46,7 +46,7 @@ def read_rivals(file: Path, wanted: Iterable[tuple[str, int]], references: dict[
             found[name][line["task"]][line["index"]] = int(line["answer"].strip().startswith(references[key]))
             shares[name].append(line["kv_read_share"])
     return {
-        name: {"right": {task: rows for task, rows in tasks.items()}, "kv_read_share": statistics.fmean(shares[name])}
+        name: {"right": dict(tasks), "kv_read_share": statistics.fmean(shares[name])}
         for name, tasks in sorted(found.items())
     }
 
@@ -211,8 +211,8 @@ def _methods(results: Record, cells: Cells) -> str:
     dense = statistics.fmean(cells.score("dense", task, length) for task, length in counted) if counted else math.nan
     lines.append(["dense", f"{dense:.1f}", ""])
     return (
-        f"A budget of {budget} tokens, mean over {len(counted)} counted cells; the number is that of retrieval heads.\n\n"
-        + table(["map", "right, % (seeds)", "perplexity above dense"], lines)
+        f"A budget of {budget} tokens, mean over {len(counted)} counted cells; the number in a name is that of "
+        "retrieval heads.\n\n" + table(["map", "right, % (seeds)", "perplexity above dense"], lines)
     )
 
 
