@@ -225,7 +225,8 @@ def _engine(results: Record, cells: Cells) -> str:
                 continue
             scored = cells.right(variant, task, length)
             same = sum(int(row["right"]) == scored[index] for index, row in rows.items())
-            right, read = (100 * statistics.fmean(r[name] for r in rows.values()) for name in ("right", "kv_read_share"))
+            right = 100 * statistics.fmean(row["right"] for row in rows.values())
+            read = 100 * statistics.fmean(row["kv_read_share"] for row in rows.values())
             lines.append([task, variant, f"{right:.1f}", f"{read:.1f}", f"{same} of {len(rows)}"])
     return "Answers that the engine generated with its kernels, and how many agree with the scores above.\n\n" + table(
         ["task", "variant", "right, %", "cache read, %", "agree"], lines
