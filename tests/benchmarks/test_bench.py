@@ -86,7 +86,7 @@ def test_dense_attention_and_its_plain_rival_agree(model, options):
     positions = jnp.asarray([CONTEXT - 1], jnp.int32)
     table = jnp.arange(10, dtype=jnp.int32)[None]
     pools, out = decode._paged(None, options.policy, None, runner.pools, table, positions, qkv)
-    plain = decode._plain(tuple(decode._contiguous(pool, table, CONTEXT) for pool in pools), qkv)
+    plain = decode._plain(tuple(decode._contiguous(pool, table, CONTEXT, np.dtype("float32")) for pool in pools), qkv)
     assert jnp.std(out) > 0.01
     np.testing.assert_allclose(out.reshape(plain.shape), plain, atol=1e-5)
 

@@ -57,6 +57,12 @@ def test_ids_of_the_real_tokenizer(folder):
         assert tokenizer.decode(ids) == text.replace("<|im_start|>", "").replace("<|im_end|>", "")
 
 
+def test_the_package_ships_a_map_for_it(model):
+    assert model.heads is not None
+    assert model.heads.num_retrieval == 16
+    assert model.heads.meta["method"] == "hardkuma"
+
+
 def test_it_answers_and_streams_what_it_answers(model):
     answer = model.generate(QUESTION, chat=True, max_new_tokens=24)
     assert "Paris" in answer.text[0]

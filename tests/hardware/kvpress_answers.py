@@ -178,7 +178,7 @@ class Attention:
         self.read += mask.float().mean(1).sum(-1)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask[:, :, None], scale=scale)
-        return out.view(query.shape[0], 1, query.shape[1], -1), None
+        return out.reshape(query.shape[0], 1, query.shape[1], -1), None
 
 
 def import_press(module: str, name: str) -> Any:

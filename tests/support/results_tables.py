@@ -13,6 +13,7 @@ from typing import Any
 
 from lychee_jax.benchmarks.targets import read_targets
 from lychee_jax.files import read_json_object, read_text
+from lychee_jax.studies.real_model.report import against_others, by_budget, by_map, perplexities
 
 DOCS = Path(__file__).parents[2] / "docs"
 RESULTS = DOCS / "results"
@@ -287,6 +288,43 @@ def tpu() -> str:
     )
 
 
+def real() -> str:
+    """A real model, beside other systems that read as much of the cache."""
+    report = _read("real.json")
+    return _sourced(against_others(report), report, "real.json")
+
+
+def real_budgets() -> str:
+    """A real model by length and budget."""
+    report = _read("real.json")
+    return _sourced(f"{by_budget(report)}\n\nPerplexity:\n\n{perplexities(report)}", report, "real.json")
+
+
+def real_maps() -> str:
+    """A real model by the way in which its heads were chosen."""
+    report = _read("real.json")
+    return _sourced(by_map(report), report, "real.json")
+
+
+def serving() -> str:
+    """An engine that serves an 8 B model."""
+    report = _read("serve.json")
+    cells = [
+        [
+            row["name"], row["attention"], f"{len(row['prompt_tokens'])} × {row['prompt_tokens'][0]:,}",
+            f"{row['full_rows']}", f"{row['full_tokens_per_s']:.0f}", f"{row['tokens_per_s']:.0f}",
+            f"{row['first_token_s']['median']:.2f} s", f"{1e3 * row['between_tokens_s']['median']:.1f} ms",
+        ]
+        for row in report["rows"]
+        if row.get("model") == "llama-3-8b"
+    ]  # fmt: skip
+    head = [
+        "", "attention", "prompts", "rows while full", "tokens/s then", "tokens/s, end to end", "first token",
+        "between tokens",
+    ]  # fmt: skip
+    return _sourced(_table(head, cells), report, "serve.json", device="NVIDIA H200")
+
+
 def missed() -> str:
     """The targets that result files list and that were not met."""
     cells = [
@@ -303,7 +341,8 @@ def missed() -> str:
 
 
 _MAKERS = (
-    figures, answers, budgets, maps, perplexity, steps, engine, prefill, kernels, training, cpu, tpu, missed,
+    figures, answers, budgets, maps, perplexity, steps, engine, serving, prefill, kernels, training, cpu, tpu,
+    real, real_budgets, real_maps, missed,
 )  # fmt: skip
 TABLES: dict[str, Callable[[], str]] = {make.__name__: make for make in _MAKERS}
 

@@ -63,7 +63,7 @@ def run(
     from lychee_jax.loading import load
     from lychee_jax.run_folder import read_lines, write_json
     from lychee_jax.studies.real_model.prompts import Prompts
-    from lychee_jax.studies.real_model.report import markdown, read_rivals
+    from lychee_jax.studies.real_model.report import markdown, read_rivals, targets
     from lychee_jax.studies.real_model.study import PROMPTS, Sizes, Study
     from lychee_jax.studies.real_model.variants import Grid
 
@@ -106,6 +106,7 @@ def run(
     if rivals is not None:
         asked = {(line["task"], line["index"]): line["references"][0] for line in read_lines(output / PROMPTS)}
         results["rivals"] = read_rivals(rivals, asked, asked)
+    results["targets"] = targets(results)
     write_json(output / "results.json", results)
     (output / "report.md").write_text(markdown(results), encoding="utf-8")
     if json_file:

@@ -46,7 +46,10 @@ def read_rivals(file: Path, wanted: Iterable[tuple[str, int]], references: dict[
             found[name][line["task"]][line["index"]] = int(line["answer"].strip().startswith(references[key]))
             shares[name].append(line["kv_read_share"])
     return {
-        name: {"right": dict(tasks), "kv_read_share": statistics.fmean(shares[name])}
+        name: {
+            "right": {task: dict(sorted(rows.items())) for task, rows in tasks.items()},
+            "kv_read_share": statistics.fmean(shares[name]),
+        }
         for name, tasks in sorted(found.items())
     }
 
@@ -91,24 +94,43 @@ class Cells:
         ]  # fmt: skip
 
 
+def targets(results: Record) -> list[Record]:
+    """What was to be reached by the main variant on the counted cells of the longest length."""
+    cells = Cells(results)
+    main, length = results["main"], cells.lengths[-1]
+    found = []
+    for task in (task for task, at in cells.counted() if at == length):
+        ours, dense = cells.score(main, task, length), cells.score("dense", task, length)
+        where = f"{task} at {length:,} tokens"
+        found.append({"what": f"points below dense, {where}", "value": dense - ours, "target": _TARGET, "sense": "<="})
+        others = [
+            100 * statistics.fmean(rival["right"][task].values())
+            for name, rival in results.get("rivals", {}).items()
+            if name != "dense" and rival["right"].get(task)
+        ]
+        if others:
+            what = f"points above the best other system that reads as much, {where}"
+            found.append({"what": what, "value": ours - max(others), "target": 0.0, "sense": ">="})
+    return found
+
+
 def markdown(results: Record) -> str:
     """The whole report."""
-    cells = Cells(results)
     parts = [
         f"Model `{results['model']}` ({results['kv_heads']} KV heads), {results['device']}, JAX {results['jax']}. "
         f"An answer is right if greedy decoding writes the hidden number at once. Cells in which dense attention "
         f"answers less than {LEAST_DENSE:.0f} % are in brackets and not counted.",
         "### Against dense attention and against other systems, same prompts",
-        _rivals(results, cells),
+        against_others(results),
         "### Lengths and budgets",
-        _budgets(results, cells),
+        by_budget(results),
         "### Perplexity",
-        _perplexity(results, cells),
+        perplexities(results),
         "### How heads are chosen",
-        _methods(results, cells),
+        by_map(results),
     ]
     if results["answers"]:
-        parts += ["### The same from the engine", _engine(results, cells)]
+        parts += ["### The same from the engine", from_engine(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -117,14 +139,16 @@ def _difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
     return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _rivals(results: Record, cells: Cells) -> str:
+def against_others(results: Record) -> str:
+    """The main variant and other systems on the same prompts of the longest length."""
+    cells = Cells(results)
     main, length = results["main"], cells.lengths[-1]
     counted = [task for task, at in cells.counted() if at == length]
     tasks = [task for task in cells.tasks if task != PERPLEXITY and cells.has("dense", task, length)]
     lines = []
     variants = ["dense", *(v for v in cells.variants if v in (main, main.replace("learned", "window")))]
     for variant in variants:
-        line = [variant, f"{cells.read(variant, tasks[0], length):.1f}"]
+        line = [f"this package, {variant}", f"{cells.read(variant, tasks[0], length):.1f}"]
         for task in tasks:
             score = f"{cells.score(variant, task, length):.1f}"
             if variant != "dense":
@@ -158,7 +182,9 @@ def _shown(cells: Cells, variant: str, task: str, length: int) -> str:
     return score if cells.score("dense", task, length) >= LEAST_DENSE else f"({score})"
 
 
-def _budgets(results: Record, cells: Cells) -> str:
+def by_budget(results: Record) -> str:
+    """Right answers of the main map by length and budget, and by both page scores."""
+    cells = Cells(results)
     name = results["main"].partition("@")[0]
     variants = ["dense", *(v for v in cells.variants if v.partition("@")[0] == name)]
     lines = [
@@ -170,7 +196,9 @@ def _budgets(results: Record, cells: Cells) -> str:
     return table(["task", "length", *(v.removeprefix(f"{name}@") for v in variants)], lines)
 
 
-def _perplexity(results: Record, cells: Cells) -> str:
+def perplexities(results: Record) -> str:
+    """Perplexity of the main map by length and budget."""
+    cells = Cells(results)
     name = results["main"].partition("@")[0]
     variants = [
         "dense",
@@ -184,10 +212,13 @@ def _perplexity(results: Record, cells: Cells) -> str:
     return table(["length", *(v.removeprefix(f"{name}@") for v in variants)], lines) if lines else ""
 
 
-def _methods(results: Record, cells: Cells) -> str:
+def by_map(results: Record) -> str:
     """At the budget of the main variant, over the counted cells; seeds together, with the lowest and the highest."""
+    cells = Cells(results)
     budget = results["main"].partition("@")[2]
     counted = cells.counted()
+    if not counted:
+        return f"Dense attention answers {LEAST_DENSE:.0f} % in no cell: nothing is compared."
     kinds: dict[str, list[str]] = {}
     for variant in cells.variants:
         name, _, asked = variant.partition("@")
@@ -208,7 +239,7 @@ def _methods(results: Record, cells: Cells) -> str:
             kind, f"{statistics.fmean(scores):.1f}{spread}",
             f"{100 * statistics.fmean(perplexities):+.2f} %" if perplexities else "–",
         ])  # fmt: skip
-    dense = statistics.fmean(cells.score("dense", task, length) for task, length in counted) if counted else math.nan
+    dense = statistics.fmean(cells.score("dense", task, length) for task, length in counted)
     lines.append(["dense", f"{dense:.1f}", ""])
     return (
         f"A budget of {budget} tokens, mean over {len(counted)} counted cells; the number in a name is that of "
@@ -216,7 +247,9 @@ def _methods(results: Record, cells: Cells) -> str:
     )
 
 
-def _engine(results: Record, cells: Cells) -> str:
+def from_engine(results: Record) -> str:
+    """Answers that the engine generated, and how many agree with the scores."""
+    cells = Cells(results)
     length, lines = cells.lengths[-1], []
     for task in cells.tasks:
         for variant in dict.fromkeys(answer["variant"] for answer in results["answers"]):

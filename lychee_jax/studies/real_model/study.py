@@ -249,9 +249,8 @@ class Study:
         config = self.model.config
         cells: dict[tuple[str, str, int], dict[str, Any]] = {}
         for line in sorted(self._scores.values(), key=lambda line: line["first"]):
-            cell = cells.setdefault(
-                (line["variant"], line["task"], line["length"]), {"right": [], "losses": [], "read": 0, "held": 0}
-            )
+            kept = "losses" if line["task"] == PERPLEXITY else "right"
+            cell = cells.setdefault((line["variant"], line["task"], line["length"]), {kept: [], "read": 0, "held": 0})
             for name in cell:
                 cell[name] = cell[name] + line[name]
         return {
