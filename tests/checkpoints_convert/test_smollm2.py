@@ -60,7 +60,7 @@ def test_ids_of_the_real_tokenizer(folder):
 def test_the_package_ships_a_map_for_it(model):
     assert model.heads is not None
     assert model.heads.num_retrieval == 16
-    assert model.heads.meta["method"] == "hardkuma"
+    assert '"hardkuma"' in model.heads.meta
 
 
 def test_it_answers_and_streams_what_it_answers(model):

@@ -29,6 +29,7 @@ from lychee_jax.evaluation.longbench import TASKS
 from lychee_jax.loading import BUNDLED
 from lychee_jax.studies import pretrain, profile_heads
 from lychee_jax.studies.head_maps import __main__ as study
+from lychee_jax.studies.real_model import __main__ as real_model
 from tests.support import tiny_checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +216,12 @@ def test_other_commands_name_what_there_is(line: str):
     elif words[:2] == ["lychee", "serve"]:
         assert {word for word in words[2:] if word.startswith("--")} <= options_of(serve)
     elif words[1] == "-m":
-        functions = {"pretrain": pretrain.main, "profile_heads": profile_heads.run, "head_maps": study.run}
+        functions = {
+            "pretrain": pretrain.main,
+            "profile_heads": profile_heads.run,
+            "head_maps": study.run,
+            "real_model": real_model.run,
+        }
         function = functions[words[2].rpartition(".")[2]]
         assert {word for word in words[3:] if word.startswith("--")} <= options_of(function)
     else:

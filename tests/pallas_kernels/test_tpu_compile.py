@@ -246,7 +246,9 @@ def test_quantised_pools_are_appended_to_in_place(chip: str, kind: KVDtype) -> N
     qkv = array(1, 1, 8, 6, 128, dtype=jnp.bfloat16)
     compiled = compile_for(CHIPS[chip], decode, pools, array(1, 4096), array(1), qkv)
     for leaf in jax.tree.leaves(pools[0]):
-        assert pool_copies(compiled.as_text(), leaf) == 0
+        assert pool_copies(compiled.as_text() or "", leaf) == 0
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pools))
-    assert compiled.memory_analysis().alias_size_in_bytes >= size
-    assert compiled.memory_analysis().temp_size_in_bytes < 8 << 20
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < 8 << 20
