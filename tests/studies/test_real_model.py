@@ -76,6 +76,12 @@ def test_what_does_not_fit_is_refused(prompts, tmp_path):
         Grid(budgets=(300,))
 
 
+def test_marks_keep_their_places():
+    assert report.marks({0: 1, 3: 0}) == "1--0"
+    assert report.unmarked("1--0") == {0: 1, 3: 0}
+    assert report.marks({}) == ""
+
+
 def test_paired_differences():
     """Only prompts that differ count; the interval is wide where few were asked, and never a point."""
     ours, theirs = [1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 1]
@@ -131,10 +137,9 @@ def test_the_study_scores_as_the_engine_answers(studied, folder):
     for task in TASKS:
         for variant in ("dense", results["main"]):
             scored = cells.right(variant, task, LENGTH)
-            answered = {a["index"]: a for a in results["answers"] if (a["task"], a["variant"]) == (task, variant)}
-            assert [int(answered[index]["right"]) for index in range(3)] == scored
-            share = 100 * np.mean([row["kv_read_share"] for row in answered.values()])
-            assert cells.read(variant, task, LENGTH) == pytest.approx(share, abs=0.5)
+            (answered,) = (a for a in results["answers"] if (a["task"], a["variant"]) == (task, variant))
+            assert list(report.unmarked(answered["right"]).values()) == scored
+            assert cells.read(variant, task, LENGTH) == pytest.approx(100 * answered["kv_read_share"], abs=0.5)
     model = load(folder)
     assert model.tokenizer is not None
     losses = next(c["losses"] for c in results["cells"] if (c["variant"], c["task"]) == ("dense", PERPLEXITY))
@@ -146,7 +151,7 @@ def test_other_systems_stand_beside_it(studied):
     results = json.loads((studied / "results.json").read_text(encoding="utf-8"))
     rival = results["rivals"]["snapkv at 0.5"]
     assert rival["kv_read_share"] == 0.5
-    assert all(rows == {"0": 1, "1": 1, "2": 1} for rows in rival["right"].values())
+    assert all(rows == "111" for rows in rival["right"].values())
     table = (studied / "report.md").read_text(encoding="utf-8")
     assert "| snapkv at 0.5 | 50.0 |" in table
     # A random model answers nothing, so no cell is counted and no target is claimed.
@@ -157,10 +162,10 @@ def test_other_systems_stand_beside_it(studied):
 def test_targets_are_about_counted_cells():
     cells = [
         {"variant": variant, "task": task, "length": 4096, "right": right, "read": 1, "held": 4}
-        for task, dense in (("easy", [1, 1, 1, 0]), ("hard", [0, 1, 0, 0]))
-        for variant, right in (("dense", dense), ("learned-4-0@256", [1, 1, 0, 0]))
+        for task, dense in (("easy", "1110"), ("hard", "0100"))
+        for variant, right in (("dense", dense), ("learned-4-0@256", "1100"))
     ]
-    rivals = {"quest": {"right": {"easy": {"0": 1, "1": 0, "2": 0, "3": 0}}, "kv_read_share": 0.25}}
+    rivals = {"quest": {"right": {"easy": "1000"}, "kv_read_share": 0.25}}
     found = report.targets({"cells": cells, "main": "learned-4-0@256", "rivals": rivals})
     assert [(target["value"], target["target"], target["sense"]) for target in found] == [
         (25.0, 1.0, "<="), (25.0, 0.0, ">="),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lychee_jax.run_folder import Record, read_lines
@@ -47,11 +47,21 @@ def read_rivals(file: Path, wanted: Iterable[tuple[str, int]], references: dict[
             shares[name].append(line["kv_read_share"])
     return {
         name: {
-            "right": {task: dict(sorted(rows.items())) for task, rows in tasks.items()},
+            "right": {task: marks(rows) for task, rows in tasks.items()},
             "kv_read_share": statistics.fmean(shares[name]),
         }
         for name, tasks in sorted(found.items())
     }
+
+
+def marks(right: Mapping[int, int]) -> str:
+    """Right (1) or not (0) of the prompts 0, 1, 2 … as one string; "-" where there is no answer."""
+    return "".join(str(right.get(index, "-")) for index in range(max(right, default=-1) + 1))
+
+
+def unmarked(text: str) -> dict[int, int]:
+    """What `marks` wrote."""
+    return {index: int(mark) for index, mark in enumerate(text) if mark != "-"}
 
 
 class Cells:
@@ -69,14 +79,14 @@ class Cells:
 
     def right(self, variant: str, task: str, length: int) -> list[int]:
         """Of every prompt, whether the answer was right."""
-        return self._cells[variant, task, length]["right"]
+        return list(unmarked(self._cells[variant, task, length]["right"]).values())
 
     def score(self, variant: str, task: str, length: int) -> float:
         """Per cent of the answers; of perplexity, the exponential of the mean loss."""
         cell = self._cells[variant, task, length]
         if task == PERPLEXITY:
             return math.exp(statistics.fmean(cell["losses"]))
-        return 100 * statistics.fmean(cell["right"])
+        return 100 * statistics.fmean(self.right(variant, task, length))
 
     def read(self, variant: str, task: str, length: int) -> float:
         """Per cent of the cache that was read."""
@@ -104,7 +114,7 @@ def targets(results: Record) -> list[Record]:
         where = f"{task} at {length:,} tokens"
         found.append({"what": f"points below dense, {where}", "value": dense - ours, "target": _TARGET, "sense": "<="})
         others = [
-            100 * statistics.fmean(rival["right"][task].values())
+            100 * statistics.fmean(unmarked(rival["right"][task]).values())
             for name, rival in results.get("rivals", {}).items()
             if name != "dense" and rival["right"].get(task)
         ]
@@ -158,7 +168,7 @@ def against_others(results: Record) -> str:
     for name, rival in results.get("rivals", {}).items():
         line = [name, f"{100 * rival['kv_read_share']:.1f}"]
         for task in tasks:
-            rows = {int(index): right for index, right in rival["right"].get(task, {}).items()}
+            rows = unmarked(rival["right"].get(task, ""))
             if not rows:
                 line.append("–")
                 continue
@@ -251,16 +261,14 @@ def from_engine(results: Record) -> str:
     """Answers that the engine generated, and how many agree with the scores."""
     cells = Cells(results)
     length, lines = cells.lengths[-1], []
-    for task in cells.tasks:
-        for variant in dict.fromkeys(answer["variant"] for answer in results["answers"]):
-            rows = {a["index"]: a for a in results["answers"] if (a["task"], a["variant"]) == (task, variant)}
-            if not rows or not cells.has(variant, task, length):
-                continue
-            scored = cells.right(variant, task, length)
-            same = sum(int(row["right"]) == scored[index] for index, row in rows.items())
-            right = 100 * statistics.fmean(row["right"] for row in rows.values())
-            read = 100 * statistics.fmean(row["kv_read_share"] for row in rows.values())
-            lines.append([task, variant, f"{right:.1f}", f"{read:.1f}", f"{same} of {len(rows)}"])
+    for answered in results["answers"]:
+        task, variant, rows = answered["task"], answered["variant"], unmarked(answered["right"])
+        if not cells.has(variant, task, length):
+            continue
+        scored = cells.right(variant, task, length)
+        same = sum(right == scored[index] for index, right in rows.items())
+        right, read = 100 * statistics.fmean(rows.values()), 100 * answered["kv_read_share"]
+        lines.append([task, variant, f"{right:.1f}", f"{read:.1f}", f"{same} of {len(rows)}"])
     return "Answers that the engine generated with its kernels, and how many agree with the scores above.\n\n" + table(
         ["task", "variant", "right, %", "cache read, %", "agree"], lines
     )

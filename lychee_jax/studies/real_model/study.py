@@ -19,6 +19,7 @@ from lychee_jax.llm import LLM
 from lychee_jax.run_folder import Record, append_lines, claim, read_json, read_lines, write_json
 from lychee_jax.studies.head_maps.maps import map_of, random_roles, roles_of
 from lychee_jax.studies.real_model.prompts import HELD_OUT, PERPLEXITY, TASKS, VALIDATION, Asked, Prompts
+from lychee_jax.studies.real_model.report import marks
 from lychee_jax.studies.real_model.variants import PAGE, Grid, Variant
 from lychee_jax.studies.scorer import ProgramKey, Scorer
 from lychee_jax.training import learn_heads
@@ -262,9 +263,26 @@ class Study:
             "kv_heads": config.num_layers * config.num_kv_heads,
             "main": self.grid.main.label,
             "sizes": dataclasses.asdict(self.sizes),
-            "cells": [{"variant": v, "task": t, "length": n, **cell} for (v, t, n), cell in cells.items()],
-            "answers": read_lines(self.output / ANSWERS),
+            "cells": [
+                {"variant": v, "task": t, "length": n, **cell}
+                | ({"right": marks(dict(enumerate(cell["right"])))} if "right" in cell else {})
+                for (v, t, n), cell in cells.items()
+            ],
+            "answers": self._answered(),
         }
+
+    def _answered(self) -> list[Record]:
+        """What the engine answered, by task and variant."""
+        rows: dict[tuple[str, str], list[Record]] = {}
+        for line in read_lines(self.output / ANSWERS):
+            rows.setdefault((line["task"], line["variant"]), []).append(line)
+        return [
+            {
+                "task": task, "variant": variant, "right": marks({row["index"]: int(row["right"]) for row in each}),
+                "kv_read_share": float(np.mean([row["kv_read_share"] for row in each])),
+            }
+            for (task, variant), each in rows.items()
+        ]  # fmt: skip
 
 
 def _ids(asked: Asked) -> list[int]:
