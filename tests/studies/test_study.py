@@ -418,7 +418,7 @@ def test_bad_options_are_said_in_one_line(tmp_path: Path, monkeypatch, capsys):
         (["--train-lengths", "5"], "--train-lengths 5: give two numbers"),
     ):
         monkeypatch.setattr("sys.argv", ["study", "--output", str(tmp_path / "out"), *options])
-        assert command.main() == 2
+        assert command.main(command.run) == 2
         error = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
         assert error[-1].startswith("error: ")
         assert message in error[-1]

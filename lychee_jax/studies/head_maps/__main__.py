@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -11,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lychee_jax.errors import UserError
+from lychee_jax.studies.command import main, numbers, pair
 
 _ASKED, _LEARNED, _RUN = "What is asked", "What is learned", "The run"
 
@@ -71,10 +70,10 @@ def run(
     from lychee_jax.studies.head_maps.rows import Grid
     from lychee_jax.studies.head_maps.study import RESULTS, Sizes, Study
 
-    shortest, longest = _pair("--train-lengths", train_lengths)
+    shortest, longest = pair("--train-lengths", train_lengths)
     grid = Grid(
-        _numbers("--points", points), [task.strip() for task in tasks.split(",")], _numbers("--contexts", contexts),
-        _numbers("--seeds", seeds), retrieval_heads,
+        numbers("--points", points), [task.strip() for task in tasks.split(",")], numbers("--contexts", contexts),
+        numbers("--seeds", seeds), retrieval_heads,
     )  # fmt: skip
     sizes = Sizes(
         samples=samples, retrieval_heads=retrieval_heads, steps=steps, batch=batch, learning_rate=learning_rate,
@@ -104,37 +103,5 @@ def run(
     typer.echo(output / "report.md")
 
 
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text}: give whole numbers with commas between them") from None
-
-
-def _pair(option: str, text: str) -> tuple[int, int]:
-    numbers = _numbers(option, text)
-    if len(numbers) != 2:
-        raise UserError(f"{option} {text}: give two numbers")
-    return numbers[0], numbers[1]
-
-
-def main() -> int:
-    """Run the command; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command()(run)
-    try:
-        app(standalone_mode=False)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted: the same command resumes", err=True)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(run))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import Annotated
 import typer
 
 from lychee_jax.errors import UserError
+from lychee_jax.studies.command import main, numbers, pair
 
 STAGES = ("prompts", "learn", "score", "generate", "report")
 _ASKED, _LEARNED, _RUN = "What is asked", "What is learned", "The run"
@@ -70,14 +70,13 @@ def run(
     wanted = [stage.strip() for stage in stages.split(",")]
     if unknown := [stage for stage in wanted if stage not in STAGES]:
         raise UserError(f"--stages {unknown[0]} is unknown; use some of {', '.join(STAGES)}")
-    shortest, longest = (*_numbers("--train-lengths", train_lengths), 0, 0)[:2]
     grid = Grid(
-        _numbers("--retrieval-heads", retrieval_heads), _numbers("--seeds", seeds), _numbers("--budgets", budgets),
+        numbers("--retrieval-heads", retrieval_heads), numbers("--seeds", seeds), numbers("--budgets", budgets),
         compared,
     )  # fmt: skip
     sizes = Sizes(
-        tuple(_numbers("--lengths", lengths)), samples, others, windows, rows, steps=steps,
-        train_lengths=(shortest, longest), ratio=ratio, data=data,
+        tuple(numbers("--lengths", lengths)), samples, others, windows, rows, steps=steps,
+        train_lengths=pair("--train-lengths", train_lengths), ratio=ratio, data=data,
     )  # fmt: skip
     loaded = load(model)
     if loaded.tokenizer is None:
@@ -115,30 +114,5 @@ def run(
     typer.echo(output / "report.md")
 
 
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{option} {text}: give whole numbers with commas between them") from None
-
-
-def main() -> int:
-    """Run the command; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-    app.command()(run)
-    try:
-        app(standalone_mode=False)
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        return 2
-    except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted: the same command resumes", err=True)
-        return 130
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(run))
