@@ -126,6 +126,11 @@ def studied(folder, book, tmp_path_factory) -> Path:
     scores = (output / "scores.jsonl").read_bytes()
     command.run(**arguments | {"rivals": rivals, "json_file": output / "copy" / "real.json"})
     assert (output / "scores.jsonl").read_bytes() == scores, "nothing is scored twice"
+    other = book.with_name("other.txt")
+    other.write_text(book.read_text(encoding="utf-8") + "The end.", encoding="utf-8")
+    for change in ({"training_text": other}, {"text": other}, {"rows": 1}, {"compared": 192}, {"samples": 4}):
+        with pytest.raises(UserError, match="another"):  # chunks of other prompts, or maps of another text
+            command.run(**arguments | change)
     return output
 
 

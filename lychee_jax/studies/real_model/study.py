@@ -15,6 +15,7 @@ import numpy as np
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
+from lychee_jax.files import digest_of, read_text
 from lychee_jax.llm import LLM
 from lychee_jax.run_folder import Record, append_lines, claim, read_json, read_lines, write_json
 from lychee_jax.studies.head_maps.maps import map_of, random_roles, roles_of
@@ -82,9 +83,12 @@ class Study:
     ) -> None:  # fmt: skip
         self.model, self.prompts, self.grid, self.sizes, self.output = model, prompts, grid, sizes, output
         self._training_text, self._report = training_text, report
-        learned = {name: getattr(sizes, name) for name in ("steps", "train_lengths", "ratio", "data", "validation")}
-        content = {"fingerprint": model.config.fingerprint(), "weights": model.weights_digest(), **learned}
-        claim(output, content, inputs={"text": prompts.digest})
+        content = {
+            "fingerprint": model.config.fingerprint(), "weights": model.weights_digest(), "compared": grid.compared,
+            **dataclasses.asdict(sizes),
+        }  # fmt: skip
+        training = digest_of(read_text(training_text))
+        claim(output, content, inputs={"text": prompts.digest, "training text": training})
         self._scores = {
             (line["variant"], line["task"], line["length"], line["first"]): line for line in read_lines(output / SCORES)
         }
