@@ -104,7 +104,7 @@ def run(
     results = study.results(f"python -m lychee_jax.studies.real_model {shlex.join(sys.argv[1:])}")
     if rivals is not None:
         asked = {(line["task"], line["index"]): line["references"][0] for line in read_lines(output / PROMPTS)}
-        results["rivals"] = read_rivals(rivals, asked, asked)
+        results["rivals"] = read_rivals(rivals, asked)
     results["targets"] = targets(results)
     write_json(output / "results.json", results)
     (output / "report.md").write_text(markdown(results), encoding="utf-8")

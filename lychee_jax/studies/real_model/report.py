@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lychee_jax.run_folder import Record, read_lines
@@ -31,17 +31,16 @@ def paired_interval(ours: Sequence[int], theirs: Sequence[int]) -> tuple[float, 
     return 100 * (gained - lost) / count, 100 * (middle - half), 100 * (middle + half)
 
 
-def read_rivals(file: Path, wanted: Iterable[tuple[str, int]], references: dict[tuple[str, int], str]) -> Record:
+def read_rivals(file: Path, references: Mapping[tuple[str, int], str]) -> Record:
     """Answers of other systems: for each of them and task, whether each prompt's was right, and what was read.
 
     An answer is right if it begins with the hidden number, as ours must.
     """
     found: dict[str, dict[str, dict[int, int]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
     shares: dict[str, list[float]] = collections.defaultdict(list)
-    known = set(wanted)
     for line in read_lines(file):
         key = line["task"], line["index"]
-        if key in known:
+        if key in references:
             name = line["rival"] if line["share"] == 1.0 else f"{line['rival']} at {line['share']:.3g}"
             found[name][line["task"]][line["index"]] = int(line["answer"].strip().startswith(references[key]))
             shares[name].append(line["kv_read_share"])

@@ -63,7 +63,7 @@ class Sizes:
 
     def plan(self, heads: int, seed: int, text: Path) -> learn_heads.TrainingPlan:
         """How a map is learned."""
-        policy = dataclasses.replace(learn_heads.TrainingPlan(heads).policy, ratio=self.ratio)
+        policy = dataclasses.replace(learn_heads.TrainingPlan.policy, ratio=self.ratio)
         shortest, longest = self.train_lengths
         return learn_heads.TrainingPlan(
             retrieval_heads=heads, steps=self.steps, seed=seed, data=self.data, text=str(text), min_length=shortest,
