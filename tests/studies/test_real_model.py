@@ -134,7 +134,8 @@ def studied(folder, book, tmp_path_factory) -> Path:
     return output
 
 
-def test_the_study_scores_as_the_engine_answers(studied, folder):
+def test_the_study_reads_as_much_as_the_engine(studied, folder):
+    """A random model answers nothing, so that its answers prove little; the scorer has tests of its own for them."""
     results = json.loads((studied / "results.json").read_text(encoding="utf-8"))
     assert (studied / "copy" / "real.json").read_bytes() == (studied / "results.json").read_bytes()
     cells = report.Cells(results)
