@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,7 +129,14 @@ def studied(folder, book, tmp_path_factory) -> Path:
     assert (output / "scores.jsonl").read_bytes() == scores, "nothing is scored twice"
     other = book.with_name("other.txt")
     other.write_text(book.read_text(encoding="utf-8") + "The end.", encoding="utf-8")
-    for change in ({"training_text": other}, {"text": other}, {"rows": 1}, {"compared": 192}, {"samples": 4}):
+    changes: list[dict[str, Any]] = [
+        {"training_text": other},
+        {"text": other},
+        {"rows": 1},
+        {"compared": 192},
+        {"samples": 4},
+    ]
+    for change in changes:
         with pytest.raises(UserError, match="another"):  # chunks of other prompts, or maps of another text
             command.run(**arguments | change)
     return output
