@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.common import (
+from pallas_kernels.mosaic_gpu.common import (  # fmt: skip
     COLUMNS,
     LOG2E,
     TILED,
@@ -30,10 +30,12 @@ from pallas_kernels.mosaic_gpu.common import (
     iota,
     let_successor_start,
     load,
+    quotient,
+    quotient_up,
     remainder,
     store,
     wait_for_predecessor,
-)  # fmt: skip
+)
 from pallas_kernels.mosaic_gpu.split import TILE_TOKENS, SplitPlan
 from pallas_kernels.mosaic_gpu.walk import Fetch, Piece, Walk
 from pallas_kernels.types import PageScore, Selection
@@ -254,7 +256,7 @@ class Compute(Walk):
             self.real(piece, piece.first + jnp.minimum(mine, jnp.maximum(last, 0))),
         )
         plgpu.barrier_wait(self.asked)
-        turns = (jnp.maximum(piece.steps - mine, 0) + self.computing - 1) // self.computing
+        turns = quotient_up(jnp.maximum(piece.steps - mine, 0), self.computing)
         top, total, out, _ = jax.lax.fori_loop(0, turns, step, start)
         total = jnp.sum(total, axis=0)
         if self.number:
@@ -313,7 +315,7 @@ class Compute(Walk):
         if self.groups < COLUMNS:
             scores = jnp.where(iota(shape, 1) < self.groups, scores, 0.0)
         mean = along_columns(jnp.sum(scores, axis=1) * (self.scale / self.groups), shape)
-        own = inside & (iota(shape, 0) // size == iota(shape, 1))
+        own = inside & (quotient(iota(shape, 0), size) == iota(shape, 1))
         best = jnp.max(jnp.where(own, mean, MASKED), axis=0)
         if self.page_scores == "lse":
             shifted = jnp.where(own, jnp.exp2((mean - along_rows(best, shape)) * LOG2E), 0.0)
@@ -328,6 +330,5 @@ class Compute(Walk):
         def _():
             for k in range(per_tile):
                 page = (piece.first + i) * per_tile + k
-                refs.scores[piece.row, piece.index, page // SCORE_ROW, remainder(page, SCORE_ROW)] = refs.ready_scores[
-                    self.number, k
-                ]
+                place = quotient(page, SCORE_ROW), remainder(page, SCORE_ROW)
+                refs.scores[piece.row, piece.index, *place] = refs.ready_scores[self.number, k]
