@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
+import jax
+
 from lychee_jax.arguments import check_int32, settle_numbers
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
@@ -173,7 +175,9 @@ class EngineConfig:
     def of(cls, platform: str, config: ModelConfig) -> "EngineConfig":
         """The numbers of a platform: "cpu", "gpu" or "tpu"."""
         if platform == "cpu":
-            return cls(min_rows=2, correct_rows=1, dense_below=1024)
+            # XLA of JAX before 0.12 rounds half-precision products of up to two rows otherwise than those of more.
+            early = jax.__version_info__ < (0, 12) and config.dtype != "float32"
+            return cls(min_rows=4 if early else 2, correct_rows=1, dense_below=1024)
         # A chunk beside decoding rows takes up to two blocks' time on an H200 at the shape of Llama-3-8B.
         rungs = ((8192, 2048), (32768, 1024), (_FAR, 512))
         # Narrow models fill the device with several prompts only. More than this would be more programs to compile.
