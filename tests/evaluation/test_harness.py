@@ -3,6 +3,7 @@
 What the harness reports is computed again by hand from teacher forcing of whole prompts.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -199,6 +200,16 @@ def test_a_run_is_resumed_and_asks_nothing_twice(model, options, include, finish
         evaluate(
             model, ["choice"], variants_of(["dense"], []), options, include=include, output=output, decode_last=3
         )  # fmt: skip
+
+
+def test_other_weights_do_not_go_on(model, options, include, tmp_path):
+    def ask(judged: LLM) -> None:
+        evaluate(judged, ["words"], variants_of(["dense"], []), options, include=include, limit=1, output=tmp_path)
+
+    ask(model)
+    other = dataclasses.replace(model, model=model.spec.merge(tuple(array + 1 for array in model.weights)))
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
+        ask(other)
 
 
 def test_decode_last_feeds_the_end_of_a_prompt_through_the_decode_path(model, options):

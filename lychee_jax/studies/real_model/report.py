@@ -253,7 +253,7 @@ def by_map(results: Record) -> str:
     for variant in cells.variants:
         name, _, asked = variant.partition("@")
         if asked == budget:
-            kind = name if name.startswith("layers") else name.rpartition("-")[0]
+            kind = name if name.startswith(("layers", "none")) else name.rpartition("-")[0]
             kinds.setdefault(kind, []).append(variant)
     lines = []
     for kind, variants in kinds.items():
@@ -273,7 +273,8 @@ def by_map(results: Record) -> str:
     lines.append(["dense", f"{dense:.1f}", ""])
     return (
         f"A budget of {budget} tokens, mean over {len(counted)} counted cells; the number in a name is that of "
-        "retrieval heads.\n\n" + table(["map", "right, % (seeds)", "perplexity above dense"], lines)
+        'retrieval heads; in "none" only layer 0 retrieves.\n\n'
+        + table(["map", "right, % (seeds)", "perplexity above dense"], lines)
     )
 
 
