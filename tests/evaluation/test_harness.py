@@ -178,6 +178,16 @@ def test_texts_are_those_of_generate(model, options, finished):
         assert sample["resps"] == [wanted.text]
 
 
+def test_the_token_that_ends_an_answer_is_not_in_it(model, options):
+    wish = {"max_gen_toks": 4, "until": []}
+    prompt = model.tokenizer.encode("The fox")
+    first, second = model.generate([prompt], max_new_tokens=2, attention="dense", page_size=8).tokens[0]
+    assert first != second
+    assert second not in model.tokenizer.special_ids
+    judged = LycheeLM(model, dataclasses.replace(options, attention="dense", eos_ids=(second,)))
+    assert judged.generate_until([request_of("The fox", wish)]) == [model.tokenizer.decode([first])]
+
+
 def test_a_run_is_resumed_and_asks_nothing_twice(model, options, include, finished, monkeypatch):
     report, output = finished
     lines = (output / "answers.jsonl").read_text().splitlines(keepends=True)
