@@ -176,6 +176,8 @@ def _step(runner: Runner, context: int, options: GenerateOptions, mode: Attentio
     model, tokens = runner.spec.config, options.max_new_tokens - 1
     held = sum(pages_for(context + step, page_size) for step in range(1, tokens + 1))
     read = sum(int(block.pages_read[:, 0].sum()) for block in blocks)
+    if not read:
+        raise UserError("the logits are not finite, so nothing is decoded; convert --verify finds weights that are not")
     return seconds / tokens, read / (model.num_layers * model.num_kv_heads * held)
 
 

@@ -13,7 +13,7 @@ import typer
 from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text, read_json_object
+from lychee_jax.files import json_text, read_json_object, write_text
 
 app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
 
@@ -44,7 +44,7 @@ def _show(report: Any, target: str | None, text: str) -> None:
         print(json_text(report))
         return
     if target is not None:
-        Path(target).write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+        write_text(target, json_text(report, indent=1) + "\n")
     print(text)
 
 
@@ -387,7 +387,7 @@ def _write_results(report: dict[str, Any], output: Path, *, append: bool) -> Non
         for name in ("device", "jax", "command"):
             parts = str(before.get(name, report[name])).split("; ")
             report[name] = "; ".join(dict.fromkeys([*parts, report[name]]))
-    output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+    write_text(output, json_text(report, indent=1) + "\n")
 
 
 @app.command("kernels")

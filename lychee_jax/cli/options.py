@@ -7,7 +7,7 @@ import typer
 
 MODEL, ATTENTION, SAMPLING, CHAT = "Model", "Attention", "Sampling", "Chat"
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 AttentionMode = Literal["auto", "hybrid", "dense"]
 Rule = Literal["budget", "ratio", "top_p", "threshold", "forced"]
 PageScore = Literal["max", "lse", "mass"]

@@ -97,6 +97,13 @@ def test_impossible_context_is_refused(model, options, context, message):
         decode.run(model, options, context=context)
 
 
+def test_a_model_of_nan_is_refused(model, options):
+    """It decodes nothing, so that there would be a share of nothing."""
+    broken = dataclasses.replace(model, model=model.spec.merge(tuple(array * jnp.nan for array in model.weights)))
+    with pytest.raises(UserError, match="logits are not finite"):
+        decode.run(broken, options, context=CONTEXT, tokens=TOKENS, repeats=1)
+
+
 def test_command_prints_one_object(folder, capsys):
     arguments = ["--context", str(CONTEXT), "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16"]
     quantised = ["--kv-dtype", "fp8"]

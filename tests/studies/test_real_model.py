@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from lychee_jax.errors import UserError
+from lychee_jax.llm import LLM
 from lychee_jax.loading import load
 from lychee_jax.studies.real_model import __main__ as command
 from lychee_jax.studies.real_model import report
 from lychee_jax.studies.real_model.prompts import HELD_OUT, PERPLEXITY, SCORED, TASKS, VALIDATION, Prompts
+from lychee_jax.studies.real_model.study import Sizes, Study
 from lychee_jax.studies.real_model.variants import PAGE, RECENT, SINK, Grid, Variant
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import tiny_checkpoints
@@ -104,6 +106,18 @@ def test_every_variant_keeps_two_recent_pages_and_a_window_fills_its_budget():
     window = Variant("window-16-0", 512).policy
     assert (window.rule, window.sink + window.recent) == ("forced", 512)
     assert Grid().layers(3) == {16: 18, 12: 12, 24: 24}
+
+
+def test_other_weights_do_not_go_on(folder, book, prompts, tmp_path):
+    def begin(model: LLM) -> None:
+        Study(model, prompts, book, Grid(), Sizes(), tmp_path, lambda *_: None)
+
+    model = load(folder)
+    begin(model)
+    begin(load(folder))
+    other = dataclasses.replace(model, model=model.spec.merge(tuple(array + 1 for array in model.weights)))
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
+        begin(other)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from lychee_jax.studies.real_model.prompts import PERPLEXITY
 LEAST_DENSE = 60.0
 """Cells in which dense attention answers less, in per cent, are shown and not counted."""
 _TARGET = 1.0
+_NONE = "layer 0 alone"
+"""How the map "none" is called in tables."""
 
 
 def paired_interval(ours: Sequence[int], theirs: Sequence[int]) -> tuple[float, float, float]:
@@ -252,8 +254,8 @@ def by_map(results: Record) -> str:
     kinds: dict[str, list[str]] = {}
     for variant in cells.variants:
         name, _, asked = variant.partition("@")
-        if asked == budget:
-            kind = name if name.startswith("layers") else name.rpartition("-")[0]
+        if asked == budget and all(cells.has(variant, *cell) for cell in counted):
+            kind = name if name.startswith("layers") else name.rpartition("-")[0] or _NONE
             kinds.setdefault(kind, []).append(variant)
     lines = []
     for kind, variants in kinds.items():

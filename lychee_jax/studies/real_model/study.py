@@ -120,7 +120,7 @@ class Study:
     def maps(self, scorer: Scorer) -> dict[str, HeadMap]:
         """Every map by its name; those of whole layers are chosen here."""
         config, label = self.model.config, self.model.name
-        found = {"dense": HeadMap.all(config)}
+        found = {"dense": HeadMap.all(config), "none": HeadMap.none(config)}
         for count, seed in self.grid.learned():
             file = self.output / "runs" / f"learned-{count}-{seed}" / learn_heads.HEADS
             if not file.exists():
@@ -186,7 +186,7 @@ class Study:
             )
             roles = {name: roles_of(head_map) for name, head_map in self.maps(scorer).items()}
             if todo:
-                write_json(self.output / DEVICE, {"device": jax.devices()[0].device_kind, "jax": jax.__version__})
+                self._keep_device()
 
             def make(job: tuple[str, int, range, list[Variant]]) -> list[Asked]:
                 return self.prompts.batch(HELD_OUT, job[0], job[1], job[2], rows=self.sizes.rows)
@@ -210,6 +210,13 @@ class Study:
         finally:
             host.shutdown(cancel_futures=True)
             scorer.close()
+
+    def _keep_device(self) -> None:
+        """Of what has scored: of several, all."""
+        here = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        known = read_json(self.output / DEVICE)
+        both = {name: [*str(known[name]).split(", "), here[name]] if known else [here[name]] for name in here}
+        write_json(self.output / DEVICE, {name: ", ".join(dict.fromkeys(each)) for name, each in both.items()})
 
     def _keep(self, line: Record) -> None:
         append_lines(self.output / SCORES, [line])
