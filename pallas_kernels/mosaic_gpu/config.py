@@ -16,6 +16,8 @@ class DecodeConfig:
         merge_least: The fewest pieces that a merging warpgroup loads at once. A load takes long, but many take hardly
             longer; with fewer the long row among short ones would wait.
         merge_most: The most, as many as registers hold.
+        inlined: 8-bit numbers become 16-bit ones by instructions of our own choice, not by the compiler's; the
+            interpreter knows the latter only. Both give the same bits.
     """
 
     compute_warpgroups: int = 2
@@ -25,6 +27,7 @@ class DecodeConfig:
     merge_warpgroups: int = 4
     merge_least: int = 8
     merge_most: int = 36
+    inlined: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from tests.support.gpu import interpreted, kernels, lower, run, unsigned
 from tests.support.paged_caches import Cache, Shape, make_cache, padded, some_pages, spec_of
 
 BF16, F16 = "bfloat16", "float16"
+INT8, FP8 = "int8", "fp8"
 
 
 def as_heads(heads: list[int], known: bool) -> Any:
@@ -72,6 +73,10 @@ def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None, 
         (Shape(32, 128, 7, F16), [1], "lse", True),
         (Shape(128, 64, 1, BF16), [-1, 2], "lse", True),
         (Shape(64, 64, 2, F16), [0, 1, 2], None, True),
+        (Shape(64, 128, 4, BF16, FP8), [2, -1, 0], "max", False),
+        (Shape(16, 64, 7, F16, FP8), [1], "lse", True),
+        (Shape(32, 64, 8, BF16, INT8), [0, 2], "lse", True),
+        (Shape(128, 128, 1, F16, INT8), [1], "max", True),
     ],
     ids=str,
 )
