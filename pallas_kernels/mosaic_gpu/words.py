@@ -35,9 +35,7 @@ _COUNTER, _ZERO = 0x6480, 1152.0
 _PTX = {
     ("fp8", 0): ".reg .b16 a, b; .reg .b32 t; prmt.b32 t, $1, 0, 0x20; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a;",
     ("fp8", 1): ".reg .b16 a, b; .reg .b32 t; prmt.b32 t, $1, 0, 0x31; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a;",
-    ("int8", 0): (
-        ".reg .b32 t, c; mov.b32 c, 0x64806480; lop3.b32 t, $1, 0x00ff00ff, c, 0x6a; sub.rn.f16x2 $0, t, c;"
-    ),
+    ("int8", 0): (".reg .b32 t, c; mov.b32 c, 0x64806480; lop3.b32 t, $1, 0x00ff00ff, c, 0x6a; sub.rn.f16x2 $0, t, c;"),
     ("int8", 1): (
         ".reg .b32 t, c; mov.b32 c, 0x64806480; prmt.b32 t, $1, 0x64646464, 0x4341; xor.b32 t, t, 0x00800080; "
         "sub.rn.f16x2 $0, t, c;"
