@@ -117,10 +117,11 @@ def make_rows(slots: int, vocab_size: int, ends: int) -> Rows:
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "implementation"), donate_argnames=("pools",))
+@functools.partial(jax.jit, static_argnames=("spec", "implementation", "rows"), donate_argnames=("pools",))
 def prefill_chunk(
     spec: ModelSpec,
     implementation: str | None,
+    rows: int,
     weights: tuple[jax.Array, ...],
     pools: Pools,
     page_table: Int[Array, "B P"],
@@ -129,15 +130,19 @@ def prefill_chunk(
     sin: Float32[Array, "#B T half"],
     starts: Int[Array, " B"],
     counts: Int[Array, " B"],
-) -> tuple[Pools, Float[Array, "B E"]]:
-    """Read `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states."""
+) -> tuple[Pools, Float[Array, "rows E"]]:
+    """Read `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states.
+
+    `rows`: what these are padded to, so that one `start_row` suits all programs that read prompts.
+    """
     backend = Extend(page_table, starts, counts, aligned=True, implementation=implementation)
     hidden, pools = spec.merge(weights)(tokens, cos, sin, backend, pools)
-    return pools, _last(hidden, counts)
+    return pools, _last(hidden, counts, rows)
 
 
-def _last(hidden: Float[Array, "B T E"], counts: Int[Array, " B"]) -> Float[Array, "B E"]:
-    return jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+def _last(hidden: Float[Array, "B T E"], counts: Int[Array, " B"], rows: int) -> Float[Array, "rows E"]:
+    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.pad(last, ((0, rows - len(last)), (0, 0)))
 
 
 class Scored(NamedTuple):
@@ -148,10 +153,11 @@ class Scored(NamedTuple):
     top_logprobs: Float32[Array, "B T top"]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "implementation", "at_once"), donate_argnames=("pools",))
+@functools.partial(jax.jit, static_argnames=("spec", "implementation", "rows", "at_once"), donate_argnames=("pools",))
 def score_chunk(
     spec: ModelSpec,
     implementation: str | None,
+    rows: int,
     at_once: int,
     weights: tuple[jax.Array, ...],
     pools: Pools,
@@ -163,7 +169,7 @@ def score_chunk(
     counts: Int[Array, " B"],
     following: Int[Array, "B T"],
     num_top: Int[Array, ""],
-) -> tuple[Pools, Float[Array, "B E"], Scored]:
+) -> tuple[Pools, Float[Array, "rows E"], Scored]:
     """As `prefill_chunk`, and what the logits say of the tokens `following`; `at_once`: positions that have logits at a
     time. The likeliest tokens are looked for if `num_top` is not 0.
     """
@@ -189,7 +195,7 @@ def score_chunk(
     )
     scored = jax.lax.map(score, parts)
     whole = (each.reshape(-1, *each.shape[2:])[:size].reshape(*tokens.shape, *each.shape[2:]) for each in scored)
-    return pools, _last(hidden, counts), Scored(*whole)
+    return pools, _last(hidden, counts, rows), Scored(*whole)
 
 
 def _advance(

@@ -89,7 +89,7 @@ def test_chunks_are_written_in_place_and_their_memory_does_not_follow_the_past(m
         if program == "prefill":
             tokens = jnp.zeros((BATCH, 64), jnp.int32)
             lowered = programs.prefill_chunk.lower(
-                model.spec, None, model.weights, pools, table, tokens, angles, angles, starts, starts
+                model.spec, None, BATCH, model.weights, pools, table, tokens, angles, angles, starts, starts
             )
         else:
             new = jnp.zeros((64, BATCH), jnp.int32)

@@ -234,7 +234,7 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
             )
             # Op by op: within one program the interpreter's calls back can starve on a machine with few cores.
             pools, last = inspect.unwrap(programs.prefill_chunk)(
-                spec, implementation, weights, pools, jnp.asarray(table),
+                spec, implementation, 1, weights, pools, jnp.asarray(table),
                 jnp.asarray(tokens[:, start : start + chunk]), jnp.asarray(cos), jnp.asarray(sin),
                 jnp.array([start], jnp.int32), jnp.array([min(chunk, prompt - start)], jnp.int32),
             )  # fmt: skip

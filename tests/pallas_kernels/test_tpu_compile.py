@@ -214,7 +214,7 @@ def test_prefill_compiles_and_fits(chip: str, config: ModelConfig, tokens: int, 
     angles = array(1, tokens, config.head_dim // 2, dtype=jnp.float32)
     with ops.recorded() as calls:
         compiled = compile_for(
-            CHIPS[chip], programs.prefill_chunk, spec, "mosaic_tpu", weights, pools, table, array(1, tokens), angles,
+            CHIPS[chip], programs.prefill_chunk, spec, "mosaic_tpu", 1, weights, pools, table, array(1, tokens), angles,
             angles, array(1), array(1),
         )  # fmt: skip
     assert set(calls) == {("extend_attention", "mosaic_tpu")}

@@ -163,9 +163,10 @@ def test_the_study_reads_as_much_as_the_engine(studied, folder):
 
 def test_other_systems_stand_beside_it(studied):
     results = json.loads((studied / "results.json").read_text(encoding="utf-8"))
-    rival = results["rivals"]["snapkv at 0.5"]
-    assert rival["kv_read_share"] == 0.5
-    assert all(rows == "111" for rows in rival["right"].values())
+    assert [(rival["task"], rival["length"], rival["right"]) for rival in results["rivals"]] == [
+        (task, length, "1" * count) for task in sorted(TASKS) for length, count in ((LENGTH, 3),)
+    ]
+    assert all((rival["system"], rival["kv_read_share"]) == ("snapkv at 0.5", 0.5) for rival in results["rivals"])
     table = (studied / "report.md").read_text(encoding="utf-8")
     assert "| snapkv at 0.5 | 50.0 |" in table
     # A random model answers nothing, so no cell is counted and no target is claimed.
@@ -179,7 +180,10 @@ def test_targets_are_about_counted_cells():
         for task, dense in (("easy", "1110"), ("hard", "0100"))
         for variant, right in (("dense", dense), ("learned-4-0@256", "1100"))
     ]
-    rivals = {"quest": {"right": {"easy": "1000"}, "kv_read_share": 0.25}}
+    rivals = [
+        {"system": "quest", "task": "easy", "length": length, "right": right, "kv_read_share": 0.25}
+        for length, right in ((2048, "1111"), (4096, "1000"))
+    ]
     found = report.targets({"cells": cells, "main": "learned-4-0@256", "rivals": rivals})
     assert [(target["value"], target["target"], target["sense"]) for target in found] == [
         (25.0, 1.0, "<="), (25.0, 0.0, ">="),

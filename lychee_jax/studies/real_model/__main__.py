@@ -103,7 +103,10 @@ def run(
         return
     results = study.results(f"python -m lychee_jax.studies.real_model {shlex.join(sys.argv[1:])}")
     if rivals is not None:
-        asked = {(line["task"], line["index"]): line["references"][0] for line in read_lines(output / PROMPTS)}
+        asked = {
+            (line["task"], line["length"], line["index"]): line["references"][0]
+            for line in read_lines(output / PROMPTS)
+        }
         results["rivals"] = read_rivals(rivals, asked)
     results["targets"] = targets(results)
     write_json(output / "results.json", results)
