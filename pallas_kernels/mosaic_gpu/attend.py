@@ -25,7 +25,7 @@ from pallas_kernels.mosaic_gpu.common import (
     wait_for_predecessor,
 )  # fmt: skip
 from pallas_kernels.mosaic_gpu.compute import SCORE_ROW, Compute
-from pallas_kernels.mosaic_gpu.split import TILE_TOKENS, SplitPlan
+from pallas_kernels.mosaic_gpu.split import SplitPlan
 from pallas_kernels.mosaic_gpu.walk import Fetch
 from pallas_kernels.mosaic_gpu.words import NUMBERS, ComputeWords
 from pallas_kernels.types import KVPages, PageScore, Selection
@@ -65,7 +65,7 @@ def attend(
     tokens, per_tile = plan.tile_tokens, plan.pages_per_tile
     stages = min(config.max_stages, config.tile_bytes // (tokens * kv.data.shape[3] * kv.data.dtype.itemsize))
     # Larger tiles take one warpgroup all its time, and their slots are few.
-    computing = config.compute_warpgroups if tokens == TILE_TOKENS else 1
+    computing = config.compute_warpgroups if tokens == plan.least_tokens else 1
     # A slot is always the same warpgroup's, as whoever waits at a barrier must do so every time.
     stages -= stages % computing
 

@@ -15,7 +15,7 @@ from pallas_kernels.mosaic_gpu.config import DecodeConfig, ExtendConfig
 from pallas_kernels.mosaic_gpu.extend import BLOCK, extend
 from pallas_kernels.mosaic_gpu.finish import finish
 from pallas_kernels.mosaic_gpu.select import SIDE, chunking
-from pallas_kernels.mosaic_gpu.split import SplitPlan
+from pallas_kernels.mosaic_gpu.split import TILE_TOKENS, SplitPlan
 from pallas_kernels.types import Heads, KVPages, PageScore, Selection, SelectionSpec
 from pallas_kernels.xla.decode import MASKED, forced_pages, page_limits
 from pallas_kernels.xla.quantized import keys_and_values
@@ -48,6 +48,11 @@ def _check_coverage(q: jax.Array, kv: KVPages) -> None:
         raise NotImplementedError(
             f"mosaic_gpu takes int8 caches in pages of {_LEAST_SCALED} tokens or more, not of {kv.page_size}"
         )
+
+
+def _tile_tokens(kv: KVPages, config: DecodeConfig) -> int:
+    """Tokens of a tile, unless a page has more."""
+    return TILE_TOKENS if kv.quantized is None else config.word_tokens
 
 
 class _Named(NamedTuple):
@@ -98,7 +103,16 @@ def dense_decode(
     _check_coverage(q, kv)
     named = _Named.of(heads, kv.kv_heads)
     plan = SplitPlan(
-        shape[0], kv.kv_heads, shape[1], 0, 0, kv.page_size, blocks, config, padded=named.count is not None
+        shape[0],
+        kv.kv_heads,
+        shape[1],
+        0,
+        0,
+        kv.page_size,
+        blocks,
+        config,
+        padded=named.count is not None,
+        least_tokens=_tile_tokens(kv, config),
     )
     sums, stats, scores = attend(
         q, kv, page_table, lengths, named.order, None, named=named.count, plan=plan, scale=scale,
@@ -142,7 +156,7 @@ def sparse_decode(
     named = _Named.of(heads, kv.kv_heads)
     plan = SplitPlan(
         shape[0], kv.kv_heads, 0, shape[1], selection.pages.shape[2], kv.page_size, blocks, config,
-        padded=named.count is not None,
+        padded=named.count is not None, least_tokens=_tile_tokens(kv, config),
     )  # fmt: skip
     sums, stats, _ = attend(
         q, kv, page_table, lengths, named.order, selection, named=named.count, plan=plan, scale=scale,
@@ -233,7 +247,7 @@ def hybrid_decode(
     order, retrieval, count = _retrieval_first(heads, kv.kv_heads)
     plan = SplitPlan(
         q.shape[0], kv.kv_heads, retrieval, kv.kv_heads - retrieval, selection.pages.shape[2], kv.page_size, blocks,
-        config, padded=count is not None,
+        config, padded=count is not None, least_tokens=_tile_tokens(kv, config),
     )  # fmt: skip
     roles = {"named": count, "dense_rows": None if dense is None else dense.astype(jnp.int32)}
     sums, stats, scores = attend(

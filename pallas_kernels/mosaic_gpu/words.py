@@ -6,11 +6,13 @@ float16 ones, whatever type the queries have: from e4m3 there is one instruction
 none. What float16 has too little of is range; powers of two make up for that.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -20,6 +22,8 @@ from pallas_kernels.mosaic_gpu.common import WGMMA, along_columns, interpreter, 
 from pallas_kernels.mosaic_gpu.compute import Compute
 from pallas_kernels.types import KVDtype
 
+# Tokens whose values are in registers at a time.
+_PART = 64
 # What 8-bit numbers, queries and weights are while they are multiplied.
 NUMBERS = jnp.float16
 # Queries of a bfloat16 model may be larger than float16 allows: up to 2^20 they are finite.
@@ -72,7 +76,7 @@ def numbers(words: jax.Array, kind: KVDtype, half: int) -> jax.Array:
 
 
 class ComputeWords(Compute):
-    """`Compute` for tiles of words. A slot is given back as soon as its words are in registers."""
+    """`Compute` for tiles of words. A slot is given back as soon as all its words were in registers."""
 
     def __init__(self, *shared: Any, kind: KVDtype):
         super().__init__(*shared)
@@ -94,21 +98,28 @@ class ComputeWords(Compute):
             self.clear(tile, real)
         keys = self.convert(load(tile, WGMMA), self.kind, 0)
 
-        def rest() -> Any:
-            values = self.convert(load(tile.transpose((1, 0)), WGMMA), self.kind, 1)
-            scales = None
-            if self.kind == "int8":
-                scales = [load(refs.scales.at[slot, half], WGMMA.reduce(1)) for half in range(2)]
+        def take_scales() -> Any:
+            if self.kind == "fp8":
+                return None
+            return [load(refs.scales.at[slot, half], WGMMA.reduce(1)) for half in range(2)]
+
+        scores, scales = multiply(keys, self.numbers.transpose((1, 0)), take_scales)
+        if scales is not None:
+            scores = scores * along_columns(scales[0], scores.shape)
+        # When the keys are gone: registers hold no more. They come while others are waited for.
+        return scores, (self.take_values(slot, 0), scales)
+
+    def take_values(self, slot: jax.Array, part: int) -> jax.Array:
+        """The values `[H, 64]` of 64 tokens; with the last ones the slot is given back."""
+        refs = self.refs
+        words = refs.tiles.at[slot, pl.ds(_PART * part, _PART)]
+        values = self.convert(load(words.transpose((1, 0)), WGMMA), self.kind, 1)
+        if part == self.plan.tile_tokens // _PART - 1:
             if interpreter() is not None:
                 # To the interpreter a plain read must be fenced off from the copy that overwrites what was read.
                 plgpu.commit_smem()
             plgpu.barrier_arrive(refs.empty.at[slot])
-            return values, scales
-
-        scores, (values, scales) = multiply(keys, self.numbers.transpose((1, 0)), rest)
-        if scales is not None:
-            scores = scores * along_columns(scales[0], scores.shape)
-        return scores, (values, scales)
+        return values
 
     def store_weights(
         self, slot: jax.Array, real: tuple[jax.Array, ...], weights: jax.Array, inside: jax.Array, held: Any
@@ -122,7 +133,13 @@ class ComputeWords(Compute):
         store(self.weights.transpose((1, 0)), weights.astype(NUMBERS))
 
     def multiply_values(self, slot: jax.Array, held: Any) -> jax.Array:
-        """From registers."""
-        del slot
-        added, _ = multiply(held[0], self.weights.transpose((1, 0)), lambda: None)
+        """Part after part; the values of the next one come while one is multiplied."""
+        values, added = held[0], None
+        parts = self.plan.tile_tokens // _PART
+        for part in range(parts):
+            weights = self.weights.at[:, pl.ds(_PART * part, _PART)].transpose((1, 0))
+            more = functools.partial(self.take_values, slot, part + 1) if part + 1 < parts else lambda: None
+            product, values = multiply(values, weights, more)
+            added = product if added is None else added + product
+        assert added is not None
         return added
