@@ -211,7 +211,7 @@ def check(
     options = {"spec": ops.SelectionSpec(BUDGET, 1, 2), "scale": scale, "dense": flags}
     call = call_with(ops.hybrid_decode, heads, known, implementation="mosaic_gpu", **options)
     (out, pages, counts), same = twice(call, *layer.arrays)
-    if kv is not None:  # as the interpreter runs it
+    if kv is not None and page == 64 and groups == 4 and not lone:  # as the interpreter runs it
         plain = call_with(mosaic_gpu.hybrid_decode, heads, known, config=DecodeConfig(inlined=False), **options)
         others = jax.tree.leaves(plain(*layer.arrays))
         same &= all(np.array_equal(a, b) for a, b in zip(others, (out, pages, counts), strict=True))
