@@ -57,6 +57,7 @@ class DecodeReport:
     model: str
     device: str
     dtype: str
+    weights: str
     kv: str
     context: int
     page_size: int
@@ -76,7 +77,9 @@ class DecodeReport:
 
     @property
     def _dtypes(self) -> str:
-        return self.dtype if self.kv == self.dtype else f"{self.dtype}, cache {self.kv}"
+        parts = {"weights": self.weights, "cache": self.kv}
+        others = [f"{name} {kind}" for name, kind in parts.items() if kind != self.dtype]
+        return ", ".join([self.dtype, *others])
 
     def __str__(self) -> str:
         table = Table(
@@ -292,6 +295,7 @@ def _report(
         model=model.name,
         device=f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind,
         dtype=str(model.dtype),
+        weights=config.quantize or str(model.dtype),
         kv=options.kv_dtype or str(model.dtype),
         context=context,
         page_size=options.page_size,

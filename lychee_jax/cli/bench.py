@@ -58,6 +58,7 @@ def _device() -> dict[str, str]:
 def bench_decode(
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
+    quantize: shared.QuantizeOption = "none",
     kv_dtype: shared.KVDtypeOption = "auto",
     implementation: shared.ImplementationOption = None,
     heads: shared.HeadsOption = None,
@@ -73,6 +74,10 @@ def bench_decode(
         int, typer.Option(metavar="N", help="With --shape: retrieval heads, those of layer 0 included.")
     ] = 32,
     batch: BatchOption = "1",
+    rivals: Annotated[
+        bool,
+        typer.Option(help="With --shape: also with cuDNN over caches of --dtype without pages, of the same weights."),
+    ] = True,
     repeats: Annotated[
         int | None, typer.Option(metavar="N", help="With --shape: samples, of which the median is shown.")
     ] = None,
@@ -103,7 +108,7 @@ def bench_decode(
             "hybrid", policy=policy, page_size=page_size, implementation=implementation,
             kv_dtype=shared.kv_dtype_of(kv_dtype),
         )  # fmt: skip
-        loaded = load_model(model, dtype)
+        loaded = load_model(model, dtype, quantize=quantize)
         options = dataclasses.replace(options, heads=loaded.choose_heads(heads))
         report = decode.run(loaded, options, context=context)
         _show(dataclasses.asdict(report), json_file, str(report))
@@ -119,8 +124,9 @@ def bench_decode(
 
     rows = step.measure(
         shape, MODELS[shape], batches=_batches(batch), context=context, retrieval_heads=retrieval_heads, policy=policy,
-        page_size=page_size, dtype=dtype or "bfloat16", implementation=implementation,
-        kv_dtype=shared.kv_dtype_of(kv_dtype), repeats=repeats or 7, report=_tell,
+        page_size=page_size, dtype=dtype or "bfloat16", quantize=None if quantize == "none" else quantize,
+        implementation=implementation, kv_dtype=shared.kv_dtype_of(kv_dtype),
+        modes=("hybrid", "dense", "cudnn") if rivals else ("hybrid", "dense"), repeats=repeats or 7, report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, step.table(rows))
 
@@ -396,6 +402,7 @@ def bench_kernels(
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], typer.Option(help="Of queries and cache.")
     ] = "bfloat16",
+    kv_dtype: shared.KVDtypeOption = "auto",
     context: Annotated[int, typer.Option(metavar="N", help="Cached tokens of every sequence.")] = 131072,
     page_size: shared.PageSizeOption = 64,
     pages: Annotated[int, typer.Option(metavar="N", help="Pages that a sparse head reads.")] = 64,
@@ -415,8 +422,9 @@ def bench_kernels(
     from lychee_jax.benchmarks import kernels
 
     rows = kernels.measure(
-        kernels.Shape(page_size=page_size, pages=pages, dtype=dtype), batches=_batches(batch), context=context,
-        implementation=implementation, rivals=rivals, repeats=repeats, working_set=working_set, report=_tell,
+        kernels.Shape(page_size=page_size, pages=pages, dtype=dtype, kv=shared.kv_dtype_of(kv_dtype)),
+        batches=_batches(batch), context=context, implementation=implementation, rivals=rivals, repeats=repeats,
+        working_set=working_set, report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, kernels.table(rows))
 

@@ -48,7 +48,7 @@ KVDtypeOption = Annotated[
         "--kv-dtype",
         "--kv-cache-dtype",  # vLLM's name
         help="Of the KV cache. [b]int8[/b] and [b]fp8[/b] (e4m3) take half the memory of bfloat16, int8 with a scale "
-        "for every token and head; read by plain JAX. [b]auto[/b]: the dtype of the activations.",
+        "for every token and head. [b]auto[/b]: the dtype of the activations.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -25,8 +25,9 @@ TILE_TOKENS = 64
 class SplitPlan:
     """What is static about a call: `dense_heads` that read all pages and `sparse_heads` that read `selected` ones.
 
-    A tile is what one step of a block reads: some whole pages. `kv_heads` counts all heads of the pool. `padded`: only
-    the device knows how many of the heads that the call names there are; they come first, and these numbers bound them.
+    A tile is what one step of a block reads: some whole pages, `least_tokens` or more. `kv_heads` counts all heads of
+    the pool. `padded`: only the device knows how many of the heads that the call names there are; they come first, and
+    these numbers bound them.
     """
 
     batch: int
@@ -38,11 +39,12 @@ class SplitPlan:
     blocks: int
     config: DecodeConfig
     padded: bool = False
+    least_tokens: int = TILE_TOKENS
 
     @property
     def tile_tokens(self) -> int:
         """Tokens of a tile."""
-        return max(TILE_TOKENS, self.page_size)
+        return max(self.least_tokens, self.page_size)
 
     @property
     def pages_per_tile(self) -> int:

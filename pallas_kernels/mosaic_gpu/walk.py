@@ -137,9 +137,14 @@ class Fetch(Walk):
 
             for k, page in enumerate(ids):
                 target = refs.tiles.at[slot]
+                part = pl.ds(k * plan.page_size, plan.page_size)
                 if len(ids) > 1:
-                    target = target.at[pl.ds(k * plan.page_size, plan.page_size)]
+                    target = target.at[part]
                 plgpu.copy_gmem_to_smem(refs.kv_pages.at[page, piece.head], target, refs.full.at[slot])
+                if hasattr(refs, "kv_scales"):
+                    for half in range(2):
+                        source = refs.kv_scales.at[page, piece.head, half]
+                        plgpu.copy_gmem_to_smem(source, refs.scales.at[slot, half, part], refs.full.at[slot])
 
         def round_of(turn: jax.Array, ids: list[list[jax.Array]]) -> list[list[jax.Array]]:
             ahead = logical(turn + 1)

@@ -124,7 +124,8 @@ def test_a_shape_is_measured_without_a_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(shapes.MODELS, "llama-3-8b", config)
     target = tmp_path / "rows.json"
     shape = ["--shape", "llama-3-8b", "--retrieval-heads", "3", "--batch", "1,2", "--dtype", "float32"]
-    assert cli.main(["bench", "decode", *shape, "--kv-dtype", "int8", "--json", str(target), *SMALL]) == 0
+    kinds = ["--quantize", "int8", "--kv-dtype", "int8"]
+    assert cli.main(["bench", "decode", *shape, *kinds, "--json", str(target), *SMALL]) == 0
     assert "hybrid" in capsys.readouterr().out
     rows = json.loads(target.read_text())["rows"]
     assert [(row["batch"], row["retrieval_heads"], row["kv_heads"], row["pages"]) for row in rows] == [
@@ -136,7 +137,7 @@ def test_a_shape_is_measured_without_a_model(monkeypatch, tmp_path, capsys):
         assert row["rivals"].keys() == {"dense", "dense_cudnn"}
         assert row["pool_copies"] == 0
         weights = row["weight_bytes"] - 64 * 32 * 4
-        assert (row["dtype"], row["kv"]) == ("float32", "int8")
+        assert (row["dtype"], row["weights"], row["kv"]) == ("float32", "int8", "int8")
         read = row["batch"] * (3 * 16 + 3 * 4) * 16 * (2 * 16 + 2 * 4)
         assert row["roofline_us"] == pytest.approx(1e6 * (weights + read) / 4.6e12)
 
