@@ -86,8 +86,9 @@ class ScheduleReport:
 
     def __str__(self) -> str:
         table = Table(
-            "chip", "op", "model", "dtype", "cache", "cycles", "issue", "DMA", "issue ÷ DMA", "predicted", "roofline", "ratio",
-            "bound", title=f"A layer's kernels at {_CONTEXT:,} tokens, pages of {_PAGE_SIZE}", title_justify="left",
+            "chip", "op", "model", "dtype", "cache", "cycles", "issue", "DMA", "issue ÷ DMA", "predicted", "roofline",
+            "ratio", "bound", title=f"A layer's kernels at {_CONTEXT:,} tokens, pages of {_PAGE_SIZE}",
+            title_justify="left",
         )  # fmt: skip
         for row in self.rows:
             table.add_row(
@@ -295,9 +296,7 @@ def _measure(
             )
         if sparse:
             selection = Selection(chosen, counted)
-            return pallas_kernels.sparse_decode(
-                q, kv, table, lengths, selection, ids, scale=scale, implementation=name
-            )
+            return pallas_kernels.sparse_decode(q, kv, table, lengths, selection, ids, scale=scale, implementation=name)
         return pallas_kernels.dense_decode(
             q, kv, table, lengths, ids, scale=scale, page_scores="max", implementation=name
         )

@@ -67,9 +67,7 @@ def accumulate(launch: Launch, query, buffers, left, fresh, running_max, normali
     weights = [jnp.exp2((s - n[:, :1]) * factor) for s, n in zip(masked, new, strict=True)]
     scaled = weights
     if value_scales is not None:  # what is behind the last token may be NaN
-        scaled = [
-            jnp.where(position < left_of(block), w * value_scales[block], 0.0) for block, w in enumerate(weights)
-        ]
+        scaled = [jnp.where(position < left_of(block), w * value_scales[block], 0.0) for block, w in enumerate(weights)]
     products = [
         jax.lax.dot_general(
             w.astype(query.dtype), values(block), (((1,), (0,)), ((), ())), precision=precision,

@@ -70,4 +70,3 @@ def token_scales(launch: Launch, scales: Any, first: int, count: int) -> tuple[j
         keys.append(jnp.where(lane < size, even, pltpu.roll(odd, size, 1)))
         values.append(jnp.where(lane < size, pltpu.roll(even, size, 1), odd))
     return jnp.concatenate(keys, axis=1), jnp.concatenate(values, axis=1)
-

@@ -219,8 +219,8 @@ def check_decode(
             array(batch, 8), array(batch, dtype=bool),
         )  # fmt: skip
     assert {name for _, name in calls} == {"mosaic_tpu"}
-    # In 8 bits no kernel of a layer is held in another dtype: the smallest would be 33 MB.
-    check_memory(chip, compiled, pools[0], config.num_layers, temporaries=32 << 20 if config.quantize else None)
+    # In 8 bits no kernel of a layer is held in another dtype: the smallest would be 33 MB, beside the 36 of all layers.
+    check_memory(chip, compiled, pools[0], config.num_layers, temporaries=64 << 20 if config.quantize else None)
 
 
 @pytest.mark.slow
