@@ -153,11 +153,3 @@ def test_scales_belong_to_words_and_fit_them() -> None:
     for wrong in (kv._replace(scales=kv.scales[:, :, 1:]), KVPages(jnp.zeros((*kv.data.shape[:3], 32)), kv.scales)):
         with pytest.raises(ValueError, match="only words of 8-bit numbers"):
             ops.dense_decode(q, wrong, table, lengths, heads, scale=1.0)
-
-
-@kinds
-def test_tpu_kernels_refuse_quantised_caches_by_name(kind: KVDtype) -> None:
-    (q, kv, table, lengths), _ = make_quantized(SHAPES[0], kind)
-    message = f"mosaic_tpu reads no quantised caches.*{kind}"
-    with ops.interpreted("mosaic_tpu"), pytest.raises(NotImplementedError, match=message):
-        ops.dense_decode(q, kv, table, lengths, np.array([0], np.int32), scale=1.0, implementation="mosaic_tpu")

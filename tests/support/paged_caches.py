@@ -11,6 +11,7 @@ import numpy as np
 
 import pallas_kernels as ops
 from pallas_kernels import KVPages, Selection, SelectionSpec
+from pallas_kernels.types import KVDtype
 from tests.support import oracle, quantized
 
 PAGES = 6
@@ -30,7 +31,7 @@ class Shape:
     head_dim: int
     group: int
     dtype: str = "float32"
-    kv: str | None = None
+    kv: KVDtype | None = None
 
     @property
     def scale(self) -> float:
@@ -64,7 +65,7 @@ class Cache:
     kv_pages: Any
     page_table: Any
     lengths: Any
-    kv: str | None = None
+    kv: KVDtype | None = None  # `kv_pages` are stored so; they hold the floats that are read of it
 
     @property
     def arrays(self) -> tuple[jax.Array, KVPages, jax.Array, jax.Array]:

@@ -29,12 +29,12 @@ _BETWEEN = (E4M3[:0x7E] + E4M3[1:0x7F]) / 2
 
 
 def e4m3_codes(x: Array) -> Array:
-    """The nearest numbers of e4m3, ties to the even code; beyond the largest, the largest."""
+    """The nearest numbers of e4m3, ties to the even code; beyond the largest, the largest. No zero has a sign."""
     size = np.abs(x.astype(np.float64))
     below = np.searchsorted(_BETWEEN, size)  # the lower one where two are as near
     tie = np.append(_BETWEEN, np.inf)[below] == size
     codes = np.where(np.isfinite(size), below + (tie & (below % 2 == 1)), 0x7F)
-    return np.where(np.signbit(x), codes + 0x80, codes).astype(np.uint8)
+    return np.where(np.signbit(x) & (codes > 0), codes + 0x80, codes).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
