@@ -14,7 +14,7 @@ import importlib.metadata
 import logging
 import os
 import pickle
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class ExecutableCache:
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def load(self, key: Hashable, args: tuple[Any, ...]) -> Any:
-        """The compiled program, to be called with arrays like `args`; None if it is not there."""
+    def load(self, key: Hashable, args: tuple[Any, ...], devices: Sequence[jax.Device]) -> Any:
+        """The compiled program, to be called with arrays like `args` on `devices`; None if it is not there."""
         file = self._file(key, args)
         if jax.default_backend() == "gpu":
             # Executables with kernels refer to symbols of a library that this import loads.
@@ -39,9 +39,7 @@ class ExecutableCache:
         try:
             payload, out_tree = pickle.loads(file.read_bytes())
             in_tree = jax.tree.structure((args, {}))
-            return serialize_executable.deserialize_and_load(
-                payload, in_tree, out_tree, execution_devices=jax.devices()[:1]
-            )
+            return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
         except FileNotFoundError:
             return None
         except Exception as error:  # cut off, or written by a library that this one does not understand
