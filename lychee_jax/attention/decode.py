@@ -1,6 +1,7 @@
 """A decode step: one new token a row over the paged cache, dense or by head roles."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,6 @@ class Decode:
         return out[:, None], DecodeState(pools, selection, read)
 
 
-def _count(heads: Heads) -> Heads:
+def _count(heads: Heads) -> Any:
     """How many heads a list padded with −1 has."""
     return (heads >= 0).sum(dtype=np.int32)

@@ -119,7 +119,7 @@ class Programs:
         name = (f"{function.__module__}.{function.__name__}", *full[1:], self._precision)
         try:
             kept = of_this_machine()
-            devices = jax.devices()[:1] if self._layout is None else self._layout.devices
+            devices = None if self._layout is None else self._layout.devices
             compiled = kept.load(name, shapes, devices) if kept is not None else None
             if compiled is None:
                 started = time.perf_counter()

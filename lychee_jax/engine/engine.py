@@ -474,7 +474,7 @@ class Engine:
 
 
 def free_memory(weights: tuple[Any, ...]) -> int:
-    """Bytes that a cache may take on each accelerator: most of what weights leave, whether these are there yet or not."""
+    """Bytes that a cache may take on each accelerator: most of what weights leave, which need not be there yet."""
     stats = jax.local_devices()[0].memory_stats() or {}
     used = max(stats.get("bytes_in_use", 0), sum(map(_bytes_on_a_device, weights)))
     # In whole GiB, so that the little that is in use besides makes no other programs.

@@ -30,8 +30,8 @@ class ExecutableCache:
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def load(self, key: Hashable, args: tuple[Any, ...], devices: Sequence[jax.Device]) -> Any:
-        """The compiled program, to be called with arrays like `args` on `devices`; None if it is not there."""
+    def load(self, key: Hashable, args: tuple[Any, ...], devices: Sequence[Any] | None = None) -> Any:
+        """The compiled program, called with arrays like `args` on `devices` (None: the first); None if it is not there."""
         file = self._file(key, args)
         if jax.default_backend() == "gpu":
             # Executables with kernels refer to symbols of a library that this import loads.
@@ -39,7 +39,9 @@ class ExecutableCache:
         try:
             payload, out_tree = pickle.loads(file.read_bytes())
             in_tree = jax.tree.structure((args, {}))
-            return serialize_executable.deserialize_and_load(payload, in_tree, out_tree, execution_devices=devices)
+            return serialize_executable.deserialize_and_load(
+                payload, in_tree, out_tree, execution_devices=devices or jax.devices()[:1]
+            )
         except FileNotFoundError:
             return None
         except Exception as error:  # cut off, or written by a library that this one does not understand

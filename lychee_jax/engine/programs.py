@@ -126,22 +126,22 @@ _DIVIDED = {"pools": POOLS, "picks": PICKS}
 _DONATED = ("pools", "rows")
 
 
-def _program[**P, R](static: tuple[str, ...], results: str | tuple[str, ...]) -> Callable[[Callable[P, R]], Any]:
+def _program(static: tuple[str, ...], results: str | tuple[str, ...]) -> Callable[[Callable[..., Any]], Any]:
     """A jitted program of a model, whose pools and rows are donated.
 
     With a layout every device runs it, with its parts of the arguments `weights` and `pools` and alike in all others.
     `static`: the arguments before `weights`. `results`: what comes back; "pools" and "picks" are divided by heads.
     """
 
-    def decorate(body: Callable[P, R]) -> Any:
+    def decorate(body: Callable[..., Any]) -> Any:
         names = tuple(inspect.signature(body).parameters)
-        assert names[: len(static)] == static and names[len(static)] == "weights"
+        assert (*static, "weights") == names[: len(static) + 1]
 
         @functools.wraps(body)
         def run(spec: ModelSpec, *args: Any) -> Any:
             layout = spec.layout
             if layout is None:
-                return body(spec, *args)  # pyright: ignore[reportCallIssue]  # by position, as the caller gave them
+                return body(spec, *args)
             others, arrays = args[: len(static) - 1], args[len(static) - 1 :]
             weights = tuple(map(layout.parts, spec.axes))
             given = (weights, *(_DIVIDED.get(name, EVERYWHERE) for name in names[len(static) + 1 :][: len(arrays) - 1]))

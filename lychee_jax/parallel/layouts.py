@@ -5,8 +5,6 @@ a decoder of that size; sums over devices join the halves of each block. What do
 KV head of zeros has no role, reads nothing and adds nothing, and nothing of the cache lies on two devices.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
@@ -47,7 +45,7 @@ class Layout:
     places: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, mesh: Mesh, roles: Bool[np.ndarray, "L K"] | None = None) -> Layout:
+    def of(cls, config: ModelConfig, mesh: Mesh, roles: Bool[np.ndarray, "L K"] | None = None) -> "Layout":
         """The layout over `mesh` that shares out the heads which retrieve in `roles` as evenly as it can."""
         return cls(mesh, balanced(config.num_kv_heads, mesh.shape[MODEL], roles))
 
@@ -57,7 +55,7 @@ class Layout:
         return self.mesh.shape[MODEL]
 
     @property
-    def devices(self) -> list[jax.Device]:
+    def devices(self) -> list[Any]:
         """In their order."""
         return list(self.mesh.devices.flat)
 
@@ -105,8 +103,8 @@ class Layout:
         """How an array with these logical axes is divided."""
         return PartitionSpec(*(MODEL if axis in _DIVIDED else None for axis in logical))
 
-    def shape(self, logical: Axes, share: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        """The array of which every device has a `share`."""
+    def shape(self, logical: Axes, share: Any) -> jax.ShapeDtypeStruct:
+        """The array of which every device has such a `share`, as a shape."""
         shape = tuple(
             size * (self.size if axis in _DIVIDED else 1)
             for size, axis in zip(share.shape, logical or (axes.EMBED,) * len(share.shape), strict=True)
@@ -236,7 +234,7 @@ def mask_padding(logits: Float32[Array, "*lead share"], vocab_size: int, devices
     return jnp.where(ids < vocab_size, logits, _NO_TOKEN)
 
 
-def gather(x: Shaped[Array, "*shape"]) -> Shaped[Array, "devices *shape"]:
+def gather(x: Shaped[Array, "n B"]) -> Shaped[Array, "devices n B"]:
     """What all devices of a layout have."""
     return jax.lax.all_gather(x, MODEL)
 

@@ -1,5 +1,8 @@
 """Several devices: rows of a batch divided among them, or the heads and widths of one model."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
@@ -40,7 +43,7 @@ def model_mesh(tensor_parallel: int) -> Mesh:
     return mesh_of(jax.devices()[:tensor_parallel])
 
 
-def mesh_of(devices: list[jax.Device]) -> Mesh:
+def mesh_of(devices: Sequence[Any]) -> Mesh:
     """These devices, along which one model is divided."""
     return Mesh(np.asarray(devices).reshape(1, 1, -1), (DATA, CONTEXT, MODEL))
 
