@@ -32,6 +32,8 @@ from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import POOLS, Layout, layout_for
+from lychee_jax.parallel.mesh import EVERYWHERE
 from pallas_kernels import KVPages
 from pallas_kernels.types import KVDtype
 
@@ -41,7 +43,10 @@ _STEPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class StepRow:
-    """One measured step; times in microseconds, bytes as counted."""
+    """One measured step; times in microseconds, bytes as counted, over all `devices`.
+
+    The roofline is that of the device that reads most.
+    """
 
     name: str
     model: str
@@ -62,6 +67,7 @@ class StepRow:
     peak_bytes: int | None
     pool_copies: int
     kv: str
+    devices: int = 1
 
 
 def spread_heads(config: ModelConfig, count: int) -> HeadMap:
@@ -79,12 +85,18 @@ def spread_heads(config: ModelConfig, count: int) -> HeadMap:
     return HeadMap(config.num_layers, first, tuple(tuple(sorted(layer)) for layer in layers), "spread")
 
 
-def random_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
-    """Weights of the model's shape, made on the device leaf by leaf."""
-    spec, shapes = ModelSpec.abstract(config, dtype)
-    make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
+def random_model(
+    config: ModelConfig, dtype: Any, layout: Layout | None = None
+) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
+    """Weights of the model's shape, made on their devices leaf by leaf."""
+    spec, shapes = ModelSpec.abstract(config, dtype, layout)
+
+    @functools.cache
+    def maker(shape: tuple[int, ...], sharding: Any) -> Any:
+        return jax.jit(lambda key: 0.02 * jax.random.normal(key, shape, dtype), out_shardings=sharding)
+
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    return spec, tuple(make(key, leaf.shape) for key, leaf in zip(keys, shapes, strict=True))
+    return spec, tuple(maker(leaf.shape, leaf.sharding)(key) for key, leaf in zip(keys, shapes, strict=True))
 
 
 def measure(
@@ -99,18 +111,26 @@ def measure(
     dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
     kv_dtype: KVDtype | None = None,
-    modes: Sequence[Mode] = ("hybrid", "dense", "cudnn"),
+    modes: Sequence[Mode] | None = None,
     repeats: int = 7,
+    tensor_parallel: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[StepRow]:
     """Time a decode step at each batch size: a row for the hybrid step, with the dense baselines in it.
 
-    A sample is the mean of 3 × 16 steps that are sent without waiting, as `generate` does.
+    A sample is the mean of 3 × 16 steps that are sent without waiting, as `generate` does. `modes`: by default all,
+    but cuDNN on one device alone.
+
+    Raises:
+        UserError: fewer devices, or fewer retrieval heads than layer 0 has.
     """
+    if modes is None:
+        modes = ("hybrid", "dense", "cudnn") if tensor_parallel == 1 else ("hybrid", "dense")
     policy = policy or SelectionPolicy()
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context))
     head_map = spread_heads(config, retrieval_heads)
-    spec, shapes = ModelSpec.abstract(config, dtype)
+    layout = layout_for(config, tensor_parallel, head_map.roles)
+    spec, shapes = ModelSpec.abstract(config, dtype, layout)
     programs: dict[tuple[int, Mode], _Program] = {}
     for batch, mode in itertools.product(batches, modes):
         if mode == "cudnn":
@@ -123,11 +143,11 @@ def measure(
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for done in [pool.submit(getattr, program, "compiled") for program in programs.values()]:
             done.result()
-    _, weights = random_model(config, dtype)
+    _, weights = random_model(config, dtype, layout)
     weight_bytes = sum(leaf.nbytes for leaf in weights)
-    read_bytes = weight_bytes
-    if not config.tie_word_embeddings:
-        read_bytes -= config.vocab_size * config.hidden_size * weights[0].dtype.itemsize  # one row of it is read
+    read_bytes = weight_bytes / tensor_parallel
+    if not config.tie_word_embeddings:  # one row of it is read
+        read_bytes -= config.vocab_size * config.hidden_size * weights[0].dtype.itemsize / tensor_parallel
     rows = []
     for batch in batches:
         times: dict[str, list[float]] = {}
@@ -142,8 +162,7 @@ def measure(
         us = float(np.median(times["hybrid"]))
         page = cache_bytes(config, 1, page_size, dtype, kv_dtype) // (config.num_layers * config.num_kv_heads)
         pages = pages_for(context, page_size)
-        sparse = config.num_layers * config.num_kv_heads - head_map.num_retrieval
-        read = head_map.num_retrieval * pages + sparse * min(pages, policy.budget // page_size)
+        read = _pages_read(head_map, layout, pages, min(pages, policy.budget // page_size))
         roofline = 1e6 * (read_bytes + batch * read * page) / READ_BANDWIDTH
         rivals = {
             {"dense": "dense", "cudnn": "dense_cudnn"}[mode]: float(np.median(values))
@@ -155,17 +174,27 @@ def measure(
                 "decode_step", model, str(jnp.dtype(dtype)), batch, context, head_map.num_retrieval,
                 config.num_layers * config.num_kv_heads, page_size, policy.budget // page_size, us, times["hybrid"],
                 rivals, roofline, us / roofline, weight_bytes, held, peak, copies,
-                kv_dtype or str(jnp.dtype(dtype)),
+                kv_dtype or str(jnp.dtype(dtype)), tensor_parallel,
             )
         )  # fmt: skip
     return rows
 
 
-def random_pools(pools: Pools, key: jax.Array) -> Pools:
-    """Pools of these shapes with normal numbers, made one by one on the device."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pools[0])
+def _pages_read(head_map: HeadMap, layout: Layout | None, all_pages: int, picked: int) -> int:
+    """Pages that the device which reads most reads of a sequence, layer by layer."""
+    every, total = range(head_map.num_kv_heads), 0
+    for retrieval in head_map.retrieval:
+        sparse = [head for head in every if head not in retrieval]
+        shares = zip(*((layout.heads_by_device(own) if layout else [own]) for own in (retrieval, sparse)), strict=True)
+        total += max(len(reads) * all_pages + len(others) * picked for reads, others in shares)
+    return total
 
-    @jax.jit
+
+def random_pools(pools: Pools, key: jax.Array) -> Pools:
+    """Pools of these shapes with normal numbers, made one by one where they are to lie."""
+    shapes = pools[0]
+
+    @functools.partial(jax.jit, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))
     def make(key: jax.Array) -> KVPages:
         if shapes.quantized is None:
             return KVPages(jax.random.normal(key, shapes.data.shape, shapes.data.dtype))
@@ -248,7 +277,9 @@ class _Paged(_Program):
         width = max(batch, EngineConfig.of(jax.default_backend(), config).min_rows)
         slots = max(width, EngineOptions().max_num_seqs)
         each = pages_for(context, page_size)
-        pools = jax.eval_shape(lambda: make_pools(config, batch * each + width, page_size, weights[0].dtype, kv_dtype))
+        held, layout = config if spec.layout is None else spec.layout.whole(config), spec.layout
+        pools = jax.eval_shape(lambda: make_pools(held, batch * each + width, page_size, weights[0].dtype, kv_dtype))
+        pools = pools if layout is None else layout.shapes(pools, POOLS)
         table = np.zeros((width, max_pages(context, page_size)), np.int32)
         table[:batch, :each] = np.arange(batch * each).reshape(batch, each)
         busy = np.arange(slots) < batch
@@ -260,7 +291,11 @@ class _Paged(_Program):
         numbers = context - _STEPS + np.arange(_STEPS)[None].repeat(width, 0)
         forced = np.full((width, _STEPS), -1, np.int32)
         rest = (number, table, *_rotary(config, numbers), forced, np.zeros((width,), bool))
-        return cls(decode_block.lower(spec, plan, weights, pools, rows, *rest), pools, rows, rest)
+        given = rows, *rest
+        if layout is not None:
+            given = jax.tree.map(layout.shape_of, given)
+            rows = jax.device_put(rows, layout.sharding(EVERYWHERE))
+        return cls(decode_block.lower(spec, plan, weights, pools, *given), pools, rows, rest)
 
     @property
     def cache_bytes(self) -> int:

@@ -31,7 +31,7 @@ class ExecutableCache:
         self._folder = folder
 
     def load(self, key: Hashable, args: tuple[Any, ...], devices: Sequence[Any] | None = None) -> Any:
-        """The compiled program, called with arrays like `args` on `devices` (None: the first); None if it is not there."""
+        """The compiled program, called with arrays like `args` on `devices` (None: the first); None if it is absent."""
         file = self._file(key, args)
         if jax.default_backend() == "gpu":
             # Executables with kernels refer to symbols of a library that this import loads.

@@ -42,19 +42,17 @@ def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) ->
         np.testing.assert_allclose(theirs, mine, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("devices", ["2", "4", "8"])
-@pytest.mark.parametrize("mode", ["hybrid", "dense"])
-def test_every_number_of_devices_says_what_one_does(found: dict[str, Any], devices: str, mode: str) -> None:
-    one, several = found["eight"]["1"][mode], found["eight"][devices][mode]
+@pytest.mark.parametrize(("mode", "devices"), [("eight", "2"), ("eight", "4"), ("eight", "8"), ("dense", "4")])
+def test_every_number_of_devices_says_what_one_does(found: dict[str, Any], mode: str, devices: str) -> None:
+    one, several = found[mode]["1"], found[mode][devices]
     same(one, several)
     assert several["pages_read"] == one["pages_read"]
     assert len({tuple(row) for row in one["tokens"]}) > 1, "or this compares nothing"
 
 
-@pytest.mark.parametrize("devices", ["2", "3", "8"])
-def test_what_does_not_divide_is_padded(found: dict[str, Any], devices: str) -> None:
-    """3 KV heads of 3 query heads on 2, 3 and 8 devices; dense rows beside hybrid ones."""
-    one, several = found["three"]["1"]["auto"], found["three"][devices]["auto"]
+def test_what_does_not_divide_is_padded(found: dict[str, Any]) -> None:
+    """3 KV heads of 3 query heads and 61 tokens on 2 devices; dense rows beside hybrid ones."""
+    one, several = found["three"]["1"], found["three"]["2"]
     same(one, several)
     assert several["pages_read"] == one["pages_read"]
 
@@ -63,7 +61,7 @@ def test_sampling_gathers_what_it_needs(found: dict[str, Any]) -> None:
     """Filters, penalties, biases, likeliest tokens, a grammar and log-probabilities of a prompt."""
     one, several = found["sampled"]
     assert several["tokens"] == one["tokens"]
-    assert len(one["tokens"]["guided"]) == 5
+    assert all(token % 2 == 0 for token in one["tokens"]["guided"])
     for mine, theirs in zip(one["top"], several["top"], strict=True):
         np.testing.assert_allclose(theirs, mine, atol=1e-5, rtol=0)
     assert len(one["scored"]) == 11
@@ -97,12 +95,12 @@ def test_a_digest_says_nothing_of_devices(found: dict[str, Any]) -> None:
 def test_every_device_has_its_share_and_no_more(found: dict[str, Any]) -> None:
     four, two = found["shares"]["four"], found["shares"]["two"]
     assert sorted(four["places"]) == list(range(8)) != four["places"], "shared out for the map"
-    assert four["divided"] == 1 + 4 * 4, "the embedding, and four kernels a layer; norms are everywhere"
+    assert four["divided"] == 1 + 3 * 4, "the embedding, and four kernels a layer; norms are everywhere"
     assert four["pool_heads"] == [8] * 4
     assert two["pool_heads"] == [4] * 2, "one of zeros"
     for shares in (four["weights"], four["pools"], two["weights"], two["pools"]):
         assert len(set(shares)) == 1, "equal shares"
-    whole = 61 * 24 + 4 * (24 * 8 * (16 + 16) + 16 * 8 * 24 + 3 * 24 * 40)
+    whole = 61 * 24 + 3 * (24 * 8 * (16 + 16) + 16 * 8 * 24 + 3 * 24 * 40)
     padding = 3 * 24  # three tokens that are none
     assert sum(four["weights"]) == 4 * (whole + padding)
 
@@ -113,11 +111,11 @@ def test_two_sums_a_layer_travel_and_nothing_of_the_cache(found: dict[str, Any])
     """
     messages = found["messages"]
     assert messages == {
-        "all_reduce": 4 * 2 + 1 + 1, "all_gather": 1 + 1, "all_to_all": 0, "collective_permute": 0, "reduce_scatter": 0,
+        "all_reduce": 3 * 2 + 1 + 1, "all_gather": 1 + 1, "all_to_all": 0, "collective_permute": 0, "reduce_scatter": 0,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_weights_and_caches_of_8_bits(found: dict[str, Any], kind: str) -> None:
-    """From a checkpoint's folder on: rounded as for one device, and then shared out."""
-    same(*found["quantised"][kind], tolerance=1e-4)
+def test_weights_and_caches_of_8_bits_and_more_devices_than_kv_heads(found: dict[str, Any]) -> None:
+    """From a checkpoint's folder on: rounded as for one device, and then shared out among three for 2 KV heads."""
+    same(*found["quantised"])
+    assert found["restored"] == []
