@@ -205,6 +205,12 @@ def random_pools(pools: Pools, key: jax.Array) -> Pools:
     return tuple(make(each) for each in jax.random.split(key, len(pools)))
 
 
+def share_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape that an array has on one of its devices."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+
 def peak_bytes(before: int | None) -> int | None:
     """The most device memory that this process has held, as far as the device tells; `before` if that was more."""
     stats = jax.devices()[0].memory_stats() or {}
@@ -304,9 +310,9 @@ class _Paged(_Program):
 
     @property
     def pool_copies(self) -> int:
-        """How many instructions copy a whole pool."""
+        """How many instructions copy a whole pool, or a device's share of one."""
         program = self.compiled.as_text() or ""
-        return sum(pool_copies(program, leaf) for leaf in jax.tree.leaves(self.pools[0]))
+        return sum(pool_copies(program, share_of(leaf)) for leaf in jax.tree.leaves(self.pools[0]))
 
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
         pools = random_pools(self.pools, jax.random.key(1))

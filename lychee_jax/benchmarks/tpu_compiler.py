@@ -96,8 +96,10 @@ def described(mesh: jax.sharding.Mesh) -> Iterator[None]:
 
 
 def compile_for(chip: Chip, program: Any, *args: Any, layout: Layout | None = None) -> jax.stages.Compiled:
-    """Compile a jitted function for `chip`, or for all chips of a layout; arrays among `args` are given by anything with
-    a shape and a dtype, and go where they say, or else to one device (with a layout, to each) in the default layout.
+    """Compile a jitted function for `chip`, or for all chips of a layout.
+
+    Arrays among `args` are given by anything with a shape and a dtype, and go where they say, or else to one device,
+    with a layout to each, in the default layout.
     """
     own = sharding(chip) if layout is None else layout.sharding(EVERYWHERE)
 

@@ -1,10 +1,13 @@
 """The GPU kernels on a real GPU against the float64 oracle: `PYTHONPATH=. python tests/hardware/gpu_check.py`.
 
+With `--devices N` instead: one model on one GPU and on N of this host, see `devices_check`.
+
 Fresh random data, ragged lengths at the borders of pages and tiles, NaN in every slot that must not be read, memory
 that was poisoned before the call, and every call twice: it must give the same bits. The interpreter's tests cannot see
 what the compiler or the hardware makes of a kernel.
 """
 
+import argparse
 import dataclasses
 import functools
 import itertools
@@ -18,6 +21,7 @@ import numpy as np
 
 import pallas_kernels as ops
 from pallas_kernels.mosaic_gpu.common import multiprocessors
+from tests.hardware import devices_check
 from tests.support import oracle
 
 KV_HEADS, BUDGET = 3, 12
@@ -244,12 +248,17 @@ def check_select(capacity: int, ties: bool, seed: int) -> bool:
 
 
 def main() -> int:
-    """Check every case with a seed from the clock; 2 without a Hopper GPU."""
+    """Check every case with a seed from the clock; 2 without a Hopper GPU, or with too few."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs of this host")
+    devices = parser.parse_args().devices
     try:
         multiprocessors()
     except NotImplementedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if devices > 1:
+        return devices_check.check(devices)
     seed = int(time.time())
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, seed {seed}")
     bad = 0
