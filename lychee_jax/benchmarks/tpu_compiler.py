@@ -101,12 +101,13 @@ def compile_for(chip: Chip, program: Any, *args: Any, layout: Layout | None = No
     Arrays among `args` are given by anything with a shape and a dtype, and go where they say, or else to one device,
     with a layout to each, in the default layout.
     """
-    own = sharding(chip) if layout is None else layout.sharding(EVERYWHERE)
+    mesh = slice_mesh(chip.topology, 1) if layout is None else layout.mesh
+    own = jax.sharding.NamedSharding(mesh, EVERYWHERE)
 
     def place(leaf: Any) -> Any:
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype") or getattr(leaf, "sharding", None) is not None:
             return leaf
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
 
-    with described(own.mesh):
+    with described(mesh):
         return program.lower(*jax.tree.map(place, args)).compile()

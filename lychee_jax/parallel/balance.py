@@ -23,8 +23,12 @@ def balanced(num_kv_heads: int, devices: int, roles: Bool[np.ndarray, "L K"] | N
         heads[device, : len(own)] = own
     if roles is not None and devices > 1:
         heads = _improve_from_many(heads, roles)
-    rows = (sorted(row, key=lambda head: (head < 0, head)) for row in heads.tolist())
-    return tuple(head for row in rows for head in row)
+    rows = [sorted(row, key=_heads_first) for row in heads.tolist()]
+    return tuple(head for row in sorted(rows, key=lambda row: _heads_first(row[0])) for head in row)
+
+
+def _heads_first(head: int) -> tuple[bool, int]:
+    return head < 0, head
 
 
 def slowest(places: tuple[int, ...], devices: int, roles: Bool[np.ndarray, "L K"]) -> int:

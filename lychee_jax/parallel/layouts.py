@@ -101,7 +101,9 @@ class Layout:
 
     def parts(self, logical: Axes) -> PartitionSpec:
         """How an array with these logical axes is divided."""
-        return PartitionSpec(*(MODEL if axis in _DIVIDED else None for axis in logical))
+        if not any(map(self.divides, logical)):
+            return EVERYWHERE
+        return PartitionSpec(*(MODEL if self.divides(axis) else None for axis in logical))
 
     def shape(self, logical: Axes, share: Any) -> jax.ShapeDtypeStruct:
         """The array of which every device has such a `share`, as a shape."""
