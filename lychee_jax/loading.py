@@ -115,8 +115,7 @@ def load(
         )
     quantize_head = quantize_head or config.quantize_head
     chosen = check_quantization(quantize or config.quantize, quantize_head)
-    own = folder / "heads.json"
-    own_heads = HeadMap.load(own, config) if own.exists() else find_map(config, maps)
+    own_heads = _own_heads(folder, config, maps)
     layout = None
     if tensor_parallel > 1:
         layout = layout_for(config, tensor_parallel, choose_heads(config, own_heads, heads).roles)
@@ -127,13 +126,23 @@ def load(
     return LLM(folder, config, _fill(config, layout, load_all(config), on_progress), own_heads, eos_ids)
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def _own_heads(folder: Path, config: ModelConfig, maps: Path) -> HeadMap | None:
+    own = folder / "heads.json"
+    return HeadMap.load(own, config) if own.exists() else find_map(config, maps)
+
+
+def find_heads(path: str | Path | None, config: ModelConfig) -> HeadMap | None:
+    """The map in a model's folder, else the one that the package ships for its config, if there is one."""
+    return _own_heads(BUNDLED if path is None else _locate_folder(str(path), weights=False), config, SHIPPED)
+
+
+def read_config(path: str | Path | None) -> ModelConfig:
     """The config of a converted or a Hugging Face folder, or of a model on the Hub, whose weights are not loaded.
 
     Raises:
         UserError: no such folder, or no checkpoint that is supported.
     """
-    folder = _locate_folder(str(path), weights=False)
+    folder = BUNDLED if path is None else _locate_folder(str(path), weights=False)
     config = ModelConfig.from_folder(folder)
     shards = [folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()]
     # A checkpoint that calls itself tied may hold a head of its own, and then is another model.

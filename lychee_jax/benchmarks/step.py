@@ -162,7 +162,7 @@ def measure(
         us = float(np.median(times["hybrid"]))
         page = cache_bytes(config, 1, page_size, dtype, kv_dtype) // (config.num_layers * config.num_kv_heads)
         pages = pages_for(context, page_size)
-        read = _pages_read(head_map, layout, pages, min(pages, policy.budget // page_size))
+        read = pages_read(head_map, layout, pages, min(pages, policy.budget // page_size))
         roofline = 1e6 * (read_bytes + batch * read * page) / READ_BANDWIDTH
         rivals = {
             {"dense": "dense", "cudnn": "dense_cudnn"}[mode]: float(np.median(values))
@@ -180,7 +180,7 @@ def measure(
     return rows
 
 
-def _pages_read(head_map: HeadMap, layout: Layout | None, all_pages: int, picked: int) -> int:
+def pages_read(head_map: HeadMap, layout: Layout | None, all_pages: int, picked: int) -> int:
     """Pages that the device which reads most reads of a sequence, layer by layer."""
     every, total = range(head_map.num_kv_heads), 0
     for retrieval in head_map.retrieval:

@@ -102,6 +102,7 @@ def compile_for(chip: Chip, program: Any, *args: Any, layout: Layout | None = No
     with a layout to each, in the default layout.
     """
     mesh = slice_mesh(chip.topology, 1) if layout is None else layout.mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
     own = jax.sharding.NamedSharding(mesh, EVERYWHERE)
 
     def place(leaf: Any) -> Any:

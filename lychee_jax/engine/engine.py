@@ -33,7 +33,9 @@ from lychee_jax.engine.warmup import Rehearsal
 from lychee_jax.errors import UserError
 from lychee_jax.models.spec import ModelSpec
 
-_CPU_CACHE, _LEAST_TOKENS, _ACCELERATOR_SHARE = 2 << 30, 4096, 0.85
+_CPU_CACHE, _LEAST_TOKENS = 2 << 30, 4096
+ACCELERATOR_SHARE = 0.85
+"""Of the memory that weights leave on an accelerator, what the cache takes by default."""
 
 
 @dataclasses.dataclass
@@ -478,7 +480,7 @@ def free_memory(weights: tuple[Any, ...]) -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     used = max(stats.get("bytes_in_use", 0), sum(map(_bytes_on_a_device, weights)))
     # In whole GiB, so that the little that is in use besides makes no other programs.
-    return int(_ACCELERATOR_SHARE * (stats.get("bytes_limit", 0) - used)) >> 30 << 30
+    return int(ACCELERATOR_SHARE * (stats.get("bytes_limit", 0) - used)) >> 30 << 30
 
 
 def _bytes_on_a_device(leaf: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int, Shaped
 
 from lychee_jax.config import ModelConfig
@@ -37,15 +37,17 @@ class Layout:
     """A model's place on the `model` axis of a mesh.
 
     Attributes:
-        mesh: of the axes data, context and model.
+        mesh: of the axes data, context and model; an abstract one says how large shares are.
         places: the KV head at every place, device after device; −1: zeros.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     places: tuple[int, ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, mesh: Mesh, roles: Bool[np.ndarray, "L K"] | None = None) -> "Layout":
+    def of(
+        cls, config: ModelConfig, mesh: Mesh | AbstractMesh, roles: Bool[np.ndarray, "L K"] | None = None
+    ) -> "Layout":
         """The layout over `mesh` that shares out the heads which retrieve in `roles` as evenly as it can."""
         return cls(mesh, balanced(config.num_kv_heads, mesh.shape[MODEL], roles))
 
@@ -57,6 +59,7 @@ class Layout:
     @property
     def devices(self) -> list[Any]:
         """In their order."""
+        assert isinstance(self.mesh, Mesh), "an abstract one has none"
         return list(self.mesh.devices.flat)
 
     def share(self, config: ModelConfig) -> ModelConfig:

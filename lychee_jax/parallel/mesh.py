@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lychee_jax.errors import UserError
 
@@ -41,6 +41,11 @@ def model_mesh(tensor_parallel: int) -> Mesh:
     """
     check_devices(tensor_parallel)
     return mesh_of(jax.devices()[:tensor_parallel])
+
+
+def abstract_mesh(devices: int) -> AbstractMesh:
+    """As many devices that need not be there."""
+    return AbstractMesh((1, 1, devices), (DATA, CONTEXT, MODEL))
 
 
 def mesh_of(devices: Sequence[Any]) -> Mesh:
