@@ -261,11 +261,15 @@ class _Program:
 
 @dataclasses.dataclass
 class _Paged(_Program):
-    """As the engine decodes: the shapes of the pools, the state of the rows, and the arguments beside them."""
+    """As the engine decodes: the shapes of the pools, the state of the rows, and the arguments beside them.
+
+    `everywhere`: all devices, where there are several.
+    """
 
     pools: Pools
     rows: Rows
     rest: tuple[Any, ...]
+    everywhere: Any
 
     @classmethod
     def lower(
@@ -300,8 +304,8 @@ class _Paged(_Program):
         given = rows, *rest
         if layout is not None:
             given = jax.tree.map(layout.shape_of, given)
-            rows = jax.device_put(rows, layout.sharding(EVERYWHERE))
-        return cls(decode_block.lower(spec, plan, weights, pools, *given), pools, rows, rest)
+        everywhere = None if layout is None else layout.sharding(EVERYWHERE)
+        return cls(decode_block.lower(spec, plan, weights, pools, *given), pools, rows, rest, everywhere)
 
     @property
     def cache_bytes(self) -> int:
@@ -316,7 +320,8 @@ class _Paged(_Program):
 
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
         pools = random_pools(self.pools, jax.random.key(1))
-        held: dict[str, Any] = {"pools": pools, "rows": jax.tree.map(jnp.array, self.rows)}
+        rows = jax.device_put(jax.tree.map(jnp.array, self.rows), self.everywhere)
+        held: dict[str, Any] = {"pools": pools, "rows": rows}
 
         def run(count: int) -> None:
             block: Any = None
