@@ -29,6 +29,7 @@ from lychee_jax.errors import UserError
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.digest import weights_digest
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import Layout
 from lychee_jax.text.chat import Message
 from lychee_jax.text.prompts import Conversations, Prompts, encode_prompts
 from lychee_jax.text.streaming import TextStream
@@ -110,7 +111,7 @@ class LLM:
     def weights_digest(self, on_progress: Callable[[int, int], None] | None = None) -> str:
         """What tells the weights from others, by every number; hashed once. `on_progress` gets bytes done and all."""
         if self._digest is None:
-            self._digest = weights_digest(self.spec.names, self.weights, on_progress)
+            self._digest = weights_digest(self.spec, self.weights, on_progress)
         return self._digest
 
     def engine(self, options: EngineOptions) -> Engine:
@@ -347,7 +348,11 @@ def choose_heads(config: ModelConfig, own: HeadMap | None, heads: str | Path | H
 
 
 def prepare(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], options: GenerateOptions, base: EngineOptions | None = None
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    options: GenerateOptions,
+    base: EngineOptions | None = None,
+    layout: Layout | None = None,
 ) -> None:
     """Compile in the background what these prompts will need of a model that is not loaded yet.
 
@@ -356,10 +361,11 @@ def prepare(
         prompts: rows of token ids.
         options: of the generation.
         base: the engine's options as far as `options` does not say them.
+        layout: how the model is going to lie on several devices.
     """
     for row, prompt in enumerate(prompts):
         check_prompt(config, tuple(prompt), options.max_new_tokens, config.max_tokens, f"prompt {row}")
-    spec, shapes = ModelSpec.abstract(config, config.dtype)
+    spec, shapes = ModelSpec.abstract(config, config.dtype, layout)
     engine = Engine(spec, shapes, engine_options(base or EngineOptions(), options))
     engine.prepare(make_requests([str(row) for row in range(len(prompts))], list(map(tuple, prompts)), options))
 

@@ -20,11 +20,13 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.config import ModelConfig, token_ids
 from lychee_jax.errors import UserError
 from lychee_jax.files import read_json_object
-from lychee_jax.llm import LLM, Generation, LoadedModel
+from lychee_jax.llm import LLM, Generation, LoadedModel, choose_heads
 from lychee_jax.maps.shipped import SHIPPED, find_map
 from lychee_jax.models.decoder import Decoder
 from lychee_jax.models.quantization import check_quantization
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import Layout, layout_for
+from lychee_jax.parallel.mesh import check_devices
 from lychee_jax.text.tokenizer import read_eos_id
 
 __all__ = ["BUNDLED", "LLM", "Generation", "LoadedModel", "find", "load", "read_config", "save"]
@@ -33,7 +35,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 """The model that the package brings along."""
 
 
-type BeforeWeights = Callable[[Path, ModelConfig, HeadMap | None, tuple[int, ...]], None]
+type BeforeWeights = Callable[[Path, ModelConfig, HeadMap | None, tuple[int, ...], Layout | None], None]
 
 
 def find(path: str | Path | None = None) -> Path:
@@ -61,14 +63,16 @@ def load(
     *,
     quantize: str | None = None,
     quantize_head: bool = False,
+    tensor_parallel: int = 1,
+    heads: str | Path | HeadMap | None = None,
     maps: Path = SHIPPED,
     before_weights: BeforeWeights | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LLM:
-    """Load a converted folder or a Hugging Face folder (config.json and safetensors) onto the default device.
+    """Load a converted folder or a Hugging Face folder (config.json and safetensors) onto one device or several.
 
     A model on the Hugging Face Hub is downloaded first, the needed files only, or taken from the Hub's cache. Tensors
-    come one at a time (of a converted folder: one layer at a time), are checked, cast and sent to the device.
+    come one at a time (of a converted folder: one layer at a time), are checked, cast and sent to their devices.
 
     Args:
         path: the folder, or a hub id such as "Qwen/Qwen3-8B"; None is the model that the package brings along.
@@ -77,16 +81,21 @@ def load(
             own numbers, or kept where it stores them so; norms, biases and the embedding stay. None: kernels in the
             dtype, but those of a folder that was converted to 8 bits as they are.
         quantize_head: the output head, too; of a tied embedding a copy.
+        tensor_parallel: devices among which heads, widths and vocabulary are divided; what does not divide is padded.
+        heads: the head map for which the heads are shared out among devices, as `LLM.choose_heads` takes it; others may
+            be used all the same. None: the model's own.
         maps: a folder of head maps; where the model's own folder has no heads.json, the one made for its config is
             taken. By default, the maps that the package ships.
-        before_weights: called with the folder, the config, the head map and the ids that end a text, before the
-            weights are read: what is compiled in the background from here on compiles while they come.
+        before_weights: called with the folder, the config, the head map, the ids that end a text and the layout on
+            several devices, before the weights are read: what is compiled in the background from here on compiles while
+            they come.
         on_progress: called with the bytes of weights that are on the device, and all of them.
 
     Raises:
-        UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line.
+        UserError: no such folder, no checkpoint, or everything that is wrong with it, in one line; or fewer devices.
     """
     check_dtype(dtype)
+    check_devices(tensor_parallel)
     check_quantization(quantize)
     folder = find(path)
     if not (folder / "config.json").is_file():
@@ -106,22 +115,34 @@ def load(
         )
     quantize_head = quantize_head or config.quantize_head
     chosen = check_quantization(quantize or config.quantize, quantize_head)
-    own = folder / "heads.json"
-    heads = HeadMap.load(own, config) if own.exists() else find_map(config, maps)
+    own_heads = _own_heads(folder, config, maps)
+    layout = None
+    if tensor_parallel > 1:
+        layout = layout_for(config, tensor_parallel, choose_heads(config, own_heads, heads).roles)
     eos_ids = _eos_ids(folder, config)
     config = dataclasses.replace(config, dtype=dtype or config.dtype, quantize=chosen, quantize_head=quantize_head)
     if before_weights is not None:
-        before_weights(folder, config, heads, eos_ids)
-    return LLM(folder, config, _fill(config, load_all(config), on_progress), heads, eos_ids)
+        before_weights(folder, config, own_heads, eos_ids, layout)
+    return LLM(folder, config, _fill(config, layout, load_all(config), on_progress), own_heads, eos_ids)
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def _own_heads(folder: Path, config: ModelConfig, maps: Path) -> HeadMap | None:
+    own = folder / "heads.json"
+    return HeadMap.load(own, config) if own.exists() else find_map(config, maps)
+
+
+def find_heads(path: str | Path | None, config: ModelConfig) -> HeadMap | None:
+    """The map in a model's folder, else the one that the package ships for its config, if there is one."""
+    return _own_heads(BUNDLED if path is None else _locate_folder(str(path), weights=False), config, SHIPPED)
+
+
+def read_config(path: str | Path | None) -> ModelConfig:
     """The config of a converted or a Hugging Face folder, or of a model on the Hub, whose weights are not loaded.
 
     Raises:
         UserError: no such folder, or no checkpoint that is supported.
     """
-    folder = _locate_folder(str(path), weights=False)
+    folder = BUNDLED if path is None else _locate_folder(str(path), weights=False)
     config = ModelConfig.from_folder(folder)
     shards = [folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()]
     # A checkpoint that calls itself tied may hold a head of its own, and then is another model.
@@ -144,16 +165,21 @@ def save(folder: Path, config: ModelConfig, params: Mapping[str, Float[jax.Array
 
 def _fill(
     config: ModelConfig,
+    layout: Layout | None,
     arrays: Iterable[tuple[str, Shaped[np.ndarray, ...]]],
     on_progress: Callable[[int, int], None] | None,
 ) -> Decoder:
-    """The module around weights that go to the device as they come."""
-    spec, shapes = ModelSpec.abstract(config, config.dtype)
+    """The module around weights that go to their devices as they come."""
+    spec, _ = ModelSpec.abstract(config, config.dtype, layout)
+    _, shapes = ModelSpec.abstract(config, config.dtype)
     done, total = 0, sum(shape.size * shape.dtype.itemsize for shape in shapes)
+    axes = dict(zip(spec.names, spec.axes, strict=True))
     weights: dict[str, jax.Array] = {}
     for path, array in arrays:
-        # Waited for, so that no queue of copies keeps tensors in the host's memory.
-        weights[path] = jax.device_put(array).block_until_ready()
+        if layout is not None:
+            weights[path] = layout.place(axes[path], array, config)
+        else:  # waited for, so that no queue of copies keeps tensors in the host's memory
+            weights[path] = jax.device_put(array).block_until_ready()
         done += array.nbytes
         if on_progress is not None:
             on_progress(done, total)

@@ -1,6 +1,7 @@
 """A decode step: one new token a row over the paged cache, dense or by head roles."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,17 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.provider import FullScan, SelectionProvider
 from lychee_jax.attention.selection import Selection, SelectionPolicy
 from lychee_jax.cache.pages import Pools, append_token
+from lychee_jax.parallel.layouts import Layout, heads_here
+from pallas_kernels.types import Heads
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What a decode step carries through its layers: the pools, the selection, and how many pages were read."""
+    """What a decode step carries through its layers: the pools, the selection, and how many pages were read.
+
+    With a layout each is of the running device's heads.
+    """
 
     pools: Pools
     selection: Selection
@@ -31,7 +37,7 @@ class Decode:
 
     With a head map, rows with `dense[b]` still read all pages in every head; what they hand up means nothing. Inactive
     rows neither write to their pages nor read anything, and their output is zero. `provider`: how retrieval heads find
-    pages.
+    pages. `layout`: a device of it computes its heads.
     """
 
     page_table: Int[Array, "B P"]
@@ -42,6 +48,7 @@ class Decode:
     implementation: str | None = None
     dense: Bool[Array, " B"] | None = None
     provider: SelectionProvider = FullScan()
+    layout: Layout | None = None
 
     def start(self, pools: Pools) -> DecodeState:
         """The state below layer 0: nothing selected yet."""
@@ -60,11 +67,12 @@ class Decode:
         pool = append_token(state.pools[index], self.page_table, self.positions, self.active, kv)
         pools = (*state.pools[:index], pool, *state.pools[index + 1 :])
         lengths = jnp.where(self.active, self.positions + 1, 0)
-        kv_heads, page_size = pool.kv_heads, pool.page_size
+        page_size = pool.page_size
         scale = attention_scale(q.shape[-1])
         used = (lengths + page_size - 1) // page_size
-        retrieval = tuple(range(kv_heads)) if self.head_map is None else self.head_map.retrieval[index]
-        heads = np.asarray(retrieval, np.int32)
+        every = range(pool.kv_heads if self.layout is None else len(self.layout.places))
+        retrieval = every if self.head_map is None else self.head_map.retrieval[index]
+        heads = heads_here(self.layout, retrieval)
         selection = state.selection
         if self.head_map is None:
             out, _ = pallas_kernels.dense_decode(
@@ -75,9 +83,15 @@ class Decode:
                 index, q[:, 0], pool, self.page_table, lengths, selection, heads, self.policy.spec(page_size),
                 scale=scale, dense=self.dense, implementation=self.implementation,
             )  # fmt: skip
-        sparse = [head for head in range(kv_heads) if head not in retrieval]
-        read = state.pages_read + len(retrieval) * used
-        if sparse:
-            picked = jnp.sum(selection.counts[:, jnp.asarray(sparse, jnp.int32)], axis=1, dtype=jnp.int32)
-            read = read + (picked if self.dense is None else jnp.where(self.dense, len(sparse) * used, picked))
+        sparse = heads_here(self.layout, [head for head in every if head not in retrieval])
+        read = state.pages_read + _count(heads) * used
+        if sparse.shape[0]:
+            counts = jnp.where(sparse >= 0, selection.counts[:, jnp.maximum(sparse, 0)], 0)
+            picked = jnp.sum(counts, axis=1, dtype=jnp.int32)
+            read = read + (picked if self.dense is None else jnp.where(self.dense, _count(sparse) * used, picked))
         return out[:, None], DecodeState(pools, selection, read)
+
+
+def _count(heads: Heads) -> Any:
+    """How many heads a list padded with −1 has."""
+    return (heads >= 0).sum(dtype=np.int32)

@@ -65,6 +65,14 @@ class HeadMap:
         return sum(len(heads) for heads in self.retrieval)
 
     @property
+    def roles(self) -> Bool[np.ndarray, "L K"]:
+        """Which heads retrieve."""
+        roles = np.zeros((self.num_layers, self.num_kv_heads), bool)
+        for layer, heads in enumerate(self.retrieval):
+            roles[layer, list(heads)] = True
+        return roles
+
+    @property
     def is_dense(self) -> bool:
         """Whether every head retrieves, so that attention is dense at any length."""
         return self.num_retrieval == self.num_layers * self.num_kv_heads

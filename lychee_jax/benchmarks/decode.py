@@ -139,7 +139,9 @@ def _random_cache(model: LLM, context: int, options: GenerateOptions) -> Runner:
         model.spec, model.weights, dataclasses.replace(options.engine, max_num_seqs=1), config,
         num_pages=pages_for(most, options.page_size) + config.batch_bucket(1, 1), max_model_len=most,
     )  # fmt: skip
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), runner.pools)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), runner.pools
+    )
     runner.pools = ()  # freed before the others are made
     runner.pools = random_pools(shapes, jax.random.key(0))
     return runner

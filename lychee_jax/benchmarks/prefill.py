@@ -16,6 +16,7 @@ from lychee_jax.cache.pages import cache_bytes
 from lychee_jax.config import ModelConfig
 from lychee_jax.engine.options import EngineConfig, EngineOptions, GenerateOptions
 from lychee_jax.llm import LLM
+from lychee_jax.parallel.layouts import layout_for
 from pallas_kernels.types import KVDtype
 
 
@@ -23,7 +24,7 @@ from pallas_kernels.types import KVDtype
 class PrefillRow:
     """One prompt length; `operations` counts products once with their sums twice, attention's causally.
 
-    `share` is of the tensor cores' 989 TFLOP/s (bfloat16, H200).
+    `share` is of the tensor cores' 989 TFLOP/s (bfloat16, H200) of each device.
     """
 
     name: str
@@ -39,6 +40,7 @@ class PrefillRow:
     tflops: float
     share: float
     peak_bytes: int | None
+    devices: int = 1
 
 
 def operations(config: ModelConfig, context: int) -> tuple[float, float]:
@@ -61,16 +63,19 @@ def measure(
     dtype: Any = jnp.bfloat16,
     kv_dtype: KVDtype | None = None,
     repeats: int = 3,
+    tensor_parallel: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> PrefillRow:
     """Read a random prompt `repeats` times after one that compiles; the median counts."""
     config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context + 1))
-    spec, weights = random_model(config, dtype)
+    layout = layout_for(config, tensor_parallel)
+    spec, weights = random_model(config, dtype, layout)
+    share = config if layout is None else layout.share(config)
     # Room for this prompt alone, and nothing of it is found again.
     engine_config = EngineConfig.of(jax.default_backend(), config)
     pages = pages_for(context + 1, page_size) + engine_config.batch_bucket(1, 1)
     engine_options = EngineOptions(
-        max_num_seqs=1, cache_memory=cache_bytes(config, pages, page_size, dtype, kv_dtype), prefix_cache=False
+        max_num_seqs=1, cache_memory=cache_bytes(share, pages, page_size, dtype, kv_dtype), prefix_cache=False
     )
     llm = LLM(Path(model), config, spec.merge(weights), None, (), engine_config, engine_options)
     del weights
@@ -86,7 +91,8 @@ def measure(
     total, attention = operations(config, context)
     return PrefillRow(
         "prefill", model, str(jnp.dtype(dtype)), kv_dtype or str(jnp.dtype(dtype)), context, page_size, seconds,
-        samples, total, attention, total / seconds / 1e12, total / seconds / MATRIX_RATE, peak_bytes(None),
+        samples, total, attention, total / seconds / 1e12, total / seconds / MATRIX_RATE / tensor_parallel,
+        peak_bytes(None), tensor_parallel,
     )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import POOLS, Layout, layout_for
+from lychee_jax.parallel.mesh import EVERYWHERE
 from pallas_kernels import KVPages
 from pallas_kernels.types import KVDtype
 
@@ -41,7 +43,10 @@ _STEPS = 16
 
 @dataclasses.dataclass(frozen=True)
 class StepRow:
-    """One measured step; times in microseconds, bytes as counted."""
+    """One measured step; times in microseconds, bytes as counted, over all `devices`.
+
+    The roofline is that of the device that reads most.
+    """
 
     name: str
     model: str
@@ -63,6 +68,7 @@ class StepRow:
     pool_copies: int
     weights: str
     kv: str
+    devices: int = 1
 
 
 def spread_heads(config: ModelConfig, count: int) -> HeadMap:
@@ -80,20 +86,26 @@ def spread_heads(config: ModelConfig, count: int) -> HeadMap:
     return HeadMap(config.num_layers, first, tuple(tuple(sorted(layer)) for layer in layers), "spread")
 
 
-def random_model(config: ModelConfig, dtype: Any) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
-    """Weights of the model's shape, quantised as the config says, made on the device leaf by leaf."""
-    spec, shapes = ModelSpec.abstract(config, dtype)
+def random_model(
+    config: ModelConfig, dtype: Any, layout: Layout | None = None
+) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
+    """Weights of the model's shape, quantised as the config says, made on their devices leaf by leaf."""
+    spec, shapes = ModelSpec.abstract(config, dtype, layout)
 
-    @functools.partial(jax.jit, static_argnums=(1, 2))
-    def make(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        if dtype == jnp.int8:
-            return jax.random.randint(key, shape, -127, 128, jnp.int8)
-        if dtype == jnp.float8_e4m3fn:
-            return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
-        return 0.02 * jax.random.normal(key, shape, dtype)
+    @functools.cache
+    def maker(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+        def make(key: jax.Array) -> jax.Array:
+            if dtype == jnp.int8:
+                return jax.random.randint(key, shape, -127, 128, jnp.int8)
+            if dtype == jnp.float8_e4m3fn:
+                return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
+            return 0.02 * jax.random.normal(key, shape, dtype)
+
+        return jax.jit(make, out_shardings=sharding)
 
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    return spec, tuple(make(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, shapes, strict=True))
+    made = (maker(leaf.shape, leaf.dtype, leaf.sharding)(key) for key, leaf in zip(keys, shapes, strict=True))
+    return spec, tuple(made)
 
 
 def measure(
@@ -109,19 +121,27 @@ def measure(
     quantize: Quantization | None = None,
     implementation: str | None = None,
     kv_dtype: KVDtype | None = None,
-    modes: Sequence[Mode] = ("hybrid", "dense", "cudnn"),
+    modes: Sequence[Mode] | None = None,
     repeats: int = 7,
+    tensor_parallel: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[StepRow]:
     """Time a decode step at each batch size: a row for the hybrid step, with the dense baselines in it.
 
-    A sample is the mean of 3 × 16 steps that are sent without waiting, as `generate` does.
+    A sample is the mean of 3 × 16 steps that are sent without waiting, as `generate` does. `modes`: by default all,
+    but cuDNN on one device alone.
+
+    Raises:
+        UserError: fewer devices, or fewer retrieval heads than layer 0 has.
     """
+    if modes is None:
+        modes = ("hybrid", "dense", "cudnn") if tensor_parallel == 1 else ("hybrid", "dense")
     policy = policy or SelectionPolicy()
     most = max(config.max_position_embeddings, context)
     config = dataclasses.replace(config, max_position_embeddings=most, quantize=quantize)
     head_map = spread_heads(config, retrieval_heads)
-    spec, shapes = ModelSpec.abstract(config, dtype)
+    layout = layout_for(config, tensor_parallel, head_map.roles)
+    spec, shapes = ModelSpec.abstract(config, dtype, layout)
     programs: dict[tuple[int, Mode], _Program] = {}
     for batch, mode in itertools.product(batches, modes):
         if mode == "cudnn":
@@ -134,11 +154,11 @@ def measure(
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for done in [pool.submit(getattr, program, "compiled") for program in programs.values()]:
             done.result()
-    _, weights = random_model(config, dtype)
+    _, weights = random_model(config, dtype, layout)
     weight_bytes = sum(leaf.nbytes for leaf in weights)
-    read_bytes = weight_bytes
-    if not config.tie_word_embeddings:
-        read_bytes -= config.vocab_size * config.hidden_size * jnp.dtype(dtype).itemsize  # one row of it is read
+    read_bytes = weight_bytes / tensor_parallel
+    if not config.tie_word_embeddings:  # one row of it is read
+        read_bytes -= config.vocab_size * config.hidden_size * jnp.dtype(dtype).itemsize / tensor_parallel
     rows = []
     for batch in batches:
         times: dict[str, list[float]] = {}
@@ -153,8 +173,7 @@ def measure(
         us = float(np.median(times["hybrid"]))
         page = cache_bytes(config, 1, page_size, dtype, kv_dtype) // (config.num_layers * config.num_kv_heads)
         pages = pages_for(context, page_size)
-        sparse = config.num_layers * config.num_kv_heads - head_map.num_retrieval
-        read = head_map.num_retrieval * pages + sparse * min(pages, policy.budget // page_size)
+        read = pages_read(head_map, layout, pages, min(pages, policy.budget // page_size))
         roofline = 1e6 * (read_bytes + batch * read * page) / READ_BANDWIDTH
         rivals = {
             {"dense": "dense", "cudnn": "dense_cudnn"}[mode]: float(np.median(values))
@@ -166,17 +185,27 @@ def measure(
                 "decode_step", model, str(jnp.dtype(dtype)), batch, context, head_map.num_retrieval,
                 config.num_layers * config.num_kv_heads, page_size, policy.budget // page_size, us, times["hybrid"],
                 rivals, roofline, us / roofline, weight_bytes, held, peak, copies,
-                quantize or str(jnp.dtype(dtype)), kv_dtype or str(jnp.dtype(dtype)),
+                quantize or str(jnp.dtype(dtype)), kv_dtype or str(jnp.dtype(dtype)), tensor_parallel,
             )
         )  # fmt: skip
     return rows
 
 
-def random_pools(pools: Pools, key: jax.Array) -> Pools:
-    """Pools of these shapes with normal numbers, made one by one on the device."""
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pools[0])
+def pages_read(head_map: HeadMap, layout: Layout | None, all_pages: int, picked: int) -> int:
+    """Pages that the device which reads most reads of a sequence, layer by layer."""
+    every, total = range(head_map.num_kv_heads), 0
+    for retrieval in head_map.retrieval:
+        sparse = [head for head in every if head not in retrieval]
+        shares = zip(*((layout.heads_by_device(own) if layout else [own]) for own in (retrieval, sparse)), strict=True)
+        total += max(len(reads) * all_pages + len(others) * picked for reads, others in shares)
+    return total
 
-    @jax.jit
+
+def random_pools(pools: Pools, key: jax.Array) -> Pools:
+    """Pools of these shapes with normal numbers, made one by one where they are to lie."""
+    shapes = pools[0]
+
+    @functools.partial(jax.jit, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes))
     def make(key: jax.Array) -> KVPages:
         if shapes.quantized is None:
             return KVPages(jax.random.normal(key, shapes.data.shape, shapes.data.dtype))
@@ -185,6 +214,12 @@ def random_pools(pools: Pools, key: jax.Array) -> Pools:
         return KVPages(words, None if shapes.scales is None else jnp.full(shapes.scales.shape, 1 / 32, jnp.float32))
 
     return tuple(make(each) for each in jax.random.split(key, len(pools)))
+
+
+def share_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape that an array has on one of its devices."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
 
 def peak_bytes(before: int | None) -> int | None:
@@ -240,11 +275,15 @@ class _Program:
 
 @dataclasses.dataclass
 class _Paged(_Program):
-    """As the engine decodes: the shapes of the pools, the state of the rows, and the arguments beside them."""
+    """As the engine decodes: the shapes of the pools, the state of the rows, and the arguments beside them.
+
+    `everywhere`: all devices, where there are several.
+    """
 
     pools: Pools
     rows: Rows
     rest: tuple[Any, ...]
+    everywhere: Any
 
     @classmethod
     def lower(
@@ -262,7 +301,9 @@ class _Paged(_Program):
         width = max(batch, EngineConfig.of(jax.default_backend(), config).min_rows)
         slots = max(width, EngineOptions().max_num_seqs)
         each = pages_for(context, page_size)
-        pools = jax.eval_shape(lambda: make_pools(config, batch * each + width, page_size, weights[0].dtype, kv_dtype))
+        held, layout = config if spec.layout is None else spec.layout.whole(config), spec.layout
+        pools = jax.eval_shape(lambda: make_pools(held, batch * each + width, page_size, weights[0].dtype, kv_dtype))
+        pools = pools if layout is None else layout.shapes(pools, POOLS)
         table = np.zeros((width, max_pages(context, page_size)), np.int32)
         table[:batch, :each] = np.arange(batch * each).reshape(batch, each)
         busy = np.arange(slots) < batch
@@ -274,7 +315,11 @@ class _Paged(_Program):
         numbers = context - _STEPS + np.arange(_STEPS)[None].repeat(width, 0)
         forced = np.full((width, _STEPS), -1, np.int32)
         rest = (number, table, *_rotary(config, numbers), forced, np.zeros((width,), bool))
-        return cls(decode_block.lower(spec, plan, weights, pools, rows, *rest), pools, rows, rest)
+        given = rows, *rest
+        if layout is not None:
+            given = jax.tree.map(layout.shape_of, given)
+        everywhere = None if layout is None else layout.sharding(EVERYWHERE)
+        return cls(decode_block.lower(spec, plan, weights, pools, *given), pools, rows, rest, everywhere)
 
     @property
     def cache_bytes(self) -> int:
@@ -283,13 +328,14 @@ class _Paged(_Program):
 
     @property
     def pool_copies(self) -> int:
-        """How many instructions copy a whole pool."""
+        """How many instructions copy a whole pool, or a device's share of one."""
         program = self.compiled.as_text() or ""
-        return sum(pool_copies(program, leaf) for leaf in jax.tree.leaves(self.pools[0]))
+        return sum(pool_copies(program, share_of(leaf)) for leaf in jax.tree.leaves(self.pools[0]))
 
     def runner(self, weights: tuple[jax.Array, ...]) -> Callable[[int], None]:
         pools = random_pools(self.pools, jax.random.key(1))
-        held: dict[str, Any] = {"pools": pools, "rows": jax.tree.map(jnp.array, self.rows)}
+        rows = jax.device_put(jax.tree.map(jnp.array, self.rows), self.everywhere)
+        held: dict[str, Any] = {"pools": pools, "rows": rows}
 
         def run(count: int) -> None:
             block: Any = None

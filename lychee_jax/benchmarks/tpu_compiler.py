@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from lychee_jax.errors import UserError
-from lychee_jax.parallel.mesh import EVERYWHERE
+from lychee_jax.parallel.layouts import Layout
+from lychee_jax.parallel.mesh import EVERYWHERE, mesh_of
 from lychee_jax.tpu_environment import has_tpu, without_tpu
 
 
@@ -51,13 +51,20 @@ def installed() -> bool:
 
 
 @functools.cache
-def _mesh(chip: Chip) -> jax.sharding.Mesh:
+def slice_mesh(topology: str, devices: int) -> jax.sharding.Mesh:
+    """The first devices of a slice such as "v5e:2x4", along which one model is divided.
+
+    Raises:
+        UserError: libtpu is not installed.
+    """
     from jax.experimental import topologies
 
+    if not installed():
+        raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
     if not has_tpu():
         without_tpu()
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
-    return jax.sharding.Mesh(np.array(topology.devices[:1]), ("chips",))
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return mesh_of(described.devices[:devices])
 
 
 def sharding(chip: Chip) -> jax.sharding.NamedSharding:
@@ -66,14 +73,12 @@ def sharding(chip: Chip) -> jax.sharding.NamedSharding:
     Raises:
         UserError: libtpu is not installed.
     """
-    if not installed():
-        raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
-    return jax.sharding.NamedSharding(_mesh(chip), EVERYWHERE)
+    return jax.sharding.NamedSharding(slice_mesh(chip.topology, 1), EVERYWHERE)
 
 
 @contextlib.contextmanager
-def described(chip: Chip) -> Iterator[None]:
-    """Inside the block kernels are traced for `chip`.
+def described(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Inside the block kernels are traced for the chips of `mesh`.
 
     JAX's persistent cache is off meanwhile: it writes what was compiled for a described chip, and cannot read it back.
     """
@@ -83,22 +88,27 @@ def described(chip: Chip) -> Iterator[None]:
     try:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # whether it is in use is remembered
-        with jax.sharding.use_abstract_mesh(sharding(chip).mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             yield
     finally:
         jax.config.update("jax_enable_compilation_cache", cached)
         compilation_cache.reset_cache()
 
 
-def compile_for(chip: Chip, program: Any, *args: Any) -> jax.stages.Compiled:
-    """Compile a jitted function for `chip`; arrays among `args` are given by anything with a shape and a dtype, and go
-    where they say or else to one device in the default layout.
+def compile_for(chip: Chip, program: Any, *args: Any, layout: Layout | None = None) -> jax.stages.Compiled:
+    """Compile a jitted function for `chip`, or for all chips of a layout.
+
+    Arrays among `args` are given by anything with a shape and a dtype, and go where they say, or else to one device,
+    with a layout to each, in the default layout.
     """
+    mesh = slice_mesh(chip.topology, 1) if layout is None else layout.mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
+    own = jax.sharding.NamedSharding(mesh, EVERYWHERE)
 
     def place(leaf: Any) -> Any:
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype") or getattr(leaf, "sharding", None) is not None:
             return leaf
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(chip))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
 
-    with described(chip):
+    with described(mesh):
         return program.lower(*jax.tree.map(place, args)).compile()

@@ -60,6 +60,7 @@ def bench_decode(
     dtype: shared.DtypeOption = None,
     quantize: shared.QuantizeOption = "none",
     kv_dtype: shared.KVDtypeOption = "auto",
+    tensor_parallel: shared.TensorParallelOption = 1,
     implementation: shared.ImplementationOption = None,
     heads: shared.HeadsOption = None,
     page_size: shared.PageSizeOption = 64,
@@ -101,6 +102,8 @@ def bench_decode(
             raise UserError("--batch needs --shape; a model is measured with one sequence")
         if repeats is not None:
             raise UserError("--repeats needs --shape; a model is measured token by token")
+        if tensor_parallel != 1:
+            raise UserError("--tensor-parallel needs --shape; a model is measured with attention alone, on one device")
         from lychee_jax.benchmarks import decode
         from lychee_jax.engine.options import GenerateOptions
 
@@ -126,7 +129,8 @@ def bench_decode(
         shape, MODELS[shape], batches=_batches(batch), context=context, retrieval_heads=retrieval_heads, policy=policy,
         page_size=page_size, dtype=dtype or "bfloat16", quantize=None if quantize == "none" else quantize,
         implementation=implementation, kv_dtype=shared.kv_dtype_of(kv_dtype),
-        modes=("hybrid", "dense", "cudnn") if rivals else ("hybrid", "dense"), repeats=repeats or 7, report=_tell,
+        modes=None if rivals else ("hybrid", "dense"), repeats=repeats or 7, tensor_parallel=tensor_parallel,
+        report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, step.table(rows))
 
@@ -136,6 +140,7 @@ def bench_prefill(
     shape: Annotated[Shape, typer.Option(help="Random weights of this shape.")] = "llama-3-8b",
     dtype: shared.DtypeOption = None,
     kv_dtype: shared.KVDtypeOption = "auto",
+    tensor_parallel: shared.TensorParallelOption = 1,
     context: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")] = 131072,
     page_size: shared.PageSizeOption = 64,
     repeats: Annotated[int, typer.Option(metavar="N", help="Samples, of which the median is shown.")] = 3,
@@ -154,7 +159,7 @@ def bench_prefill(
 
     row = prefill.measure(
         shape, MODELS[shape], context=context, page_size=page_size, dtype=dtype or "bfloat16",
-        kv_dtype=shared.kv_dtype_of(kv_dtype), repeats=repeats, report=_tell,
+        kv_dtype=shared.kv_dtype_of(kv_dtype), repeats=repeats, tensor_parallel=tensor_parallel, report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row)]}, json_file, prefill.table([row]))
 
@@ -232,6 +237,7 @@ def bench_serve(
     shape: Annotated[Shape | None, typer.Option(help="Instead of a model: random weights of this shape.")] = None,
     dtype: shared.DtypeOption = None,
     kv_dtype: shared.KVDtypeOption = "auto",
+    tensor_parallel: shared.TensorParallelOption = 1,
     implementation: shared.ImplementationOption = None,
     requests: Annotated[
         int | None, typer.Option(metavar="N", show_default="the scenario's", help="Requests to serve.")
@@ -312,12 +318,13 @@ def bench_serve(
     from lychee_jax.benchmarks import serve
     from lychee_jax.benchmarks.shapes import MODELS
     from lychee_jax.benchmarks.step import random_model, spread_heads
+    from lychee_jax.parallel.layouts import layout_for
 
     loaded = None
     if shape is not None:
         config = MODELS[shape]
     else:
-        loaded = load_model(model, dtype)
+        loaded = load_model(model, dtype, tensor_parallel=tensor_parallel, heads=heads)
         config = loaded.config
     changes = {name: value for name, value in chosen.items() if value is not None}
     traffic = serve.scenario(scenario, config, jax.default_backend(), **changes)
@@ -332,7 +339,8 @@ def bench_serve(
             "none": HeadMap.none(config),
         }
         head_map = named[heads] if heads in named else HeadMap.load(str(heads), config)
-        spec, weights = random_model(config, dtype or "bfloat16")
+        layout = layout_for(config, tensor_parallel, head_map.roles)
+        spec, weights = random_model(config, dtype or "bfloat16", layout)
     with progress_bar() as progress:
         rows = serve.measure(
             scenario, name, spec, weights, traffic, AttentionOptions(attention, head_map, policy), engine_options,

@@ -123,8 +123,13 @@ def load_model(
     *,
     quantize: Literal["none", "int8", "fp8"] = "none",
     quantize_head: bool = False,
+    tensor_parallel: int = 1,
+    heads: str | None = None,
 ) -> LLM:
-    """Load what --model names, as --dtype and --quantize say, with bars on standard error where that is a terminal."""
+    """Load what --model names, as --dtype and --quantize say, with bars on standard error where that is a terminal.
+
+    On several devices the heads are shared out for the map that --heads names.
+    """
     from lychee_jax.loading import find, load
 
     folder = find(model)  # a download shows its own progress
@@ -132,7 +137,7 @@ def load_model(
     with contextlib.nullcontext(bars) if bars is not None else stages() as shown:
         return load(
             folder, dtype, quantize=None if quantize == "none" else quantize, quantize_head=quantize_head,
-            before_weights=before_weights,
+            tensor_parallel=tensor_parallel, heads=heads, before_weights=before_weights,
             on_progress=lambda done, total: shown.show(stage, done, total, "bytes"),
         )  # fmt: skip
 

@@ -73,6 +73,7 @@ class Answering:
     quantize: shared.QuantizeOption = "none"
     quantize_head: shared.QuantizeHeadOption = False
     kv_dtype: shared.KVDtypeOption = "auto"
+    tensor_parallel: shared.TensorParallelOption = 1
     implementation: shared.ImplementationOption = None
     attention: Annotated[
         str,
@@ -130,7 +131,10 @@ class Answering:
     def load(self) -> tuple[LLM, GenerateOptions]:
         """The model, and the options with its head map and its ends of text; they are checked before it is loaded."""
         options = self.options()
-        loaded = load_model(self.model, self.dtype, quantize=self.quantize, quantize_head=self.quantize_head)
+        loaded = load_model(
+            self.model, self.dtype, quantize=self.quantize, quantize_head=self.quantize_head,
+            tensor_parallel=self.tensor_parallel, heads=self.heads,
+        )  # fmt: skip
         return loaded, dataclasses.replace(options, heads=loaded.choose_heads(self.heads), eos_ids=loaded.eos_ids)
 
 

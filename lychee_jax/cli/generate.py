@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lychee_jax.config import ModelConfig
     from lychee_jax.engine.outputs import Result
     from lychee_jax.engine.stream import TokenStream
+    from lychee_jax.parallel.layouts import Layout
     from lychee_jax.text.streaming import TextStream
 
 _PROMPT, _OUTPUT = "Prompt (exactly one source)", "Output"
@@ -61,6 +62,7 @@ def generate(
     quantize: shared.QuantizeOption = "none",
     quantize_head: shared.QuantizeHeadOption = False,
     kv_dtype: shared.KVDtypeOption = "auto",
+    tensor_parallel: shared.TensorParallelOption = 1,
     implementation: shared.ImplementationOption = None,
     attention: shared.AttentionOption = "auto",
     heads: shared.HeadsOption = None,
@@ -200,7 +202,9 @@ def generate(
     )
     prompts: list[list[int]] = []
 
-    def encode(folder: Path, config: ModelConfig, own: HeadMap | None, eos_ids: tuple[int, ...]) -> None:
+    def encode(
+        folder: Path, config: ModelConfig, own: HeadMap | None, eos_ids: tuple[int, ...], layout: Layout | None
+    ) -> None:
         """Everything that needs no weights; programs compile while these are read."""
         nonlocal options, prompts
         options = dataclasses.replace(options, heads=choose_heads(config, own, heads), eos_ids=eos_ids)
@@ -218,12 +222,15 @@ def generate(
             template_kwargs=keywords,
             model=folder,
         )
-        prepare(config, prompts, options)
+        prepare(config, prompts, options, layout=layout)
         if heads is None and own is None and attention != "dense":
             print(f"notice: {folder} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
     with stages() as bars:
-        loaded = load_model(model, dtype, encode, bars, quantize=quantize, quantize_head=quantize_head)
+        loaded = load_model(
+            model, dtype, encode, bars, quantize=quantize, quantize_head=quantize_head,
+            tensor_parallel=tensor_parallel, heads=heads,
+        )  # fmt: skip
         tokenizer = loaded.tokenizer
         eos_ids = () if ignore_eos else loaded.eos_ids
         texts = [TextStream(tokenizer, stops, eos_ids) for _ in prompts] if tokenizer is not None else None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lychee_jax.errors import UserError
+
 if TYPE_CHECKING:
     from lychee_jax.attention.head_map import HeadMap
 
@@ -27,14 +29,33 @@ ModelOption = Annotated[
 
 
 @heads_app.command("show")
-def heads_show(file: FileArgument, model: ModelOption = None) -> None:
+def heads_show(
+    file: FileArgument,
+    model: ModelOption = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel",
+            "--tensor-parallel-size",
+            metavar="N",
+            help="Also say how the heads are shared out among N devices, which need not be there.",
+        ),
+    ] = 1,
+) -> None:
     """Print a head map: one line a layer, one mark a KV head.
 
     [b]Example[/b]
 
     [cyan]lychee heads show learned/heads.json --model my-8b[/cyan]
+
+    [cyan]lychee heads show learned/heads.json --tensor-parallel 4[/cyan]
     """
-    print_map(_read(file, model), str(file))
+    if tensor_parallel < 1:
+        raise UserError(f"--tensor-parallel is {tensor_parallel}; it must be at least 1")
+    head_map = _read(file, model)
+    print_map(head_map, str(file))
+    if tensor_parallel > 1:
+        _print_balance(head_map, tensor_parallel)
 
 
 @heads_app.command("plot")
@@ -113,6 +134,25 @@ def print_map(head_map: HeadMap, name: str) -> None:
     for layer, retrieval in enumerate(head_map.retrieval):
         marks = " ".join("■" if head in retrieval else "·" for head in range(head_map.num_kv_heads))
         print(f"layer {layer:>3}  {marks}")
+
+
+def _print_balance(head_map: HeadMap, devices: int) -> None:
+    """Which heads each device gets, and how long layers wait for the device with most retrieval heads."""
+    from lychee_jax.parallel.balance import balanced, slowest
+
+    roles = head_map.roles
+    places = balanced(head_map.num_kv_heads, devices, roles)
+    in_order = balanced(head_map.num_kv_heads, devices)
+    least = sum(-(-len(layer) // devices) for layer in head_map.retrieval)
+    print(
+        f"{devices} devices: the one with most retrieval heads of a layer has {slowest(places, devices, roles)} over "
+        f"all layers, {least} if every layer divided evenly, {slowest(in_order, devices, roles)} in the model's order"
+    )
+    share = len(places) // devices
+    for device in range(devices):
+        own = [head for head in places[device * share : (device + 1) * share] if head >= 0]
+        names = " ".join(map(str, own)) or "none"
+        print(f"device {device:>2}  KV heads {names}: {int(roles[:, own].sum())} retrieve over all layers")
 
 
 def _read(file: Path, model: str | None) -> HeadMap:

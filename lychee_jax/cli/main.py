@@ -18,6 +18,7 @@ from lychee_jax.cli.evaluate import eval_app
 from lychee_jax.cli.generate import generate
 from lychee_jax.cli.harness import eval_harness
 from lychee_jax.cli.heads import heads_app
+from lychee_jax.cli.plan import plan
 from lychee_jax.cli.serve import serve
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
@@ -44,6 +45,7 @@ eval_app.command("harness")(eval_harness)
 app.add_typer(eval_app, name="eval")
 app.command()(generate)
 app.command()(serve)
+app.command()(plan)
 app.command()(train_heads)
 
 

@@ -42,6 +42,16 @@ QuantizeOption = Annotated[
 QuantizeHeadOption = Annotated[
     bool, typer.Option("--quantize-head", help="The output head, too.", rich_help_panel=MODEL)
 ]
+TensorParallelOption = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel",
+        "--tensor-parallel-size",  # vLLM's name
+        metavar="N",
+        help="Devices among which the model and its cache are divided.",
+        rich_help_panel=MODEL,
+    ),
+]
 KVDtypeOption = Annotated[
     Literal["auto", "fp8", "int8"],
     typer.Option(

@@ -73,6 +73,7 @@ def serve(
         ),
     ] = None,
     kv_dtype: shared.KVDtypeOption = "auto",
+    tensor_parallel: shared.TensorParallelOption = 1,
     implementation: shared.ImplementationOption = None,
     attention: shared.AttentionOption = "auto",
     heads: shared.HeadsOption = None,
@@ -143,15 +144,19 @@ def serve(
 
         chosen = defaults
 
-        def choose(folder: Path, config: ModelConfig, own: HeadMap | None, eos_ids: tuple[int, ...]) -> None:
+        def choose(folder: Path, config: ModelConfig, own: HeadMap | None, *_: object) -> None:
             nonlocal chosen
             chosen = dataclasses.replace(defaults, heads=choose_heads(config, own, heads))
             if heads is None and own is None and attention != "dense":
                 print(f"notice: {folder} has no heads.json, so every head retrieves (--heads all)", file=sys.stderr)
 
         served = ServedModel.of(
-            load_model(model, dtype, choose, quantize=quantize, quantize_head=quantize_head), chosen, engine
-        )
+            load_model(
+                model, dtype, choose, quantize=quantize, quantize_head=quantize_head, tensor_parallel=tensor_parallel,
+                heads=heads,
+            ),
+            chosen, engine,
+        )  # fmt: skip
         return dataclasses.replace(served, readiness=warm_up(served.engine, served.defaults.attention_options))
 
     run(config, listener, load)

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from lychee_jax.engine.executables import of_this_machine
+from lychee_jax.parallel.layouts import Layout
 
 _log = logging.getLogger(__name__)
 
@@ -44,11 +45,13 @@ class Programs:
 
     `base`: what all programs of this caller have in common (configuration, dtype, sizes of the cache), so that a key
     names shapes only. Float32 models multiply in full float32: accelerators would round factors to bfloat16 or TF32.
+    `layout`: the devices that run them, and on all of which arguments lie that say nothing else; None: the first one.
     """
 
-    def __init__(self, dtype: np.dtype, base: Hashable):
+    def __init__(self, dtype: np.dtype, base: Hashable, layout: Layout | None = None):
         self._precision = "highest" if dtype == np.float32 else None
         self._base = base
+        self._layout = layout
         self.seconds = 0.0
         self._called: set[Hashable] = set()
 
@@ -93,7 +96,7 @@ class Programs:
                 return known
             future: concurrent.futures.Future[Any] = concurrent.futures.Future()
             _compiled[full] = future
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
+        shapes = jax.tree.map(_shape if self._layout is None else self._layout.shape_of, args)
         if background:
             # What is set for this context, an interpreter of kernels say, is set for the compiler's thread, too.
             context = contextvars.copy_context()
@@ -116,7 +119,8 @@ class Programs:
         name = (f"{function.__module__}.{function.__name__}", *full[1:], self._precision)
         try:
             kept = of_this_machine()
-            compiled = kept.load(name, shapes) if kept is not None else None
+            devices = None if self._layout is None else self._layout.devices
+            compiled = kept.load(name, shapes, devices) if kept is not None else None
             if compiled is None:
                 started = time.perf_counter()
                 with precision:
@@ -134,3 +138,7 @@ class Programs:
             with _lock:
                 _compiled.pop(full, None)
             future.set_exception(error)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,7 +33,9 @@ from lychee_jax.engine.warmup import Rehearsal
 from lychee_jax.errors import UserError
 from lychee_jax.models.spec import ModelSpec
 
-_CPU_CACHE, _LEAST_TOKENS, _ACCELERATOR_SHARE = 2 << 30, 4096, 0.85
+_CPU_CACHE, _LEAST_TOKENS = 2 << 30, 4096
+ACCELERATOR_SHARE = 0.85
+"""Of the memory that weights leave on an accelerator, what the cache takes by default."""
 
 
 @dataclasses.dataclass
@@ -58,7 +61,7 @@ class Engine:
     """Batches requests as they come. The cache is made when the first request is scheduled.
 
     Attributes:
-        page_bytes: device memory of a page of the cache, over all layers.
+        page_bytes: memory that a page of the cache takes on a device, over all layers.
         prompt_tokens_read: of all requests so far.
         host_seconds: how long `step` worked on the host: all of its time but compiling and waiting for the device.
         wait_seconds: how long `step` waited for the device.
@@ -75,7 +78,8 @@ class Engine:
         self.options = options
         self.config = config or EngineConfig.of(jax.default_backend(), spec.config)
         self.max_model_len = min(options.max_model_len or spec.config.max_tokens, spec.config.max_tokens)
-        self.page_bytes = cache_bytes(spec.config, 1, options.page_size, self.dtype, options.kv_dtype)
+        share = spec.config if spec.layout is None else spec.layout.share(spec.config)
+        self.page_bytes = cache_bytes(share, 1, options.page_size, self.dtype, options.kv_dtype)
         self.prompt_tokens_read = 0
         self.host_seconds = self.wait_seconds = 0.0
         self._requests: dict[str, _Progress] = {}
@@ -472,12 +476,16 @@ class Engine:
 
 
 def free_memory(weights: tuple[Any, ...]) -> int:
-    """Bytes of an accelerator that a cache may take: most of what weights leave, whether these are there yet or not."""
+    """Bytes that a cache may take on each accelerator: most of what weights leave, which need not be there yet."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in weights)
-    used = max(stats.get("bytes_in_use", 0), size)
+    used = max(stats.get("bytes_in_use", 0), sum(map(_bytes_on_a_device, weights)))
     # In whole GiB, so that the little that is in use besides makes no other programs.
-    return int(_ACCELERATOR_SHARE * (stats.get("bytes_limit", 0) - used)) >> 30 << 30
+    return int(ACCELERATOR_SHARE * (stats.get("bytes_limit", 0) - used)) >> 30 << 30
+
+
+def _bytes_on_a_device(leaf: Any) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def check_prompt(

@@ -14,7 +14,7 @@ import importlib.metadata
 import logging
 import os
 import pickle
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ class ExecutableCache:
     def __init__(self, folder: Path):
         self._folder = folder
 
-    def load(self, key: Hashable, args: tuple[Any, ...]) -> Any:
-        """The compiled program, to be called with arrays like `args`; None if it is not there."""
+    def load(self, key: Hashable, args: tuple[Any, ...], devices: Sequence[Any] | None = None) -> Any:
+        """The compiled program, called with arrays like `args` on `devices` (None: the first); None if it is absent."""
         file = self._file(key, args)
         if jax.default_backend() == "gpu":
             # Executables with kernels refer to symbols of a library that this import loads.
@@ -40,7 +40,7 @@ class ExecutableCache:
             payload, out_tree = pickle.loads(file.read_bytes())
             in_tree = jax.tree.structure((args, {}))
             return serialize_executable.deserialize_and_load(
-                payload, in_tree, out_tree, execution_devices=jax.devices()[:1]
+                payload, in_tree, out_tree, execution_devices=devices or jax.devices()[:1]
             )
         except FileNotFoundError:
             return None

@@ -82,7 +82,7 @@ def _selected(engine: Engine, request: Request, attention: AttentionOptions, tok
     """Feed a token after the request's prompt: the pages that each layer hands up, padded with −1."""
     runner, allocated, position = engine.runner, engine.pages(request.id), len(request.prompt)
     assert runner is not None
-    width = runner.config.min_rows
+    width, heads = runner.config.min_rows, engine.spec.config.num_kv_heads
     table = np.zeros((width, runner.max_pages), np.int32)
     table[0, : len(allocated)] = allocated
     positions = np.full((width, 1), position, np.int64)
@@ -92,4 +92,6 @@ def _selected(engine: Engine, request: Request, attention: AttentionOptions, tok
         watch_step, width, (engine.spec, plan), engine.weights, runner.pools, np.full((width,), token, np.int32),
         positions[:, 0].astype(np.int32), np.arange(width) == 0, table, cos, sin,
     )  # fmt: skip
-    return np.asarray(seen)[:, 0]
+    picked = np.asarray(seen)[:, 0]
+    layout = engine.spec.layout
+    return picked if layout is None else picked[:, [layout.places.index(head) for head in range(heads)]]

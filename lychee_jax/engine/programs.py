@@ -4,6 +4,8 @@ of steps, correct the cache, watch a step. Everything static about them is hasha
 
 import dataclasses
 import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +29,10 @@ from lychee_jax.engine.sampling import (
     sampling_row,
 )
 from lychee_jax.engine.sampling_params import SamplingParams
+from lychee_jax.engine.vocabulary import summarise, summarise_shares
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import PICKS, POOLS, Layout, gather_vocabulary, sum_over_devices
+from lychee_jax.parallel.mesh import EVERYWHERE
 
 _PLAIN = SamplingParams()  # what empty slots, and slots that are nobody's, ask for
 NO_TOKEN, NOT_FINITE = -1, -2
@@ -117,7 +122,39 @@ def make_rows(slots: int, vocab_size: int, ends: int) -> Rows:
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "implementation", "rows"), donate_argnames=("pools",))
+_DIVIDED = {"pools": POOLS, "picks": PICKS}
+_DONATED = ("pools", "rows")
+
+
+def _program(static: tuple[str, ...], results: str | tuple[str, ...]) -> Callable[[Callable[..., Any]], Any]:
+    """A jitted program of a model, whose pools and rows are donated.
+
+    With a layout every device runs it, with its parts of the arguments `weights` and `pools` and alike in all others.
+    `static`: the arguments before `weights`. `results`: what comes back; "pools" and "picks" are divided by heads.
+    """
+
+    def decorate(body: Callable[..., Any]) -> Any:
+        names = tuple(inspect.signature(body).parameters)
+        assert (*static, "weights") == names[: len(static) + 1]
+
+        @functools.wraps(body)
+        def run(spec: ModelSpec, *args: Any) -> Any:
+            layout = spec.layout
+            if layout is None:
+                return body(spec, *args)
+            others, arrays = args[: len(static) - 1], args[len(static) - 1 :]
+            weights = tuple(map(layout.parts, spec.axes))
+            given = (weights, *(_DIVIDED.get(name, EVERYWHERE) for name in names[len(static) + 1 :][: len(arrays) - 1]))
+            out = jax.tree.map(lambda name: _DIVIDED.get(name, EVERYWHERE), results)
+            return layout.run(functools.partial(body, spec, *others), given, out, arrays)
+
+        donated = tuple(name for name in _DONATED if name in names)
+        return jax.jit(run, static_argnames=static, donate_argnames=donated)
+
+    return decorate
+
+
+@_program(("spec", "implementation", "rows"), ("pools", "last"))
 def prefill_chunk(
     spec: ModelSpec,
     implementation: str | None,
@@ -153,7 +190,7 @@ class Scored(NamedTuple):
     top_logprobs: Float32[Array, "B T top"]
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "implementation", "rows", "at_once"), donate_argnames=("pools",))
+@_program(("spec", "implementation", "rows", "at_once"), ("pools", "last", "scored"))
 def score_chunk(
     spec: ModelSpec,
     implementation: str | None,
@@ -179,12 +216,15 @@ def score_chunk(
     width = min(MAX_TOP_LOGPROBS, spec.config.vocab_size)
 
     def score(part: tuple[Float[Array, "n E"], Int[Array, " n"]]) -> Scored:
-        logits = model.logits(part[0])
-        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        logits, size = model.logits(part[0]), spec.config.vocab_size
+        seen = (summarise if spec.layout is None else summarise_shares)(logits, part[1])
+
+        def best() -> tuple[jax.Array, jax.Array]:
+            return ranking.best(logits if spec.layout is None else gather_vocabulary(logits, size), width)
+
         none = jnp.zeros((len(logits), width), jnp.float32), jnp.zeros((len(logits), width), jnp.int32)
-        top, ids = jax.lax.cond(num_top > 0, lambda: ranking.best(logits, width), lambda: none)
-        own = jnp.take_along_axis(logits, part[1][:, None], axis=-1)
-        return Scored((own - normaliser)[:, 0], ids, top - normaliser)
+        top, ids = jax.lax.cond(num_top > 0, best, lambda: none)
+        return Scored(seen.asked - seen.normaliser, ids, top - seen.normaliser[:, None])
 
     size = tokens.size
     length = min(at_once, size)
@@ -223,7 +263,8 @@ def _advance(
 
 
 def _choose(
-    logits: Float32[Array, "B V"],
+    spec: ModelSpec,
+    logits: Float32[Array, "B share"],
     rows: Rows,
     slots: Int[Array, " B"],
     forced: Int[Array, " B"],
@@ -243,6 +284,7 @@ def _choose(
     return sample(
         logits, arrays, adjustments, rows.step.at[slots].get(mode="fill", fill_value=0), forced,
         rows.num_top.at[slots].get(mode="fill", fill_value=0), allowed,
+        divided=None if spec.layout is None else spec.config.vocab_size,
     )  # fmt: skip
 
 
@@ -262,7 +304,7 @@ class Start(NamedTuple):
     forced: ArrayLike
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "width"), donate_argnames=("rows",))
+@_program(("spec", "width"), ("rows", "block"))
 def start_row(
     spec: ModelSpec,
     width: int,
@@ -303,14 +345,14 @@ def start_row(
     on = jnp.arange(width) == 0
     forced = jnp.full((width,), -1, jnp.int32).at[0].set(start.forced)
     if allowed is not None:
-        allowed = jnp.ones(logits.shape, bool).at[0].set(allowed)
-    sampled = _choose(logits, rows, slots, forced, allowed)
+        allowed = jnp.ones((width, spec.config.vocab_size), bool).at[0].set(allowed)
+    sampled = _choose(spec, logits, rows, slots, forced, allowed)
     rows = _advance(rows, slots, on, forced, sampled)
-    block = Block.empty(1, width, logits.shape[1]).put(jnp.int32(0), on, sampled, jnp.zeros((width,), jnp.int32))
-    return rows, block
+    block = Block.empty(1, width, spec.config.vocab_size)
+    return rows, block.put(jnp.int32(0), on, sampled, jnp.zeros((width,), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools", "rows"))
+@_program(("spec", "plan"), ("pools", "rows", "block", "fed"))
 def decode_block(
     spec: ModelSpec,
     plan: DecodePlan,
@@ -347,13 +389,14 @@ def decode_block(
         token = rows.token.at[slots].get(mode="fill", fill_value=0)
         position = rows.position.at[slots].get(mode="fill", fill_value=0)
         backend = Decode(
-            page_table, position, active, plan.head_map, plan.policy, plan.implementation, dense if plan.mixed else None
-        )
+            page_table, position, active, plan.head_map, plan.policy, plan.implementation,
+            dense if plan.mixed else None, layout=spec.layout,
+        )  # fmt: skip
         cos_i, sin_i = (jax.lax.dynamic_slice_in_dim(table, i, 1, axis=1) for table in (cos, sin))
         hidden, state = model(token[:, None], cos_i, sin_i, backend, backend.start(pools))
         logits = model.logits(hidden[:, 0])
         forced_i = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
-        sampled = _choose(logits, rows, slots, forced_i, allowed)
+        sampled = _choose(spec, logits, rows, slots, forced_i, allowed)
         target = jnp.where(active, slots, rows.token.shape[0])
         rows = _advance(rows, slots, active, forced_i, sampled)
         rows = rows._replace(position=rows.position.at[target].add(1, mode="drop"))
@@ -362,14 +405,20 @@ def decode_block(
     fed = rows.token.at[slots].get(mode="fill", fill_value=0)
     empty = Block.empty(plan.steps, batch, spec.config.vocab_size)
     _, pools, rows, block = jax.lax.while_loop(more, step, (jnp.int32(0), pools, rows, empty))
+    if spec.layout is not None:
+        block = block._replace(pages_read=sum_over_devices(block.pages_read))
     return pools, rows, block, fed
 
 
-copy_for_forks = jax.jit(copy_pages, donate_argnames=("pools",))
-"""`copy_pages` in place."""
+@functools.partial(jax.jit, static_argnames=("layout",), donate_argnames=("pools",))
+def copy_for_forks(layout: Layout | None, pools: Pools, sources: Int[Array, " n"], targets: Int[Array, " n"]) -> Pools:
+    """`copy_pages` in place, on every device its heads."""
+    if layout is None:
+        return copy_pages(pools, sources, targets)
+    return layout.run(copy_pages, (POOLS, EVERYWHERE, EVERYWHERE), POOLS, (pools, sources, targets))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "implementation"), donate_argnames=("pools",))
+@_program(("spec", "implementation"), "pools")
 def correct_cache(
     spec: ModelSpec,
     implementation: str | None,
@@ -409,7 +458,7 @@ class _Watched:
         return out, (inner, (*seen, inner.selection.pages))
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "plan"), donate_argnames=("pools",))
+@_program(("spec", "plan"), ("pools", "picks"))
 def watch_step(
     spec: ModelSpec,
     plan: DecodePlan,
@@ -422,8 +471,11 @@ def watch_step(
     cos: Float32[Array, "B 1 half"],
     sin: Float32[Array, "B 1 half"],
 ) -> tuple[Pools, Int32[Array, "L B K M"]]:
-    """The pages that every layer hands up while `tokens` are fed. The pools get the tokens' keys and values."""
+    """The pages that every layer hands up while `tokens` are fed. The pools get the tokens' keys and values.
+
+    With a layout K counts places.
+    """
     model = spec.merge(weights)
-    backend = Decode(page_table, positions, active, plan.head_map, plan.policy, plan.implementation)
+    backend = Decode(page_table, positions, active, plan.head_map, plan.policy, plan.implementation, layout=spec.layout)
     _, (state, seen) = model(tokens[:, None], cos, sin, _Watched(backend), (backend.start(pools), ()))
     return state.pools, jnp.stack(seen)

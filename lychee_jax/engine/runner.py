@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ from lychee_jax.engine.sampling import bias_row, sampling_row
 from lychee_jax.engine.scheduler import DecodeWork, PrefillWork
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import POOLS
+from lychee_jax.parallel.mesh import EVERYWHERE
 
 _COPIES = 8  # pages that one program copies
 
@@ -67,9 +70,16 @@ class Runner:
     ):
         self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
         model = spec.config
-        self.pools: Pools = make_pools(model, num_pages, options.page_size, self.dtype, options.kv_dtype)
-        self.rows: Rows = make_rows(self.slots, model.vocab_size, MAX_EOS_IDS)
-        self._empty_prompt: Any = jnp.zeros((model.vocab_size,), bool)
+        self.pools: Pools = self._made(self._make_pools, POOLS)
+        self.rows: Rows = self._made(lambda: make_rows(self.slots, model.vocab_size, MAX_EOS_IDS), EVERYWHERE)
+        self._empty_prompt: Any = self._made(lambda: jnp.zeros((model.vocab_size,), bool), EVERYWHERE)
+
+    def _made(self, make: Callable[[], Any], parts: Any) -> Any:
+        return make() if self.layout is None else self.layout.make(make, parts)
+
+    def _make_pools(self) -> Pools:
+        model = self.spec.config if self.layout is None else self.layout.whole(self.spec.config)
+        return make_pools(model, self.num_pages, self.options.page_size, self.dtype, self.options.kv_dtype)
 
     def _set_up(
         self,
@@ -82,7 +92,7 @@ class Runner:
         max_model_len: int,
     ) -> None:
         """Everything but arrays."""
-        self.spec, self.weights = spec, weights
+        self.spec, self.weights, self.layout = spec, weights, spec.layout
         self.options, self.config = options, config
         self.dtype = np.dtype(weights[0].dtype)
         self.slots = options.max_num_seqs
@@ -90,7 +100,7 @@ class Runner:
         self.num_pages = num_pages
         self.blocks_sent = 0
         self.programs: Any = Programs(
-            self.dtype, (spec, self.dtype, num_pages, options.page_size, options.kv_dtype, self.slots)
+            self.dtype, (spec, self.dtype, num_pages, options.page_size, options.kv_dtype, self.slots), self.layout
         )
 
     def rotary(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +114,7 @@ class Runner:
             pairs = copies[first : first + _COPIES]
             padded = np.full((2, _COPIES), -1, np.int32)
             padded[:, : len(pairs)] = np.asarray(pairs, np.int32).T
-            self.pools = self.programs(copy_for_forks, _COPIES, (), self.pools, padded[0], padded[1])
+            self.pools = self.programs(copy_for_forks, _COPIES, (self.layout,), self.pools, padded[0], padded[1])
 
     def prefill(self, work: PrefillWork) -> tuple[SentChunks, list[SentBlock]]:
         """Read chunks, and start the rows whose prompts end with them."""

@@ -15,6 +15,8 @@ from jaxtyping import Array, Bool, Float32, Int, Int32, UInt32
 
 from lychee_jax.engine import ranking
 from lychee_jax.engine.sampling_params import MAX_LOGIT_BIASES, SamplingParams
+from lychee_jax.engine.vocabulary import summarise, summarise_shares
+from lychee_jax.parallel.layouts import gather_vocabulary
 
 MAX_TOP_LOGPROBS = 20
 _NO_ID = np.iinfo(np.int32).max
@@ -88,57 +90,70 @@ def bias_row(params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample(
-    logits: Float32[Array, "B V"],
+    logits: Float32[Array, "B share"],
     arrays: SamplingArrays,
     adjustments: Callable[[], Adjustments],
     steps: Int[Array, " B"],
     forced: Int[Array, " B"],
     num_top: Int[Array, " B"],
     allowed: Bool[Array, "B V"] | None = None,
+    *,
+    divided: int | None = None,
 ) -> Sampled:
     """Choose one token a row.
 
     The randomness of a row depends on (seed, sample index, step) alone, never on the other rows or on the batch size.
     The noise belongs to token ids, so a filter changes the outcome only where it removes the token chosen without it.
-    What no row asks for is not computed, and what one row asks for changes no other row.
+    What no row asks for is not computed, and what one row asks for changes no other row. Where devices have shares of
+    the logits, these travel only if a row asks for more than the likeliest token, or is guided.
 
     Args:
-        logits: raw float32 logits.
+        logits: raw float32 logits, or the running device's share of them.
         arrays: what each row asked for.
         adjustments: gives what they depend on; called where they are computed, if any row asks for some.
         steps: index of the token to be chosen, from 0.
         forced: tokens that are taken whatever the logits say; −1: none.
         num_top: how many of the likeliest tokens each row wants to be told of.
         allowed: which tokens may be chosen, before anything else is looked at; None: all.
+        divided: the size of the vocabulary, where every device of a layout has a share of it.
     """
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # argmax returns the first of equals
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    width = min(MAX_TOP_LOGPROBS, logits.shape[-1])
+    if divided is not None and allowed is not None:
+        logits, divided = gather_vocabulary(logits, divided), None
+    seen = summarise(logits, forced) if divided is None else summarise_shares(logits, forced)
+    width = min(MAX_TOP_LOGPROBS, divided or logits.shape[-1])
     random, asks_top = arrays.temperature > 0.0, num_top > 0
     penalised = (arrays.presence_penalty != 0.0) | (arrays.frequency_penalty != 0.0)
     adjusted = (arrays.repetition_penalty != 1.0) | penalised | (arrays.num_biases > 0)
-    open_to = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
     no_top = jnp.zeros((logits.shape[0], width), jnp.float32), jnp.zeros((logits.shape[0], width), jnp.int32)
 
-    def greedy() -> tuple[jax.Array, jax.Array, jax.Array]:
-        return likeliest if allowed is None else jnp.argmax(open_to, axis=-1).astype(jnp.int32), *no_top
+    def choose_from(logits: Float32[Array, "B V"], token: Int32[Array, " B"]) -> tuple[jax.Array, jax.Array]:
+        token = jnp.where(forced >= 0, forced, token)
+        return token, jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
 
-    def chosen() -> tuple[jax.Array, jax.Array, jax.Array]:
-        scores = jax.lax.cond(jnp.any(adjusted), lambda: _adjust(open_to, arrays, adjustments()), lambda: open_to)
+    def greedy() -> tuple[jax.Array, ...]:
+        if allowed is None:
+            token = jnp.where(forced >= 0, forced, seen.likeliest)
+            return token, jnp.where(forced >= 0, seen.asked, seen.highest), *no_top
+        return *choose_from(logits, jnp.argmax(open_to(logits), axis=-1).astype(jnp.int32)), *no_top
+
+    def chosen() -> tuple[jax.Array, ...]:
+        whole = logits if divided is None else gather_vocabulary(logits, divided)
+        open_ = open_to(whole)
+        scores = jax.lax.cond(jnp.any(adjusted), lambda: _adjust(open_, arrays, adjustments()), lambda: open_)
         best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
         drawn = jax.lax.cond(jnp.any(random), lambda: _draw(scores, arrays, steps), lambda: best)
-        top = jax.lax.cond(jnp.any(asks_top), lambda: ranking.best(logits, width), lambda: no_top)
-        return jnp.where(random, drawn, best), *top
+        top = jax.lax.cond(jnp.any(asks_top), lambda: ranking.best(whole, width), lambda: no_top)
+        return *choose_from(whole, jnp.where(random, drawn, best)), *top
+
+    def open_to(logits: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+        return logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
 
     # One condition for all that is rare: on a GPU each one makes the host wait for the device.
     rare = jnp.any(adjusted | random | asks_top)
-    token, top, top_ids = jax.lax.cond(rare, chosen, greedy)
-    token = jnp.where(forced >= 0, forced, token)
-    logprob = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0] - normaliser[:, 0]
-    finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    if allowed is not None:
-        finite &= jnp.any(allowed, axis=-1)
-    return Sampled(token, logprob, token == likeliest, finite, top_ids, top - normaliser)
+    token, logit, top, top_ids = jax.lax.cond(rare, chosen, greedy)
+    finite = seen.finite if allowed is None else seen.finite & jnp.any(allowed, axis=-1)
+    normaliser = seen.normaliser
+    return Sampled(token, logit - normaliser, token == seen.likeliest, finite, top_ids, top - normaliser[:, None])
 
 
 def _adjust(logits: Float32[Array, "B V"], arrays: SamplingArrays, adjustments: Adjustments) -> Float32[Array, "B V"]:

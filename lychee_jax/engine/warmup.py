@@ -9,14 +9,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from lychee_jax.cache.pages import make_pools
 from lychee_jax.engine.compile_timer import Programs
 from lychee_jax.engine.options import EngineConfig, EngineOptions
-from lychee_jax.engine.programs import Block, decode_block, make_rows, prefill_chunk, score_chunk, start_row
+from lychee_jax.engine.programs import (
+    Block,
+    copy_for_forks,
+    decode_block,
+    make_rows,
+    prefill_chunk,
+    score_chunk,
+    start_row,
+)
 from lychee_jax.engine.request import MAX_EOS_IDS, Request
 from lychee_jax.engine.runner import Runner
 from lychee_jax.engine.scheduler import Scheduler
 from lychee_jax.models.spec import ModelSpec
+from lychee_jax.parallel.layouts import POOLS
 
 
 class _Noted:
@@ -37,7 +45,7 @@ class _Noted:
             slots, forced = args[3], args[7]
             block = jax.eval_shape(lambda: Block.empty(forced.shape[1], len(slots), self._model.vocab_size))
             return args[1], args[2], block, jax.ShapeDtypeStruct(slots.shape, slots.dtype)
-        return args[0] if not static else args[1]  # copies of pages, cache correction: the pools
+        return args[0] if function is copy_for_forks else args[1]  # the pools
 
 
 class Rehearsal(Runner):
@@ -54,8 +62,10 @@ class Rehearsal(Runner):
         max_model_len: int,
     ):
         self._set_up(spec, weights, options, config, num_pages=num_pages, max_model_len=max_model_len)
-        model, page_size = spec.config, options.page_size
-        self.pools = jax.eval_shape(lambda: make_pools(model, num_pages, page_size, self.dtype, options.kv_dtype))
+        model = spec.config
+        self.pools = jax.eval_shape(self._make_pools)
+        if self.layout is not None:
+            self.pools = self.layout.shapes(self.pools, POOLS)
         self.rows = jax.eval_shape(lambda: make_rows(self.slots, model.vocab_size, MAX_EOS_IDS))
         self._empty_prompt = jax.ShapeDtypeStruct((model.vocab_size,), bool)
         self._compilers: Programs = self.programs

@@ -14,18 +14,19 @@ from lychee_jax.config import ModelConfig
 from lychee_jax.models.layers import MLP, Embedding, Linear, RMSNorm
 from lychee_jax.models.rope import apply_rotary
 from lychee_jax.parallel import axes
+from lychee_jax.parallel.layouts import Layout, mask_padding
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, layout: Layout | None = None):
         self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs, layout=layout)
         self.post_attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(
             config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, rngs=rngs,
-            quantize=config.quantize,
+            quantize=config.quantize, layout=layout,
         )  # fmt: skip
 
     def __call__(
@@ -44,12 +45,26 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A Llama, Qwen2 or Qwen3 decoder. The layers are a plain list, unrolled: scanning stacked weights is slower."""
+    """A Llama, Qwen2 or Qwen3 decoder. The layers are a plain list, unrolled: scanning stacked weights is slower.
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+    With a layout this is what one device runs: the modules have the sizes of its share, and logits are those of its
+    share of the vocabulary. `config` is the whole model's all the same.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        layout: Layout | None = None,
+    ):
+        self.config, self.layout = config, layout
+        config = config if layout is None else layout.share(config)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs, layout=layout)
+        self.layers = nnx.List(
+            [DecoderLayer(config, dtype=dtype, rngs=rngs, layout=layout) for _ in range(config.num_layers)]
+        )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=dtype)
         width, vocab, by_vocab = config.hidden_size, config.vocab_size, (axes.VOCAB, axes.EMBED)
         # A tied table is read out as it is, unless the head is to have 8 bits: then it is a copy.
@@ -95,10 +110,9 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*lead E"]) -> Float32[Array, "*lead V"]:
-        """Float32 logits of hidden states."""
-        if self.lm_head is None:
-            return self.embed.attend(hidden)
-        return self.lm_head(hidden, jnp.float32)
+        """Float32 logits of hidden states; with a layout, of the running device's share of the vocabulary."""
+        logits = self.embed.attend(hidden) if self.lm_head is None else self.lm_head(hidden, jnp.float32)
+        return logits if self.layout is None else mask_padding(logits, self.config.vocab_size, self.layout.size)
 
 
 class Attention(nnx.Module):
@@ -107,12 +121,12 @@ class Attention(nnx.Module):
     Rows of `qkv_proj`: the query heads, the key heads, the value heads, `head_dim` rows each.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, layout: Layout | None = None):
         embed, head_dim = config.hidden_size, config.head_dim
         queries, keys = config.num_heads * head_dim, config.num_kv_heads * head_dim
         self.head_dim, self.splits = head_dim, (queries, queries + keys)
-        linear = functools.partial(Linear, dtype=dtype, rngs=rngs, quantize=config.quantize)
-        self.qkv_proj = linear(embed, queries + 2 * keys, axes=(axes.HEADS, axes.EMBED), bias=config.qkv_bias)
+        linear = functools.partial(Linear, dtype=dtype, rngs=rngs, quantize=config.quantize, layout=layout)
+        self.qkv_proj = linear(embed, queries + 2 * keys, axes=(axes.QKV, axes.EMBED), bias=config.qkv_bias)
         self.o_proj = linear(queries, embed, axes=(axes.EMBED, axes.HEADS), bias=config.o_bias)
         self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps, dtype=dtype) if config.qk_norm else None

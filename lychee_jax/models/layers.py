@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float32, Int, Shaped
 from lychee_jax.config import Quantization
 from lychee_jax.models.quantization import STORED
 from lychee_jax.parallel import axes
+from lychee_jax.parallel.layouts import Layout, first_token_here, sum_over_devices
 
 # What a fresh model is drawn from; checkpoints overwrite it.
 _INIT_STD = 0.02
@@ -31,6 +32,7 @@ class Linear(nnx.Module):
         kernel: `[out, in]`.
         scale: a float32 number per output channel `[out]`, for kernels that are stored scaled; None: all are 1.
         bias: `[out]`, or None.
+        summed: whether every device of a layout has some of the inputs, so that results are added up.
 
     A fresh kernel of 8 bits (`quantize`) is all zeros: such weights are made from others (`models.quantization`).
     """
@@ -45,8 +47,10 @@ class Linear(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         quantize: Quantization | None = None,
+        layout: Layout | None = None,
     ):
         self.axes = axes
+        self.summed = layout is not None and layout.divides(axes[1])
         self.scale: nnx.Param | None = nnx.data(None)
         if quantize is None:
             self.kernel = nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (outputs, inputs), dtype))
@@ -66,6 +70,8 @@ class Linear(nnx.Module):
             # Not rounded before it is scaled: float16 could not hold what 8-bit numbers add up to.
             out = jax.lax.platform_dependent(x, self.kernel[...], cpu=_contract_tiles, default=_contract_float32)
             out = (out * _channels(self.scale[...], out.ndim)).astype(result)
+        if self.summed:
+            out = sum_over_devices(out)
         return out if self.bias is None else out + _channels(self.bias[...].astype(result), out.ndim)
 
 
@@ -146,9 +152,10 @@ class MLP(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
         quantize: Quantization | None = None,
+        layout: Layout | None = None,
     ):
-        linear = functools.partial(Linear, bias=bias, dtype=dtype, rngs=rngs, quantize=quantize)
-        self.gate_up_proj = linear(embed, 2 * inner, axes=(axes.MLP, axes.EMBED))
+        linear = functools.partial(Linear, bias=bias, dtype=dtype, rngs=rngs, quantize=quantize, layout=layout)
+        self.gate_up_proj = linear(embed, 2 * inner, axes=(axes.GATE_UP, axes.EMBED))
         self.down_proj = linear(inner, embed, axes=(axes.EMBED, axes.MLP))
 
     def __call__(self, x: Float[Array, "*lead E"]) -> Float[Array, "*lead E"]:
@@ -160,13 +167,20 @@ class MLP(nnx.Module):
 class Embedding(nnx.Module):
     """Token vectors; with tied embeddings the same table also reads logits out."""
 
-    def __init__(self, vocab: int, embed: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, vocab: int, embed: int, *, dtype: DTypeLike, rngs: nnx.Rngs, layout: Layout | None = None):
         self.axes = (axes.VOCAB, axes.EMBED)
+        self.divided = layout is not None
         self.embedding = nnx.Param(_INIT_STD * jax.random.normal(rngs.params(), (vocab, embed), dtype))
 
     def __call__(self, tokens: Int[Array, "*lead"]) -> Float[Array, "*lead E"]:
         """Look tokens up."""
-        return self.embedding[...][tokens]
+        table = self.embedding[...]
+        if not self.divided:
+            return table[tokens]
+        here = tokens - first_token_here(len(table))
+        own = (here >= 0) & (here < len(table))
+        found = table[jnp.where(own, here, 0)]
+        return sum_over_devices(jnp.where(own[..., None], found, jnp.zeros((), found.dtype)))
 
     def attend(self, x: Float[Array, "*lead E"]) -> Float32[Array, "*lead V"]:
         """Float32 logits of every token of the vocabulary."""

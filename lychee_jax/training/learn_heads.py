@@ -206,6 +206,10 @@ class Learner:
         self.source = source
         for draw in range(_TRIALS):  # what does not even fit into the shortest prompts is to be refused at once
             self.source(np.random.default_rng(draw), plan.min_length, plan.room)
+        if loaded.spec.layout is not None:
+            raise UserError(
+                "heads are learned with whole weights on every device; load the model without tensor_parallel"
+            )
         self._graph, weights = nnx.split(loaded.model)
         everywhere = jax.sharding.NamedSharding(self.mesh, EVERYWHERE)
         self._place = functools.partial(jax.device_put, device=everywhere)

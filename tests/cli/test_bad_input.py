@@ -353,3 +353,19 @@ def test_ctrl_c_during_conversion(good, tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+# Several devices ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "culprits"), [("0", ["tensor_parallel is 0", "at least 1"]), ("4096", ["4096", "this machine has"])]
+)
+def test_numbers_of_devices_that_cannot_be(refused, good, count, culprits):
+    for command in (["generate", "--prompt", "a"], ["eval", "passkey", "--lengths", "256"]):
+        refused(*command, "--model", good, "--tensor-parallel", count, culprits=culprits)
+    refused("bench", "prefill", "--shape", "bundled", "--context", "64", "--tensor-parallel", count, culprits=culprits)
+
+
+def test_a_model_is_measured_on_one_device(refused):
+    refused("bench", "decode", "--tensor-parallel", "2", culprits=["--tensor-parallel", "--shape"])

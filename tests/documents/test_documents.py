@@ -37,7 +37,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", BUNDLED / "README.md"
 # Options that decide how long a command takes, and what they become here.
 SMALL = {
     "--samples": "1", "--max-new-tokens": "3", "--context": "200", "--batch": "2", "--decode-last": "4",
-    "--lengths": "1700", "--facts": "3", "--retrieval-heads": "3",
+    "--lengths": "1700", "--facts": "3", "--retrieval-heads": "3", "--tensor-parallel": "1",
 }  # fmt: skip
 HEADS = {"format": "lychee-heads/1", "model": "tiny", "num_layers": 2, "num_kv_heads": 2, "retrieval": [[0, 1], [1]]}
 MODELS = ("qwen3-8b", "my-8b")

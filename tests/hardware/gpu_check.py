@@ -1,5 +1,7 @@
 """The GPU kernels on a real GPU against the float64 oracle: `PYTHONPATH=. python tests/hardware/gpu_check.py`.
 
+With `--devices N` instead: one model on one GPU and on N of this host, see `devices_check`.
+
 Fresh random data, ragged lengths at the borders of pages and tiles, NaN in every slot that must not be read, memory
 that was poisoned before the call, and every call twice: it must give the same bits. The interpreter's tests cannot see
 what the compiler or the hardware makes of a kernel. `--only kv8` checks what reads 8-bit caches, `--only GROUP` another
@@ -25,6 +27,7 @@ from lychee_jax.cache.pages import append_token
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.mosaic_gpu.common import multiprocessors
 from pallas_kernels.mosaic_gpu.config import DecodeConfig
+from tests.hardware import devices_check
 from tests.support import oracle, quantized
 
 KV_HEADS, BUDGET = 3, 12
@@ -425,16 +428,20 @@ def checks() -> Iterator[tuple[str, Check]]:
 
 
 def main() -> int:
-    """Check every case with a seed from the clock; 2 without a Hopper GPU."""
+    """Check every case with a seed from the clock; 2 without a Hopper GPU, or with too few."""
     every = list(checks())
-    parser = argparse.ArgumentParser(description="The GPU kernels on a real GPU against the float64 oracle.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted({group for group, _ in every}), help="one group of checks")
-    only = parser.parse_args().only
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="GPUs of this host")
+    arguments = parser.parse_args()
+    only, devices = arguments.only, arguments.devices
     try:
         multiprocessors()
     except NotImplementedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if devices > 1:
+        return devices_check.check(devices)
     seed = int(time.time())
     print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, seed {seed}")
     bad = 0

@@ -62,7 +62,7 @@ def test_a_model_takes_its_own_map_or_else_the_one_for_its_config(tmp_path: Path
     assert load(folder, maps=maps).heads is None
     shipped = save(maps, "tiny", read_config(folder), (1,))
     seen = []
-    model = load(folder, maps=maps, before_weights=lambda folder, config, heads, eos_ids: seen.append(heads))
+    model = load(folder, maps=maps, before_weights=lambda folder, config, heads, *_: seen.append(heads))
     assert [model.heads, model.choose_heads(), *seen] == [shipped] * 3
     assert model.choose_heads("all").is_dense
     own = HeadMap.none(model.config)
