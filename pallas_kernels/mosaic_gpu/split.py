@@ -25,8 +25,9 @@ TILE_TOKENS = 64
 class SplitPlan:
     """What is static about a call: `dense_heads` that read all pages and `sparse_heads` that read `selected` ones.
 
-    A tile is what one step of a block reads: some whole pages, `least_tokens` or more. `kv_heads` counts all heads of the pool. `padded`: only
-    the device knows how many of the heads that the call names there are; they come first, and these numbers bound them.
+    A tile is what one step of a block reads: some whole pages, `least_tokens` or more. `kv_heads` counts all heads of
+    the pool. `padded`: only the device knows how many of the heads that the call names there are; they come first, and
+    these numbers bound them.
     """
 
     batch: int
