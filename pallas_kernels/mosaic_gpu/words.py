@@ -80,7 +80,8 @@ class ComputeWords(Compute):
 
     def __init__(self, *shared: Any, kind: KVDtype):
         super().__init__(*shared)
-        self.kind, self.numbers = kind, self.refs.numbers.at[self.number]
+        self.kind: KVDtype = kind
+        self.numbers = self.refs.numbers.at[self.number]
         self.convert = inlined_numbers if self.plan.config.inlined and interpreter() is None else numbers
         self.scale *= _QUERY_UNIT
         self.unit = _WEIGHT_UNIT[kind]
