@@ -65,8 +65,12 @@ class Shape:
         """The shapes of a pool."""
         kind, width = (jnp.dtype(self.dtype), 2 * self.head_dim) if self.kv is None else (jnp.uint16, self.head_dim)
         lead = num_pages, self.kv_heads
-        scales = jax.ShapeDtypeStruct((*lead, 2 * self.page_size), jnp.float32) if self.kv == "int8" else None
-        return KVPages(jax.ShapeDtypeStruct((*lead, self.page_size, width), kind), scales)
+
+        def pool() -> KVPages:
+            scales = jnp.zeros((*lead, 2 * self.page_size), jnp.float32) if self.kv == "int8" else None
+            return KVPages(jnp.zeros((*lead, self.page_size, width), kind), scales)
+
+        return jax.eval_shape(pool)
 
     @property
     def page_bytes(self) -> int:

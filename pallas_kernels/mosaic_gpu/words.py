@@ -51,7 +51,7 @@ def inlined_numbers(words: jax.Array, kind: KVDtype, half: int) -> jax.Array:
     """What `numbers` gives, in the fewest instructions; the interpreter does not run them."""
 
     @plgpu.inline_mgpu(
-        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(words.shape, NUMBERS, layout=WGMMA)
+        arg_types=(WGMMA,), return_type=plgpu.ShapeDtypeStruct(words.shape, jnp.dtype(NUMBERS), layout=WGMMA)
     )  # fmt: skip
     def convert(_: Any, words: Any) -> Any:
         bits, pair = ir.IntegerType.get_signless(32), ir.VectorType.get((2,), ir.F16Type.get())
@@ -62,7 +62,8 @@ def inlined_numbers(words: jax.Array, kind: KVDtype, half: int) -> jax.Array:
             registers[place] = mgpu.utils.bitcast(made, pair)
         return mgpu.FragmentedArray(_registers=registers, _layout=words.layout, _is_signed=None)
 
-    return convert(words)
+    inlined: Any = convert  # called without the context
+    return inlined(words)
 
 
 def numbers(words: jax.Array, kind: KVDtype, half: int) -> jax.Array:
@@ -80,7 +81,8 @@ class ComputeWords(Compute):
 
     def __init__(self, *shared: Any, kind: KVDtype):
         super().__init__(*shared)
-        self.kind, self.numbers = kind, self.refs.numbers.at[self.number]
+        self.kind: KVDtype = kind
+        self.numbers = self.refs.numbers.at[self.number]
         self.convert = inlined_numbers if self.plan.config.inlined and interpreter() is None else numbers
         self.scale *= _QUERY_UNIT
         self.unit = _WEIGHT_UNIT[kind]

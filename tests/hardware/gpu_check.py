@@ -295,9 +295,11 @@ def check_long(kv: str | None, batch: int, seed: int) -> tuple[float, float, int
     """A layer of Llama-3-8B after 32 K tokens a row against XLA's ops: errors of outputs and scores, other pages."""
     page, context, kv_heads, width = 64, 32768, 8, 128
     used = context // page
-    shapes = ops.KVPages(
-        jax.ShapeDtypeStruct((batch * used, kv_heads, page, width), jnp.uint16),
-        jax.ShapeDtypeStruct((batch * used, kv_heads, 2 * page), jnp.float32) if kv == "int8" else None,
+    shapes = jax.eval_shape(
+        lambda: ops.KVPages(
+            jnp.zeros((batch * used, kv_heads, page, width), jnp.uint16),
+            jnp.zeros((batch * used, kv_heads, 2 * page), jnp.float32) if kv == "int8" else None,
+        )
     )
     (pool,) = random_pools((shapes,), jax.random.key(seed))
     rng = np.random.default_rng(seed)
