@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -381,6 +382,13 @@ def test_a_plan_that_does_not_fit_writes_nothing(loaded, tmp_path, change, messa
     with pytest.raises(UserError, match=message):
         learn(loaded, plan(**change), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "message"), [(b"a\\b", "backslash"), (b"a\xffb", "not UTF-8")], ids=str)
+def test_a_folder_that_the_array_library_misreads_is_not_made(loaded, tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        learn(loaded, LONG, tmp_path / os.fsdecode(name))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
