@@ -137,6 +137,8 @@ def check(
         raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {launch.head_dim}")
     if launch.page_size not in (16, 32, 64, 128):
         raise NotImplementedError(f"mosaic_tpu covers page sizes 16, 32, 64 and 128, not {launch.page_size}")
+    if launch.quantized and launch.head_dim < LANES:  # XLA would lay the pool out anew for every launch
+        raise NotImplementedError(f"mosaic_tpu covers {launch.quantized} caches of head_dim 128, not {launch.head_dim}")
     if launch.scaled and launch.page_size < 64:
         raise NotImplementedError(f"mosaic_tpu covers int8 caches with pages of 64 and 128, not {launch.page_size}")
     if not fits_smem(*smem_words(page_table, num_tokens, selected), buffers=2):
