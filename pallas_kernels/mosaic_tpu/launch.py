@@ -53,8 +53,8 @@ class Launch:
 
     @property
     def width(self) -> int:
-        """Lanes of a query. Where keys and values share a tile of 128, both are multiplied whole."""
-        return self.head_dim if self.quantized else max(LANES, self.head_dim)
+        """Lanes of a query. With head_dim 64 keys and values share a tile, and both are multiplied whole."""
+        return max(LANES, self.head_dim)
 
     @property
     def scaled(self) -> bool:
