@@ -19,9 +19,10 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from lychee_jax.benchmarks import tpu_compiler
+from lychee_jax.benchmarks import tpu_compiler, tpu_step
 from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip
+from lychee_jax.benchmarks.tpu_step import TpuStepRow
 from lychee_jax.errors import UserError
 from lychee_jax.files import json_text, parse_json
 from pallas_kernels.types import KVDtype
@@ -32,7 +33,9 @@ ASSUMPTIONS = (
     + "; memory bandwidths of "
     + ", ".join(f"{chip.bandwidth / 1e9:g} GB/s ({chip.name})" for chip in CHIPS.values())
     + ", never short of it; no stalls: no latency of the first copy, no waits of the launch, none of XLA's own small "
-    "operations around a kernel. All of v5p is per core: one of two that share the work."
+    "operations around a kernel. All of v5p is per core: one of two that share the work. A whole step: the layers' "
+    "products with weights and their attention kernels, an eighth of the heads dense; a product takes what the "
+    "compiler expects of it, or the time of its bytes where that is longer."
 )
 MODELS_SHOWN = ("llama-3-8b", "qwen2.5-7b", "qwen2.5-3b", "bundled")
 _CONTEXT = 131072
@@ -83,6 +86,7 @@ class ScheduleReport:
 
     assumptions: str
     rows: list[ScheduleRow]
+    steps: list[TpuStepRow]
 
     def __str__(self) -> str:
         table = Table(
@@ -99,6 +103,8 @@ class ScheduleReport:
         console = Console(width=140)
         with console.capture() as capture:
             console.print(table)
+            if self.steps:
+                console.print(tpu_step.table(self.steps))
             console.print(self.assumptions)
         return capture.get()
 
@@ -206,6 +212,7 @@ def run(
         raise UserError("the TPU compiler is not installed; pip install libtpu brings it")
     cases = list(_cases(chips, models))
     rows: list[ScheduleRow] = []
+    steps: list[TpuStepRow] = []
     with tempfile.TemporaryDirectory(prefix="lychee-tpu-") as folder:
         environment = os.environ | {
             "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true",
@@ -230,11 +237,13 @@ def run(
                     rows.append(ScheduleRow(**parse_json(line, "a row")))
                     if on_row:
                         on_row(len(rows), len(cases))
+                elif line.startswith('{"step"'):
+                    steps.append(TpuStepRow(**parse_json(line, "a step")["step"]))
             problem = process.stderr.read().strip().splitlines()
         if process.returncode:
             reason = problem[-1] if problem else f"exit status {process.returncode}"
             raise UserError(f"the TPU compiler's schedule could not be read: {reason}")
-    return ScheduleReport(ASSUMPTIONS, rows)
+    return ScheduleReport(ASSUMPTIONS, rows, steps)
 
 
 def _cases(chips: list[str], models: tuple[str, ...]) -> Iterator[tuple[Chip, str, str, str, KVDtype | None]]:
@@ -251,11 +260,16 @@ def _cases(chips: list[str], models: tuple[str, ...]) -> Iterator[tuple[Chip, st
 
 def _work(folder: Path, chips: list[str], models: tuple[str, ...]) -> None:
     """The process in which the compiler prints: compile, read, forget, case after case."""
+    rows: list[ScheduleRow] = []
     for chip, model, dtype, op, kv_dtype in _cases(chips, models):
         for old in folder.iterdir():
             old.unlink()
         row = _measure(chip, model, dtype, op, kv_dtype, lambda op=op: _printed(folder, op))
+        rows.append(row)
         print(json_text(dataclasses.asdict(row)), flush=True)
+    for name in chips if MODELS_SHOWN[0] in models else ():
+        for step in tpu_step.predict(CHIPS[name], MODELS_SHOWN[0], rows):
+            print(json_text({"step": dataclasses.asdict(step)}), flush=True)
 
 
 def _printed(folder: Path, op: str) -> Schedule:

@@ -53,8 +53,8 @@ class Launch:
 
     @property
     def width(self) -> int:
-        """Lanes of a query. Where keys and values share a tile of 128, both are multiplied whole."""
-        return self.head_dim if self.quantized else max(LANES, self.head_dim)
+        """Lanes of a query. With head_dim 64 keys and values share a tile, and both are multiplied whole."""
+        return max(LANES, self.head_dim)
 
     @property
     def scaled(self) -> bool:
@@ -137,6 +137,8 @@ def check(
         raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {launch.head_dim}")
     if launch.page_size not in (16, 32, 64, 128):
         raise NotImplementedError(f"mosaic_tpu covers page sizes 16, 32, 64 and 128, not {launch.page_size}")
+    if launch.quantized and launch.head_dim < LANES:  # XLA would lay the pool out anew for every launch
+        raise NotImplementedError(f"mosaic_tpu covers {launch.quantized} caches of head_dim 128, not {launch.head_dim}")
     if launch.scaled and launch.page_size < 64:
         raise NotImplementedError(f"mosaic_tpu covers int8 caches with pages of 64 and 128, not {launch.page_size}")
     if not fits_smem(*smem_words(page_table, num_tokens, selected), buffers=2):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lychee_jax.benchmarks import tpu_compiler, tpu_schedule
+from lychee_jax.benchmarks import tpu_compiler, tpu_schedule, tpu_step
 from lychee_jax.benchmarks.tpu_schedule import Schedule, ScheduleRow
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "tpu_schedule.json"
@@ -85,7 +85,8 @@ def check_targets(rows: list[ScheduleRow]) -> None:
 
 
 def of_target(row: ScheduleRow) -> bool:
-    return (row.model, row.dtype, row.page_size, row.context) == ("llama-3-8b", "bfloat16", 64, 131072)
+    found = (row.model, row.dtype, row.kv, row.page_size, row.context)
+    return found == ("llama-3-8b", "bfloat16", "bfloat16", 64, 131072)
 
 
 def test_the_published_schedules_meet_the_targets() -> None:
@@ -107,4 +108,5 @@ def test_todays_compiler_still_meets_them() -> None:
     shown = [row for row in report.rows if of_target(row)]
     assert len(shown) == 3
     check_targets(shown)
+    assert {(step.weights, step.kv) for step in report.steps} == set(tpu_step.STORED)
     assert "no TPU was used" in str(report)

@@ -21,6 +21,7 @@ import lychee_jax
 import pallas_kernels
 from lychee_jax.benchmarks import shapes, tpu_schedule
 from lychee_jax.benchmarks.tpu_schedule import ASSUMPTIONS, ScheduleReport, ScheduleRow
+from lychee_jax.benchmarks.tpu_step import TpuStepRow
 from lychee_jax.cli import main as cli
 from lychee_jax.cli.serve import serve
 from lychee_jax.config import ModelConfig
@@ -182,8 +183,9 @@ def test_a_command_that_is_shown_runs(line: str, workplace: Path, monkeypatch, c
     for name in ("llama-3-8b", "qwen3-8b", "qwen2.5-7b"):
         monkeypatch.setitem(shapes.MODELS, name, ModelConfig("llama", 64, 32, 48, 2, 4, 2, 16, 4096))
     # What it compiles, minutes for all models, is `test_tpu_schedule`'s matter.
-    rows = json.loads((ROOT / "docs" / "results" / "tpu_schedule.json").read_text())["rows"]
-    published = ScheduleReport(ASSUMPTIONS, [ScheduleRow(**row) for row in rows])
+    raw = json.loads((ROOT / "docs" / "results" / "tpu_schedule.json").read_text())
+    steps = [TpuStepRow(**row) for row in raw["steps"]]
+    published = ScheduleReport(ASSUMPTIONS, [ScheduleRow(**row) for row in raw["rows"]], steps)
     monkeypatch.setattr(tpu_schedule, "run", lambda chips, on_row: published)
     (workplace / "docs" / "results").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(workplace / "converted", ignore_errors=True)

@@ -61,7 +61,7 @@ V6E, V5P, V5E = "v6e", "v5p", "v5e"
         (V5E, 3, 8, 4, 128, 64, 65536, "bfloat16", "int8"),
         (V6E, 1, 4, 7, 128, 128, 131072, "float32", "int8"),
         (V6E, 1, 8, 4, 128, 64, 131072, "bfloat16", "fp8"),
-        (V5E, 2, 4, 2, 64, 16, 16384, "float32", "fp8"),
+        (V5E, 2, 4, 2, 128, 16, 16384, "float32", "fp8"),
     ],
 )  # fmt: skip
 def test_every_op_compiles(
@@ -172,7 +172,7 @@ SMALL_8B = dataclasses.replace(MODELS["llama-3-8b"], quantize="int8", max_positi
     ("chip", "config", "context", "hybrid", "kv_dtype"),
     [
         (V5E, MODELS["bundled"], 65536, True, None),
-        (V5E, SMALL_8B, 65536, True, "int8"),
+        (V5E, SMALL_8B, 65536, True, "fp8"),
         (V6E, SMALL_8B, 1 << 18, False, "fp8"),
     ],
     ids=["bundled", "llama-3-8b at 64 K", "llama-3-8b at 256 K"],

@@ -102,8 +102,8 @@ def check_lse(
         (Shape(128, 64, 1), [2], "lse"),
         (Shape(64, 64, 2, BF16), [0], None),
         (Shape(64, 128, 4, BF16, "int8"), [2, -1, 0], "max"),
-        (Shape(128, 64, 2, F32, "int8"), [1], None),
-        (Shape(32, 64, 1, F32, "fp8"), [0, 2], "lse"),
+        (Shape(128, 128, 2, F32, "int8"), [1], None),
+        (Shape(32, 128, 1, F32, "fp8"), [0, 2], "lse"),
     ],
     ids=str,
 )
@@ -143,7 +143,7 @@ def test_two_cores_share_the_work(heads: list[int]) -> None:
 @pytest.mark.parametrize("kv", [None, "int8", "fp8"])
 def test_a_row_of_another_cache_does_not_leak_in(kv: KVDtype | None) -> None:
     """What is not finite in one row stays in its own output, and is seen there, though rows share buffers."""
-    shape = Shape(64, 64, 2, kv=kv)
+    shape = Shape(64, 128, 2, kv=kv)
     cache = make_cache(shape, lengths=[64 * 5, 5])
     cache.kv_pages[cache.page_table[0, 3], 1, 7] = np.nan if kv else np.inf
     out, _ = run(ops.dense_decode, *cache.arrays, jnp.array([1], jnp.int32), scale=shape.scale, config=SMALL)
@@ -163,7 +163,7 @@ def test_a_row_of_another_cache_does_not_leak_in(kv: KVDtype | None) -> None:
         (Shape(128, 128, 7, BF16), [0, 1, 2], 40, 2),
         (Shape(64, 64, 1), [2, 0], 70, 1),
         (Shape(64, 128, 4, BF16, "int8"), [1, -1, 2], 4, 1),
-        (Shape(64, 64, 2, F32, "fp8"), [0, 2], 40, 1),
+        (Shape(64, 128, 2, F32, "fp8"), [0, 2], 40, 1),
     ],
     ids=str,
 )
@@ -252,7 +252,7 @@ def test_select_pages_by_every_rule(name: str, amount: float) -> None:
         (Shape(64, 128, 8, BF16), [2, 0], oracle.Rule(4, 1, 1), 2, [0, 3, 4, 5]),
         (Shape(32, 64, 2), [], oracle.Rule(4, 1, 1), 1, [1, 2, 6]),
         (Shape(16, 128, 7), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), 1, None),
-        (Shape(64, 64, 4, F32, "int8"), [2, 0], oracle.Rule(4, 1, 1), 1, [0, 3, 4, 5]),
+        (Shape(64, 128, 4, F32, "int8"), [1], oracle.Rule(4, 1, 1), 1, [0, 3, 4, 5]),
         (Shape(64, 128, 4, BF16, "fp8"), [1], oracle.Rule(4, 1, 1), 1, None),
     ],
     ids=str,
@@ -314,7 +314,13 @@ def test_dense_rows_read_everything_and_change_no_other_row(cores: int) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [(Shape(3, 64, 4), "page sizes"), (Shape(16, 32, 4), "head_dim"), (Shape(16, 64, 4, "float16"), "float16")],
+    [
+        (Shape(3, 64, 4), "page sizes"),
+        (Shape(16, 32, 4), "head_dim"),
+        (Shape(16, 64, 4, "float16"), "float16"),
+        (Shape(64, 64, 4, kv="fp8"), "fp8 caches of head_dim 128"),
+        (Shape(16, 128, 4, kv="int8"), "int8 caches with pages"),
+    ],
     ids=str,
 )
 def test_what_the_kernels_do_not_cover_is_refused(shape: Shape, message: str) -> None:

@@ -274,6 +274,7 @@ def tpu() -> str:
     """What the TPU compiler's schedule predicts."""
     report = _read("tpu_schedule.json")
     usual = {"model": "llama-3-8b", "dtype": "bfloat16", "page_size": 64, "context": 131072, "heads": 8}
+    usual["kv"] = "bfloat16"
     rows = [row for row in report["rows"] if row.items() >= usual.items()]
     chips = list(dict.fromkeys(row["chip"] for row in rows))
     cells = []
