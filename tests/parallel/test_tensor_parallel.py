@@ -44,9 +44,10 @@ def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) ->
         np.testing.assert_allclose(theirs, mine, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("eight", "2"), ("eight", "4"), ("eight", "8"), ("dense", "4")])
-def test_every_number_of_devices_says_what_one_does(found: dict[str, Any], mode: str, devices: str) -> None:
-    one, several = found[mode]["1"], found[mode][devices]
+@pytest.mark.parametrize("devices", ["4", "8"])
+def test_every_number_of_devices_says_what_one_does(found: dict[str, Any], devices: str) -> None:
+    """Hybrid, ragged, NaN wherever nothing was written."""
+    one, several = found["eight"]["1"], found["eight"][devices]
     same(one, several)
     assert several["pages_read"] == one["pages_read"]
     assert len({tuple(row) for row in one["tokens"]}) > 1, "or this compares nothing"

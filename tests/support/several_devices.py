@@ -48,8 +48,7 @@ THREE = dataclasses.replace(
 def compare() -> None:
     """Compare."""
     results: dict[str, Any] = {"devices": jax.device_count()}
-    results["eight"] = {str(count): _answers(EIGHT, divide(EIGHT, count), "hybrid") for count in (1, 2, 4, 8)}
-    results["dense"] = {str(count): _answers(EIGHT, divide(EIGHT, count), "dense") for count in (1, 4)}
+    results["eight"] = {str(count): _answers(EIGHT, divide(EIGHT, count), "hybrid") for count in (1, 4, 8)}
     # Dense and hybrid rows side by side.
     results["three"] = {str(count): _answers(THREE, divide(THREE, count), "auto") for count in (1, 2)}
     one, four = divide(EIGHT, 1), divide(EIGHT, 4)
