@@ -25,7 +25,7 @@ from checkpoints_convert.verify import verify as compare
 from checkpoints_convert.weights import Weights, check_dtype
 from lychee_jax.config import ModelConfig, Quantization
 from lychee_jax.errors import UserError
-from lychee_jax.files import check_tensor_path, json_text
+from lychee_jax.files import check_tensor_path, json_text, write_text
 from lychee_jax.models.quantization import check_quantization
 from lychee_jax.quantization_config import converted_quantization, without_quantization
 from lychee_jax.text.tokenizer import check_tokenizer
@@ -132,8 +132,8 @@ def _copy_files(weights: Weights, model: ModelConfig, folder: Path) -> None:
     config |= {"dtype": model.dtype, "tie_word_embeddings": model.tie_word_embeddings}
     if model.quantize is not None:
         config["quantization_config"] = converted_quantization(model.quantize, model.quantize_head)
-    (folder / "config.json").write_text(json_text(config, indent=2) + "\n", encoding="utf-8")
-    (folder / MARKER).write_text(json_text({"format": FORMAT}) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json_text(config, indent=2) + "\n")
+    write_text(folder / MARKER, json_text({"format": FORMAT}) + "\n")
     weights.source.write_text_files(folder)
 
 

@@ -12,7 +12,7 @@ from checkpoints_convert.source import SINGLE
 from checkpoints_convert.weights import NUMPY_DTYPES
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text
+from lychee_jax.files import json_text, write_text
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM"}
 
@@ -59,5 +59,5 @@ def export_hugging_face(folder: Path, config: ModelConfig, params: Mapping[str, 
         "dtype": config.dtype,
         **ids,
     }
-    (folder / "config.json").write_text(json_text(raw, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json_text(ids, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json_text(raw, indent=2) + "\n")
+    write_text(folder / "generation_config.json", json_text(ids, indent=2) + "\n")

@@ -10,7 +10,7 @@ from checkpoints_convert.gguf_file import Metadata
 from checkpoints_convert.source import first_line
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text
+from lychee_jax.files import json_text, write_text
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 """Of `tokenizer.ggml.token_type`; 6 is a byte."""
@@ -232,4 +232,4 @@ def _token(metadata: Metadata, tokens: Sequence[str], index: int) -> str:
 
 
 def _write(path: Path, value: object) -> None:
-    path.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json_text(value, indent=2) + "\n")

@@ -50,7 +50,7 @@ def check_int32(options: Any, *names: str) -> None:
 
 
 def settle_numbers(options: Any) -> None:
-    """Make the numbers of a frozen dataclass what its defaults are, `int` or `float`; None is the default.
+    """Make numbers of a frozen dataclass what its defaults are, `int`, `float` or `bool`; None is the default.
 
     Call it first in `__post_init__`: what follows may compare without a TypeError.
 
@@ -59,10 +59,14 @@ def settle_numbers(options: Any) -> None:
     """
     for field in dataclasses.fields(options):
         default, value = field.default, getattr(options, field.name)
-        if isinstance(default, bool) or not isinstance(default, int | float):
+        if not isinstance(default, int | float):
             continue
         if value is None:
             settled: int | float = default
+        elif isinstance(default, bool):
+            if not isinstance(value, bool | np.bool_):
+                raise UserError(f"{field.name} is {value!r}; it must be True or False")
+            settled = bool(value)
         elif isinstance(default, int):
             settled = whole_number(value, field.name)
         else:

@@ -58,6 +58,15 @@ def read_text(path: str | Path) -> str:
     return decode_text(read_bytes(path), path)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text as UTF-8; bytes of a file's name that are no UTF-8 are written as escapes.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def digest_of(text: str) -> str:
     """What tells a text apart from others: the first 64 bits of its SHA-256, in hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -13,7 +13,15 @@ from types import MappingProxyType
 from typing import Any
 
 from lychee_jax.errors import UserError
-from lychee_jax.files import decode_text, json_text, parse_json, parse_json_lines, read_json_object, read_text
+from lychee_jax.files import (
+    decode_text,
+    json_text,
+    parse_json,
+    parse_json_lines,
+    read_json_object,
+    read_text,
+    write_text,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +80,7 @@ def claim(
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write an object whole or not at all."""
     part = file.with_suffix(".part")
-    part.write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
+    write_text(part, json_text(content, indent=1) + "\n")
     part.replace(file)
 
 
@@ -114,7 +122,7 @@ class MetricsFile:
                 continue
             if step <= done:
                 kept[step] = line
-        path.write_text("".join(line + "\n" for line in kept.values()), encoding="utf-8")
+        write_text(path, "".join(line + "\n" for line in kept.values()))
         self._path = path
 
     def write(self, **values: Any) -> None:

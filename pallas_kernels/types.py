@@ -23,7 +23,7 @@ class KVPages(NamedTuple):
     number and holds words, uint16 `[num_pages, K, page_size, H]`: a key in the low byte, a value in the high one. (XLA
     copies pools of 8-bit elements on TPUs at every append, and Hopper transposes elements of 16 bits alone.) "int8" has
     a scale for every token and head beside them, float32 `scales [num_pages, K, 2 · page_size]`, the keys' and then the
-    values': number = byte · scale. "fp8" is e4m3 without scales.
+    values': number = byte · scale. "fp8" is e4m3 without scales; no zero has a sign.
     """
 
     data: jax.Array

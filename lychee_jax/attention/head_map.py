@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from lychee_jax.config import ModelConfig
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text, parse_json, read_json
+from lychee_jax.files import json_text, parse_json, read_json, write_text
 
 FORMAT = "lychee-heads/1"
 
@@ -90,7 +90,7 @@ class HeadMap:
 
     def save(self, path: str | Path) -> None:
         """Write the map as JSON."""
-        Path(path).write_text(json_text(self.to_json()) + "\n", encoding="utf-8")
+        write_text(path, json_text(self.to_json()) + "\n")
 
     @classmethod
     def from_json(cls, raw: Any) -> "HeadMap":

@@ -57,6 +57,7 @@ class DecodeReport:
     model: str
     device: str
     dtype: str
+    weights: str
     kv: str
     context: int
     page_size: int
@@ -76,7 +77,9 @@ class DecodeReport:
 
     @property
     def _dtypes(self) -> str:
-        return self.dtype if self.kv == self.dtype else f"{self.dtype}, cache {self.kv}"
+        parts = {"weights": self.weights, "cache": self.kv}
+        others = [f"{name} {kind}" for name, kind in parts.items() if kind != self.dtype]
+        return ", ".join([self.dtype, *others])
 
     def __str__(self) -> str:
         table = Table(
@@ -178,6 +181,8 @@ def _step(runner: Runner, context: int, options: GenerateOptions, mode: Attentio
     model, tokens = runner.spec.config, options.max_new_tokens - 1
     held = sum(pages_for(context + step, page_size) for step in range(1, tokens + 1))
     read = sum(int(block.pages_read[:, 0].sum()) for block in blocks)
+    if not read:
+        raise UserError("the logits are not finite, so nothing is decoded; convert --verify finds weights that are not")
     return seconds / tokens, read / (model.num_layers * model.num_kv_heads * held)
 
 
@@ -292,6 +297,7 @@ def _report(
         model=model.name,
         device=f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind,
         dtype=str(model.dtype),
+        weights=config.quantize or str(model.dtype),
         kv=options.kv_dtype or str(model.dtype),
         context=context,
         page_size=options.page_size,

@@ -6,6 +6,7 @@ share hardly counts.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,8 +17,10 @@ import numpy as np
 
 import pallas_kernels
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
+from lychee_jax.benchmarks.step import random_pools
 from lychee_jax.benchmarks.torch_rivals import torch_attention
 from pallas_kernels import KVPages, Selection, SelectionSpec
+from pallas_kernels.types import KVDtype
 
 # Calls of one program: several rounds of them where a launch costs as much as a short kernel takes.
 _CALLS, _ROUNDS = 16, 8
@@ -30,6 +33,7 @@ class KernelRow:
     name: str
     model: str
     dtype: str
+    kv: str
     batch: int
     context: int
     retrieval_heads: int
@@ -55,6 +59,24 @@ class Shape:
     sink: int = 2
     recent: int = 4
     dtype: str = "bfloat16"
+    kv: KVDtype | None = None
+
+    def pool(self, num_pages: int) -> KVPages:
+        """The shapes of a pool."""
+        kind, width = (jnp.dtype(self.dtype), 2 * self.head_dim) if self.kv is None else (jnp.uint16, self.head_dim)
+        lead = num_pages, self.kv_heads
+
+        def pool() -> KVPages:
+            scales = jnp.zeros((*lead, 2 * self.page_size), jnp.float32) if self.kv == "int8" else None
+            return KVPages(jnp.zeros((*lead, self.page_size, width), kind), scales)
+
+        return jax.eval_shape(pool)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page of one KV head."""
+        leaves = jax.tree.leaves(self.pool(1))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) // self.kv_heads
 
     @property
     def scale(self) -> float:
@@ -90,7 +112,7 @@ def _refuse(shape: Shape, context: int, implementation: str | None) -> None:
             pallas_kernels.dense_decode, heads=head, scale=shape.scale, page_scores="max", implementation=implementation
         ),
         jax.ShapeDtypeStruct((1, shape.kv_heads, shape.groups, shape.head_dim), kind),
-        jax.eval_shape(lambda: KVPages(jnp.zeros((pages, shape.kv_heads, shape.page_size, 2 * shape.head_dim), kind))),
+        shape.pool(pages),
         jax.ShapeDtypeStruct((1, pages), jnp.int32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
     )
@@ -105,12 +127,9 @@ def measure_batch(
     size, kv_heads = shape.page_size, shape.kv_heads
     used = -(-context // size)
     num_pages = batch * used + 1
-    page_bytes = size * 2 * shape.head_dim * jnp.dtype(shape.dtype).itemsize
+    page_bytes = shape.page_bytes
     turns = max(2, -(-working_set // (num_pages * kv_heads * page_bytes)))
-    make = jax.jit(
-        lambda key: jax.random.normal(key, (num_pages, kv_heads, size, 2 * shape.head_dim), jnp.dtype(shape.dtype))
-    )
-    pools = [KVPages(make(key)) for key in jax.random.split(jax.random.key(0), turns)]
+    pools = random_pools((shape.pool(num_pages),) * turns, jax.random.key(0))
     queries = [
         jax.random.normal(key, (batch, kv_heads, shape.groups, shape.head_dim), jnp.dtype(shape.dtype))
         for key in jax.random.split(jax.random.key(1), _CALLS)
@@ -158,8 +177,8 @@ def measure_batch(
         us, roofline = float(np.median(samples)), 1e6 * read / READ_BANDWIDTH
         rows.append(
             KernelRow(
-                name, shape.model, shape.dtype, batch, context, heads, size, shape.pages, us, samples, found, roofline,
-                us / roofline,
+                name, shape.model, shape.dtype, shape.kv or shape.dtype, batch, context, heads, size, shape.pages, us,
+                samples, found, roofline, us / roofline,
             )
         )  # fmt: skip
 

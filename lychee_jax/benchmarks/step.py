@@ -25,7 +25,7 @@ from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks.rooflines import READ_BANDWIDTH
 from lychee_jax.cache.allocator import pages_for
 from lychee_jax.cache.pages import Pools, cache_bytes, make_pools
-from lychee_jax.config import ModelConfig
+from lychee_jax.config import ModelConfig, Quantization
 from lychee_jax.engine.options import EngineConfig, EngineOptions, max_pages
 from lychee_jax.engine.programs import DecodePlan, Rows, decode_block, make_rows
 from lychee_jax.engine.request import MAX_EOS_IDS
@@ -66,6 +66,7 @@ class StepRow:
     cache_bytes: int
     peak_bytes: int | None
     pool_copies: int
+    weights: str
     kv: str
     devices: int = 1
 
@@ -88,15 +89,23 @@ def spread_heads(config: ModelConfig, count: int) -> HeadMap:
 def random_model(
     config: ModelConfig, dtype: Any, layout: Layout | None = None
 ) -> tuple[ModelSpec, tuple[jax.Array, ...]]:
-    """Weights of the model's shape, made on their devices leaf by leaf."""
+    """Weights of the model's shape, quantised as the config says, made on their devices leaf by leaf."""
     spec, shapes = ModelSpec.abstract(config, dtype, layout)
 
     @functools.cache
-    def maker(shape: tuple[int, ...], sharding: Any) -> Any:
-        return jax.jit(lambda key: 0.02 * jax.random.normal(key, shape, dtype), out_shardings=sharding)
+    def maker(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+        def make(key: jax.Array) -> jax.Array:
+            if dtype == jnp.int8:
+                return jax.random.randint(key, shape, -127, 128, jnp.int8)
+            if dtype == jnp.float8_e4m3fn:
+                return jax.random.normal(key, shape, jnp.bfloat16).astype(dtype)
+            return 0.02 * jax.random.normal(key, shape, dtype)
+
+        return jax.jit(make, out_shardings=sharding)
 
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    return spec, tuple(maker(leaf.shape, leaf.sharding)(key) for key, leaf in zip(keys, shapes, strict=True))
+    made = (maker(leaf.shape, leaf.dtype, leaf.sharding)(key) for key, leaf in zip(keys, shapes, strict=True))
+    return spec, tuple(made)
 
 
 def measure(
@@ -109,6 +118,7 @@ def measure(
     policy: SelectionPolicy | None = None,
     page_size: int = 64,
     dtype: Any = jnp.bfloat16,
+    quantize: Quantization | None = None,
     implementation: str | None = None,
     kv_dtype: KVDtype | None = None,
     modes: Sequence[Mode] | None = None,
@@ -127,7 +137,8 @@ def measure(
     if modes is None:
         modes = ("hybrid", "dense", "cudnn") if tensor_parallel == 1 else ("hybrid", "dense")
     policy = policy or SelectionPolicy()
-    config = dataclasses.replace(config, max_position_embeddings=max(config.max_position_embeddings, context))
+    most = max(config.max_position_embeddings, context)
+    config = dataclasses.replace(config, max_position_embeddings=most, quantize=quantize)
     head_map = spread_heads(config, retrieval_heads)
     layout = layout_for(config, tensor_parallel, head_map.roles)
     spec, shapes = ModelSpec.abstract(config, dtype, layout)
@@ -147,7 +158,7 @@ def measure(
     weight_bytes = sum(leaf.nbytes for leaf in weights)
     read_bytes = weight_bytes / tensor_parallel
     if not config.tie_word_embeddings:  # one row of it is read
-        read_bytes -= config.vocab_size * config.hidden_size * weights[0].dtype.itemsize / tensor_parallel
+        read_bytes -= config.vocab_size * config.hidden_size * jnp.dtype(dtype).itemsize / tensor_parallel
     rows = []
     for batch in batches:
         times: dict[str, list[float]] = {}
@@ -174,7 +185,7 @@ def measure(
                 "decode_step", model, str(jnp.dtype(dtype)), batch, context, head_map.num_retrieval,
                 config.num_layers * config.num_kv_heads, page_size, policy.budget // page_size, us, times["hybrid"],
                 rivals, roofline, us / roofline, weight_bytes, held, peak, copies,
-                kv_dtype or str(jnp.dtype(dtype)), tensor_parallel,
+                quantize or str(jnp.dtype(dtype)), kv_dtype or str(jnp.dtype(dtype)), tensor_parallel,
             )
         )  # fmt: skip
     return rows
@@ -235,7 +246,10 @@ def pool_copies(program: str, pool: jax.Array | jax.ShapeDtypeStruct) -> int:
     Raises:
         ValueError: no array of this kind is in the program.
     """
-    kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "uint16": "u16"}[str(pool.dtype)]
+    kind = {
+        "bfloat16": "bf16", "float16": "f16", "float32": "f32", "uint16": "u16", "int8": "s8",
+        "float8_e4m3fn": "f8e4m3fn",
+    }[str(pool.dtype)]  # fmt: skip
     shape = f"{kind}[{','.join(map(str, pool.shape))}]"
     if shape not in program:
         raise ValueError(f"{shape} is not in the program, which would pass for copying nothing")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +24,7 @@ from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip
 from lychee_jax.errors import UserError
 from lychee_jax.files import json_text, parse_json
+from pallas_kernels.types import KVDtype
 
 ASSUMPTIONS = (
     "From the schedule after register allocation; no TPU was used and nothing was timed. Assumed: clocks of "
@@ -55,6 +56,7 @@ class ScheduleRow:
         roofline_us: everything that must be read, at the chip's bandwidth.
         ratio: predicted over roofline.
         bound: which of issue and DMA takes longer in the loop.
+        kv: what the cache holds: numbers of `dtype`, or of 8 bits.
     """
 
     chip: str
@@ -72,6 +74,7 @@ class ScheduleRow:
     roofline_us: float
     ratio: float
     bound: str
+    kv: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +86,13 @@ class ScheduleReport:
 
     def __str__(self) -> str:
         table = Table(
-            "chip", "op", "model", "dtype", "cycles", "issue", "DMA", "issue ÷ DMA", "predicted", "roofline", "ratio",
-            "bound", title=f"A layer's kernels at {_CONTEXT:,} tokens, pages of {_PAGE_SIZE}", title_justify="left",
+            "chip", "op", "model", "dtype", "cache", "cycles", "issue", "DMA", "issue ÷ DMA", "predicted", "roofline",
+            "ratio", "bound", title=f"A layer's kernels at {_CONTEXT:,} tokens, pages of {_PAGE_SIZE}",
+            title_justify="left",
         )  # fmt: skip
         for row in self.rows:
             table.add_row(
-                row.chip, row.op, row.model, row.dtype, f"{row.cycles:,}", f"{row.issue_ns:,.0f} ns",
+                row.chip, row.op, row.model, row.dtype, row.kv, f"{row.cycles:,}", f"{row.issue_ns:,.0f} ns",
                 f"{row.dma_ns:,.0f} ns", f"{row.issue_ns / row.dma_ns:.2f}", f"{row.predicted_us:,.1f} µs",
                 f"{row.roofline_us:,.1f} µs", f"{row.ratio:.2f}", row.bound,
             )  # fmt: skip
@@ -233,21 +237,24 @@ def run(
     return ScheduleReport(ASSUMPTIONS, rows)
 
 
-def _cases(chips: list[str], models: tuple[str, ...]) -> Iterator[tuple[Chip, str, str, str]]:
+def _cases(chips: list[str], models: tuple[str, ...]) -> Iterator[tuple[Chip, str, str, str, KVDtype | None]]:
     for chip in chips:
         for model in models:
             for dtype in ("bfloat16", "float32") if model == MODELS_SHOWN[0] else ("bfloat16",):
-                for op in ("dense_decode", "sparse_decode", "select_pages"):
-                    if op != "select_pages" or dtype == "bfloat16":
-                        yield CHIPS[chip], model, dtype, op
+                for op in ("dense_decode", "sparse_decode"):
+                    yield CHIPS[chip], model, dtype, op, None
+            for kv_dtype in get_args(KVDtype) if model == MODELS_SHOWN[0] else ():
+                for op in ("dense_decode", "sparse_decode"):
+                    yield CHIPS[chip], model, "bfloat16", op, kv_dtype
+            yield CHIPS[chip], model, "bfloat16", "select_pages", None
 
 
 def _work(folder: Path, chips: list[str], models: tuple[str, ...]) -> None:
     """The process in which the compiler prints: compile, read, forget, case after case."""
-    for chip, model, dtype, op in _cases(chips, models):
+    for chip, model, dtype, op, kv_dtype in _cases(chips, models):
         for old in folder.iterdir():
             old.unlink()
-        row = _measure(chip, model, dtype, op, lambda op=op: _printed(folder, op))
+        row = _measure(chip, model, dtype, op, kv_dtype, lambda op=op: _printed(folder, op))
         print(json_text(dataclasses.asdict(row)), flush=True)
 
 
@@ -258,12 +265,15 @@ def _printed(folder: Path, op: str) -> Schedule:
     return Schedule(files[0].read_text())
 
 
-def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], Schedule]) -> ScheduleRow:
+def _measure(
+    chip: Chip, model: str, dtype: str, op: str, kv_dtype: KVDtype | None, printed: Callable[[], Schedule]
+) -> ScheduleRow:
     import jax
     import jax.numpy as jnp
 
     import pallas_kernels
-    from pallas_kernels import KVPages, Selection, SelectionSpec
+    from lychee_jax.cache.pages import make_pools
+    from pallas_kernels import Selection, SelectionSpec
     from pallas_kernels.mosaic_tpu import select
     from pallas_kernels.mosaic_tpu.launch import Launch
 
@@ -272,12 +282,13 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
     heads, head_dim = config.num_kv_heads, config.head_dim
     pages, budget = context // _PAGE_SIZE, _BUDGET // _PAGE_SIZE
     sparse = op == "sparse_decode"
-    item = jnp.dtype(dtype).itemsize
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def call(q: Any, pool: Any, table: Any, lengths: Any, ids: Any, chosen: Any, counted: Any, scores: Any) -> Any:
+    kv = jax.eval_shape(lambda: make_pools(config, pages + 1, _PAGE_SIZE, dtype, kv_dtype)[0])
+
+    def call(q: Any, kv: Any, table: Any, lengths: Any, ids: Any, chosen: Any, counted: Any, scores: Any) -> Any:
         name, scale = "mosaic_tpu", head_dim**-0.5
         if op == "select_pages":
             return pallas_kernels.select_pages(
@@ -285,17 +296,15 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
             )
         if sparse:
             selection = Selection(chosen, counted)
-            return pallas_kernels.sparse_decode(
-                q, KVPages(pool), table, lengths, selection, ids, scale=scale, implementation=name
-            )
+            return pallas_kernels.sparse_decode(q, kv, table, lengths, selection, ids, scale=scale, implementation=name)
         return pallas_kernels.dense_decode(
-            q, KVPages(pool), table, lengths, ids, scale=scale, page_scores="max", implementation=name
+            q, kv, table, lengths, ids, scale=scale, page_scores="max", implementation=name
         )
 
     tpu_compiler.compile_for(
         chip, jax.jit(call), array(1, heads, config.groups, head_dim, dtype=dtype),
-        array(pages + 1, heads, _PAGE_SIZE, 2 * head_dim, dtype=dtype), array(1, pages), array(1), array(heads),
-        array(1, heads, budget), array(1, heads), array(1, heads, pages, dtype=jnp.float32),
+        kv, array(1, pages), array(1), array(heads), array(1, heads, budget), array(1, heads),
+        array(1, heads, pages, dtype=jnp.float32),
     )  # fmt: skip
     schedule, per_us = printed(), chip.clock_ghz * 1e3
     if op == "select_pages":
@@ -308,7 +317,7 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
             max_pages=budget if sparse else pages, sparse=sparse, cores=chip.cores,
         )  # fmt: skip
         cycles, around = attention_cycles(schedule, launch.step_pages, launch.config.dma_unroll)
-        page_bytes = _PAGE_SIZE * 2 * head_dim * item
+        page_bytes = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(kv)) // ((pages + 1) * heads)
         size = launch.step_pages * page_bytes
         share = (budget if sparse else pages) / launch.kv_splits
         steps = launch.core_heads * -(-int(share) // launch.step_pages)
@@ -321,7 +330,7 @@ def _measure(chip: Chip, model: str, dtype: str, op: str, printed: Callable[[], 
     return ScheduleRow(
         chip.name, op, model, dtype, _PAGE_SIZE, context, heads, cycles, size, round(issue_ns, 1), round(dma_ns, 1),
         round(predicted, 2), round(roofline, 2), round(predicted / roofline, 3),
-        "issue" if op == "select_pages" or issue_ns > dma_ns else "DMA",
+        "issue" if op == "select_pages" or issue_ns > dma_ns else "DMA", kv_dtype or dtype,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import typer
 from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import load_model
 from lychee_jax.errors import UserError
-from lychee_jax.files import json_text, read_json_object
+from lychee_jax.files import json_text, read_json_object, write_text
 
 app = typer.Typer(help="Measure speed on this machine.", rich_markup_mode="rich")
 
@@ -44,7 +44,7 @@ def _show(report: Any, target: str | None, text: str) -> None:
         print(json_text(report))
         return
     if target is not None:
-        Path(target).write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+        write_text(target, json_text(report, indent=1) + "\n")
     print(text)
 
 
@@ -58,6 +58,7 @@ def _device() -> dict[str, str]:
 def bench_decode(
     model: shared.ModelOption = None,
     dtype: shared.DtypeOption = None,
+    quantize: shared.QuantizeOption = "none",
     kv_dtype: shared.KVDtypeOption = "auto",
     tensor_parallel: shared.TensorParallelOption = 1,
     implementation: shared.ImplementationOption = None,
@@ -74,6 +75,10 @@ def bench_decode(
         int, typer.Option(metavar="N", help="With --shape: retrieval heads, those of layer 0 included.")
     ] = 32,
     batch: BatchOption = "1",
+    rivals: Annotated[
+        bool,
+        typer.Option(help="With --shape: also with cuDNN over caches of --dtype without pages, of the same weights."),
+    ] = True,
     repeats: Annotated[
         int | None, typer.Option(metavar="N", help="With --shape: samples, of which the median is shown.")
     ] = None,
@@ -106,7 +111,7 @@ def bench_decode(
             "hybrid", policy=policy, page_size=page_size, implementation=implementation,
             kv_dtype=shared.kv_dtype_of(kv_dtype),
         )  # fmt: skip
-        loaded = load_model(model, dtype)
+        loaded = load_model(model, dtype, quantize=quantize)
         options = dataclasses.replace(options, heads=loaded.choose_heads(heads))
         report = decode.run(loaded, options, context=context)
         _show(dataclasses.asdict(report), json_file, str(report))
@@ -122,8 +127,10 @@ def bench_decode(
 
     rows = step.measure(
         shape, MODELS[shape], batches=_batches(batch), context=context, retrieval_heads=retrieval_heads, policy=policy,
-        page_size=page_size, dtype=dtype or "bfloat16", implementation=implementation,
-        kv_dtype=shared.kv_dtype_of(kv_dtype), repeats=repeats or 7, tensor_parallel=tensor_parallel, report=_tell,
+        page_size=page_size, dtype=dtype or "bfloat16", quantize=None if quantize == "none" else quantize,
+        implementation=implementation, kv_dtype=shared.kv_dtype_of(kv_dtype),
+        modes=None if rivals else ("hybrid", "dense"), repeats=repeats or 7, tensor_parallel=tensor_parallel,
+        report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, step.table(rows))
 
@@ -394,7 +401,7 @@ def _write_results(report: dict[str, Any], output: Path, *, append: bool) -> Non
         for name in ("device", "jax", "command"):
             parts = str(before.get(name, report[name])).split("; ")
             report[name] = "; ".join(dict.fromkeys([*parts, report[name]]))
-    output.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
+    write_text(output, json_text(report, indent=1) + "\n")
 
 
 @app.command("kernels")
@@ -403,6 +410,7 @@ def bench_kernels(
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"], typer.Option(help="Of queries and cache.")
     ] = "bfloat16",
+    kv_dtype: shared.KVDtypeOption = "auto",
     context: Annotated[int, typer.Option(metavar="N", help="Cached tokens of every sequence.")] = 131072,
     page_size: shared.PageSizeOption = 64,
     pages: Annotated[int, typer.Option(metavar="N", help="Pages that a sparse head reads.")] = 64,
@@ -422,8 +430,9 @@ def bench_kernels(
     from lychee_jax.benchmarks import kernels
 
     rows = kernels.measure(
-        kernels.Shape(page_size=page_size, pages=pages, dtype=dtype), batches=_batches(batch), context=context,
-        implementation=implementation, rivals=rivals, repeats=repeats, working_set=working_set, report=_tell,
+        kernels.Shape(page_size=page_size, pages=pages, dtype=dtype, kv=shared.kv_dtype_of(kv_dtype)),
+        batches=_batches(batch), context=context, implementation=implementation, rivals=rivals, repeats=repeats,
+        working_set=working_set, report=_tell,
     )  # fmt: skip
     _show(_device() | {"rows": [dataclasses.asdict(row) for row in rows]}, json_file, kernels.table(rows))
 

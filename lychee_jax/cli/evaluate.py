@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lychee_jax.cli import options as shared
 from lychee_jax.cli.console import hash_weights, reading, stages
 from lychee_jax.cli.evaluation_options import (
     ASKED,
@@ -17,6 +16,7 @@ from lychee_jax.cli.evaluation_options import (
     BatchOption,
     Chat,
     DecodeLastOption,
+    MessagesOption,
     split_names,
     spread,
     whole_numbers,
@@ -43,15 +43,6 @@ SamplesOption = Annotated[
     int, typer.Option(metavar="N", help="How many prompts for each task, length and depth.", rich_help_panel=ASKED)
 ]
 SeedOption = Annotated[int, typer.Option(help="The same seed gives the same prompts.", rich_help_panel=ASKED)]
-MessagesOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--messages",
-        metavar="FILE",
-        help='A JSON list of {"role": …, "content": …}: turns that stand before every question, as with --chat.',
-        rich_help_panel=shared.CHAT,
-    ),
-]
 OutputOption = Annotated[
     Path,
     typer.Option(

@@ -32,6 +32,15 @@ DecodeLastOption = Annotated[
         rich_help_panel=shared.ATTENTION,
     ),
 ]
+MessagesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--messages",
+        metavar="FILE",
+        help='A JSON list of {"role": …, "content": …}: turns that stand before every question, as with --chat.',
+        rich_help_panel=shared.CHAT,
+    ),
+]
 BatchOption = Annotated[
     int, typer.Option(metavar="N", help="Prompts at a time; it changes no result.", rich_help_panel=RUN)
 ]

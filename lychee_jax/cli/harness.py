@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from lychee_jax.cli.console import progress_bar
-from lychee_jax.cli.evaluation_options import ASKED, RUN, Answering, BatchOption, Chat, DecodeLastOption, spread
+from lychee_jax.cli.evaluation_options import (
+    ASKED,
+    RUN,
+    Answering,
+    BatchOption,
+    Chat,
+    DecodeLastOption,
+    MessagesOption,
+    spread,
+)
 from lychee_jax.files import json_text
 
 
@@ -42,6 +51,7 @@ def eval_harness(
         ),
     ] = None,
     chat: Chat,
+    messages: MessagesOption = None,
     answering: Answering,
     decode_last: DecodeLastOption = 0,
     batch: BatchOption = 16,
@@ -74,7 +84,7 @@ def eval_harness(
     """
     from lychee_jax.evaluation.harness import evaluate
 
-    variants, asked = answering.variants(), chat.options()
+    variants, asked = answering.variants(), chat.options(messages)
     loaded, options = answering.load()
     with progress_bar() as progress:
         report = evaluate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from lychee_jax.cli.serve import serve
 from lychee_jax.cli.train import train_heads
 from lychee_jax.errors import UserError
 from lychee_jax.notices import notices_on_stderr
-from lychee_jax.tpu_environment import has_tpu, without_tpu
+from lychee_jax.process import prepare_process
 
 app = typer.Typer(
     name="lychee",
@@ -131,7 +130,7 @@ def demo(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
-    _prepare_process()
+    prepare_process()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         with notices_on_stderr():
@@ -164,17 +163,3 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _prepare_process() -> None:
-    """Settings of the whole process, made before JAX and transformers are imported; the user's own come first."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    os.environ.setdefault("USE_TORCH", "0")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone: XLA writes pages of warnings about GPU kernels
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # JAX leaves a quarter of a GPU unused by default
-    if not has_tpu():  # libtpu may be there to compile with; it would complain on standard error
-        without_tpu()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")

@@ -7,7 +7,7 @@ import typer
 
 MODEL, ATTENTION, SAMPLING, CHAT = "Model", "Attention", "Sampling", "Chat"
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 AttentionMode = Literal["auto", "hybrid", "dense"]
 Rule = Literal["budget", "ratio", "top_p", "threshold", "forced"]
 PageScore = Literal["max", "lse", "mass"]
@@ -58,7 +58,7 @@ KVDtypeOption = Annotated[
         "--kv-dtype",
         "--kv-cache-dtype",  # vLLM's name
         help="Of the KV cache. [b]int8[/b] and [b]fp8[/b] (e4m3) take half the memory of bfloat16, int8 with a scale "
-        "for every token and head; read by plain JAX. [b]auto[/b]: the dtype of the activations.",
+        "for every token and head. [b]auto[/b]: the dtype of the activations.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -396,8 +396,8 @@ class Engine:
         if request.grammar is not None and not request.grammar.mask().any():
             return f"the grammar allows no token after {delivered} new ones"
         return (
-            f"the logits are not finite after {delivered} new tokens: weights or activations overflow in "
-            f"{self.dtype}; try float32 or bfloat16, and convert --verify"
+            f"the logits are not finite after {delivered} new tokens: weights are (convert --verify finds them), or "
+            f"activations overflow in {self.dtype}{'; try bfloat16 or float32' if self.dtype == 'float16' else ''}"
         )
 
     @staticmethod

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal, get_args
 
+import jax
+
 from lychee_jax.arguments import check_int32, settle_numbers
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
@@ -149,7 +151,9 @@ class EngineConfig:
         dense_below: tokens below which `auto` decodes densely: up to the budget both read the same, and hybrid decoding
             selects besides. Measured on CPU and GPU (docs/laboratory.md), not on TPUs.
         logit_bytes: what logits, and the temporaries made of them, may take where those of a prompt are asked for.
-        table_factor, batch_factor: steps between the sizes of page tables and batches that programs are compiled for.
+        table_factor, batch_factor, chunk_factor: steps between the sizes of page tables, batches and ends of prompts
+            that programs are compiled for. Kernels skip what is padding; XLA's attention on CPUs does not.
+        min_table: columns that a page table has at least.
     """
 
     chunk_rungs: tuple[tuple[int, int], ...] = ((_FAR, 512),)
@@ -164,22 +168,30 @@ class EngineConfig:
     logit_bytes: int = 256 << 20
     table_factor: int = 16
     batch_factor: int = 4
+    chunk_factor: int = 2
+    min_table: int = 1
 
     @classmethod
     def of(cls, platform: str, config: ModelConfig) -> "EngineConfig":
         """The numbers of a platform: "cpu", "gpu" or "tpu"."""
         if platform == "cpu":
-            return cls(min_rows=2, correct_rows=1, dense_below=1024)
+            # XLA of JAX before 0.12 rounds half-precision products of up to two rows otherwise than those of more.
+            early = jax.__version_info__ < (0, 12) and config.dtype != "float32"
+            return cls(min_rows=4 if early else 2, correct_rows=1, dense_below=1024)
         # A chunk beside decoding rows takes up to two blocks' time on an H200 at the shape of Llama-3-8B.
         rungs = ((8192, 2048), (32768, 1024), (_FAR, 512))
-        # Narrow models fill the device with several prompts only: as many tokens as have the width of 4096 × 4096.
-        tokens = 4096 * max(1, 4096 // config.hidden_size)
-        return cls(rungs, prefill_rows=16, prefill_tokens=tokens, min_rows=2 if platform == "gpu" else 1)
+        # Narrow models fill the device with several prompts only. More than this would be more programs to compile.
+        tokens = 4096 if config.hidden_size >= 4096 else 8192
+        return cls(
+            rungs, prefill_rows=16, prefill_tokens=tokens, min_rows=2 if platform == "gpu" else 1, chunk_factor=4,
+            min_table=16,
+        )  # fmt: skip
 
     def chunks(self, page_size: int) -> ChunkSizes:
         """How prompts are cut into chunks of whole pages."""
         unit = page_size * max(1, self.chunk_unit // page_size)
-        return ChunkSizes(page_size, unit, tuple((until, max(unit, size)) for until, size in self.chunk_rungs))
+        rungs = tuple((until, max(unit, size)) for until, size in self.chunk_rungs)
+        return ChunkSizes(page_size, unit, rungs, self.chunk_factor)
 
     def batch_bucket(self, rows: int, max_num_seqs: int) -> int:
         """Rows of the smallest decode program that takes `rows`."""
@@ -191,7 +203,7 @@ class EngineConfig:
     def table_bucket(self, pages: int, max_pages: int) -> int:
         """Columns of the smallest page table that takes `pages`: the largest, or a power of the factor below it."""
         size = max_pages
-        while size % self.table_factor == 0 and size // self.table_factor >= pages:
+        while size % self.table_factor == 0 and size // self.table_factor >= max(pages, self.min_table):
             size //= self.table_factor
         return size
 

@@ -118,10 +118,7 @@ class Runner:
 
     def prefill(self, work: PrefillWork) -> tuple[SentChunks, list[SentBlock]]:
         """Read chunks, and start the rows whose prompts end with them."""
-        count = len(work.chunks)
-        rows = 1
-        while rows < count:
-            rows *= self.config.batch_factor
+        rows = self._prefill_bucket(len(work.chunks))
         tokens = np.zeros((rows, work.tokens), np.int32)
         starts, counts = np.zeros((rows,), np.int32), np.zeros((rows,), np.int32)
         lengths = np.zeros((rows,), np.int64)
@@ -132,7 +129,8 @@ class Runner:
         cos, sin = self.rotary(starts[:, None] + np.arange(work.tokens), lengths)
         table = self._table([chunk.pages for chunk in work.chunks], rows, self.max_pages)
         reading = self.weights, self.pools, table, tokens, cos, sin, starts, counts
-        size, static, scored = (rows, work.tokens), (self.spec, self.options.extend_implementation), None
+        size, scored = (rows, work.tokens), None
+        static = self.spec, self.options.extend_implementation, self.prefill_rows
         if work.scored:
             # Float32; XLA's CPU backend holds up to three temporaries of their size.
             at_once = max(1, self.config.logit_bytes // (4 * 4 * self.spec.config.vocab_size))
@@ -206,6 +204,18 @@ class Runner:
         self.blocks_sent += 1
         steps = tuple(row.step for row in work.rows)
         return SentBlock(_on_its_way(block), tuple(row.request for row in work.rows), steps)
+
+    @property
+    def prefill_rows(self) -> int:
+        """Rows of the largest program that reads prompts."""
+        return self._prefill_bucket(min(self.config.prefill_rows, self.slots))
+
+    def _prefill_bucket(self, count: int) -> int:
+        """Rows of the smallest program that reads so many chunks."""
+        rows = 1
+        while rows < count:
+            rows *= self.config.batch_factor
+        return rows
 
     @property
     def block_steps(self) -> int:

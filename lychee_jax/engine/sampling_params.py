@@ -1,7 +1,6 @@
 """How the next token is chosen, as callers say it; host only, no JAX."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from lychee_jax.arguments import MAX_INT32, number, settle_numbers, whole_number
@@ -69,8 +68,13 @@ class SamplingParams:
 
 def _as_biases(given: Any) -> tuple[tuple[int, float], ...]:
     """Pairs of a mapping, or of a sequence of pairs; None is none."""
-    pairs = given.items() if isinstance(given, Mapping) else given or ()
-    biases = {whole_number(token, "a token id of logit_bias"): number(value, "logit_bias") for token, value in pairs}
+    try:
+        pairs = dict(() if given is None else given)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"logit_bias is {given!r}; give token ids with numbers, such as {{128: -5}}") from error
+    biases = {
+        whole_number(token, "a token id of logit_bias"): number(value, "logit_bias") for token, value in pairs.items()
+    }
     if len(biases) > MAX_LOGIT_BIASES:
         raise UserError(f"logit_bias has {len(biases)} tokens; at most {MAX_LOGIT_BIASES} may have one")
     for token, value in biases.items():

@@ -23,11 +23,13 @@ class ChunkSizes:
         page_size: tokens of a page.
         unit: tokens of the smallest chunk, whole pages; cached prefixes are reused up to a multiple of it.
         rungs: (until, limit), both ascending in `until`; the last limit counts for everything beyond, too.
+        factor: between the sizes that programs have below the unit.
     """
 
     page_size: int
     unit: int
     rungs: tuple[tuple[int, int], ...]
+    factor: int = 2
 
     def __post_init__(self) -> None:
         if self.unit < 1 or self.unit % self.page_size:
@@ -47,10 +49,13 @@ class ChunkSizes:
     def padded(self, count: int) -> int:
         """What a chunk with `count` real tokens is padded to.
 
-        A power of two of pages, at most a unit; beyond the unit, a power of two of units.
+        The unit, or a whole power of the factor below it; beyond the unit, a power of two of units.
         """
         if count <= self.unit:
-            return min(self.unit, self.page_size * next_power_of_two(pages_for(count, self.page_size)))
+            pages = self.unit // self.page_size
+            while pages % self.factor == 0 and pages // self.factor * self.page_size >= count:
+                pages //= self.factor
+            return pages * self.page_size
         return self.unit * next_power_of_two(pages_for(count, self.unit))
 
 

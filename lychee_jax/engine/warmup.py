@@ -37,8 +37,7 @@ class _Noted:
     def __call__(self, function: Any, key: Hashable, static: tuple[Any, ...], *args: Any) -> Any:
         self.calls.setdefault((function, key, static), (function, key, static, *args))
         if function in (prefill_chunk, score_chunk):
-            tokens, dtype = args[3], args[0][0].dtype
-            last = jax.ShapeDtypeStruct((tokens.shape[0], self._model.hidden_size), dtype)
+            last = jax.ShapeDtypeStruct((static[2], self._model.hidden_size), args[0][0].dtype)
             return (args[1], last) if function is prefill_chunk else (args[1], last, None)
         if function is start_row:
             return args[1], None

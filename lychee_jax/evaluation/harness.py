@@ -67,6 +67,7 @@ class LycheeLM(TemplateLM):
         variant: Variant | None = None,
         *,
         template_kwargs: Mapping[str, Any] | None = None,
+        turns: Sequence[Message] = (),
         decode_last: int = 0,
         batch: int = 16,
         answers: Answers | None = None,
@@ -80,6 +81,7 @@ class LycheeLM(TemplateLM):
             variant: attention and budget, instead of those of the options. A budget that is a share counts from the
                 largest power of two that the prompt's length holds, as every budget is a program of its own.
             template_kwargs: keywords for the chat template.
+            turns: messages that stand before every question that is a conversation, behind its system message.
             decode_last: so many last tokens of every prompt are fed one by one through the decode path.
             batch: questions at a time; it changes no answer.
             answers: where answers are kept and looked up.
@@ -93,6 +95,7 @@ class LycheeLM(TemplateLM):
             raise UserError(f"batch is {batch} and decode-last {decode_last}; they must be at least 1 and 0")
         self._model, self._text, self._options, self._variant = model, tokenizer_of(model), options, variant
         self._template_kwargs, self._decode_last, self._batch = dict(template_kwargs or {}), decode_last, batch
+        self._turns = list(turns)
         self._answers, self._on_progress = answers or Answers(), on_progress
         self.label = options.attention if variant is None else variant.label
         self.pages_read = self.pages_held = 0
@@ -154,6 +157,8 @@ class LycheeLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without a generation prompt, its last message is the beginning of the answer."""
+        system = [message for message in chat_history[:1] if message["role"] == "system"]
+        chat_history = [*system, *self._turns, *chat_history[len(system) :]]
         if add_generation_prompt:
             return self._text.render_messages(chat_history, self._template_kwargs)
         *before, last = chat_history
@@ -345,7 +350,7 @@ def evaluate(
         include: a folder with tasks besides those that lm-eval brings along.
         limit: questions of each task; None: all.
         num_fewshot: examples in front of every question; None: as the task says.
-        chat: questions become conversations; of the messages before them only a system message.
+        chat: questions become conversations, with its messages before them.
         decode_last: so many last tokens of every prompt are fed one by one through the decode path.
         batch: questions at a time; it changes no answer.
         output: a folder for settings, answers, lm-eval's samples and the results; a run that is there is resumed, and
@@ -364,14 +369,17 @@ def evaluate(
     # Questions are known by their tokens, so that neither tasks nor chat templates need to be the same.
     settings = {"benchmark": "lm-eval", **answer_settings(model, options), "decode_last": decode_last}
     answers = Answers(output, settings)
-    system = None if chat is None else next((m["content"] for m in chat.before if m["role"] == "system"), None)
+    before = [] if chat is None else list(chat.before)
+    # lm-eval joins a system message with a task's own description.
+    system = next((message["content"] for message in before if message["role"] == "system"), None)
+    turns = [message for message in before if message["role"] != "system"]
     results: dict[str, dict[str, Record]] = {}
     shares: dict[str, float] = {}
     samples: list[Record] = []
     for variant in variants:
         judged = LycheeLM(
-            model, options, variant, template_kwargs=chat.template_kwargs if chat else None, decode_last=decode_last,
-            batch=batch, answers=answers, on_progress=on_progress,
+            model, options, variant, template_kwargs=chat.template_kwargs if chat else None, turns=turns,
+            decode_last=decode_last, batch=batch, answers=answers, on_progress=on_progress,
         )  # fmt: skip
         try:
             found = simple_evaluate(

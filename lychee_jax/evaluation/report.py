@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lychee_jax.files import json_text
+from lychee_jax.files import json_text, write_text
 from lychee_jax.plotting.scores import plot_heatmaps, plot_panels
 from lychee_jax.run_folder import Record
 
@@ -121,8 +121,8 @@ class EvaluationReport:
     def save(self, folder: Path) -> None:
         """Write `results.json`, `results.md` and `results.png`."""
         content = json_text(self.to_json(), indent=1)
-        (folder / RESULTS).write_text(content + "\n", encoding="utf-8")
-        (folder / TABLE).write_text(self.markdown() + "\n", encoding="utf-8")
+        write_text(folder / RESULTS, content + "\n")
+        write_text(folder / TABLE, self.markdown() + "\n")
         values = {(r.task, r.length, r.depth, r.variant): self.style.shown(r.score) for r in self.results}
         title = f"{self.style.name} · {self.about.get('model', '')}"
         if self.style.columns == "depth":

@@ -81,7 +81,8 @@ def warm_up(engine: Engine, attention: AttentionOptions) -> Readiness:
     """Compile what requests of this attention can need, side by side, and run one of them.
 
     What only guided requests need, and those that ask for log-probabilities of their prompts, is compiled in the
-    background meanwhile and after that: it is as much again. Other attention is compiled when it is asked for.
+    background after that: it is as much again, and tracing is one thread's work at a time. Other attention is compiled
+    when it is asked for.
 
     Raises:
         UserError: not even a page of cache fits into the memory.
@@ -89,15 +90,14 @@ def warm_up(engine: Engine, attention: AttentionOptions) -> Readiness:
     if engine.max_tokens < 2:
         raise UserError("the KV cache has no room: give it more with --cache-memory")
     readiness = Readiness(engine, attention)
-    plain = readiness.begin(attention, "plain")
-    readiness.begin(attention, "scored")
-    if not engine.options.correct_every:
-        readiness.begin(attention, "guided")
-    for future in plain.result():
+    for future in readiness.begin(attention, "plain").result():
         future.result()
     engine.add_request(Request("warm-up", (0,), 2, attention=attention))
     while engine.has_work:
         engine.step()
+    if not engine.options.correct_every:
+        readiness.begin(attention, "guided")
+    readiness.begin(attention, "scored")
     return readiness
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lychee_jax.data.language import BOS, EOS, FIRST_WORD, PAD, PIECES, SPECIAL
-from lychee_jax.files import json_text
+from lychee_jax.files import json_text, write_text
 
 # Words and other signs with the space before them, single digits, single white-space characters.
 _PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s"
@@ -60,4 +60,4 @@ def save_tokenizer(folder: Path, max_length: int) -> None:
         "model_max_length": max_length,
         "chat_template": _CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json_text(settings, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "tokenizer_config.json", json_text(settings, indent=2) + "\n")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import typer
 
 from lychee_jax.errors import UserError
+from lychee_jax.process import prepare_process
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -37,9 +36,7 @@ def pair(option: str, text: str) -> tuple[int, int]:
 
 def main(run: Callable[..., None]) -> int:
     """Run a study's command; returns the exit status: 0, 2 after bad input, 130 after Ctrl-C."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "lychee-jax" / "programs"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    prepare_process()
     app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
     app.command()(run)
     try:

@@ -15,6 +15,7 @@ from typing import Any
 from lychee_jax.errors import UserError
 from lychee_jax.files import digest_of, json_text, read_json_object
 from lychee_jax.text.chat import Message, check_messages, check_template_kwargs, close_thinking, refuse_reserved
+from lychee_jax.text.marked_files import without_marks
 from lychee_jax.text.sentence_pieces import with_pipeline
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -40,7 +41,7 @@ class Tokenizer:
         folder = Path(path)
         if not any((folder / name).is_file() for name in VOCABULARY_FILES):
             return None
-        with _quietly(), with_pipeline(folder) as whole:
+        with _quietly(), without_marks(folder) as unmarked, with_pipeline(unmarked) as whole:
             auto = _auto_tokenizer()
             try:
                 # Never from the network, and never code that lies in the folder.

@@ -29,7 +29,7 @@ from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
 from lychee_jax.data.questions import QuestionSource, Writer, make_source
 from lychee_jax.errors import UserError
-from lychee_jax.files import check_tensor_path, digest_of, json_text, read_text
+from lychee_jax.files import check_tensor_path, digest_of, json_text, read_text, write_text
 from lychee_jax.llm import LLM
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.parallel.mesh import EVERYWHERE, ROWS, data_mesh
@@ -455,7 +455,7 @@ def _conclude(
         "method": plan.family, "retrieval_heads": head_map.num_retrieval, "above_half": above_half,
         "expected": [[round(float(z), 6) for z in layer] for layer in expected],
     }  # fmt: skip
-    (output / GATES).write_text(json_text(described) + "\n", encoding="utf-8")
+    write_text(output / GATES, json_text(described) + "\n")
     plot_heads(head_map, output / ROLES)
     plot_training(output / METRICS, head_map, output / TRAINING)
     return Learned(head_map, expected, above_half, lost)

@@ -116,6 +116,20 @@ def iota(shape: tuple[int, ...], dimension: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=WGMMA)
 
 
+def multiply(rows: jax.Array, columns: Any, meanwhile: Callable[[], Any]) -> tuple[jax.Array, Any]:
+    """`rows · columns` with rows in registers, and what `meanwhile` gives while the tensor cores are at it."""
+    if interpreter() is not None:
+        # The interpreter multiplies what lies in shared memory only.
+        return jnp.dot(rows, columns[...], preferred_element_type=jnp.float32), meanwhile()
+
+    def run(acc: Any) -> tuple[jax.Array, Any]:
+        plgpu.wgmma(acc, rows, columns)
+        other = meanwhile()
+        return acc[...], other
+
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((rows.shape[0], columns.shape[1]), jnp.float32))
+
+
 def multiply_add(sums: jax.Array, weights: jax.Array, values: Any, meanwhile: Callable[[], None]) -> jax.Array:
     """`sums + weights · values` with weights in registers; `meanwhile` is done while the tensor cores are at it."""
     if interpreter() is not None:
@@ -137,6 +151,16 @@ def multiply_add(sums: jax.Array, weights: jax.Array, values: Any, meanwhile: Ca
 def remainder(x: jax.Array, n: int) -> jax.Array:
     """`x mod n` for x ≥ 0."""
     return jax.lax.rem(x, jnp.int32(n))
+
+
+def quotient(x: jax.Array, n: int | jax.Array) -> jax.Array:
+    """`⌊x / n⌋` for x ≥ 0. Python's operator looks at signs: five times as much to lower and to run."""
+    return jax.lax.div(x, jnp.asarray(n, x.dtype))
+
+
+def quotient_up(x: jax.Array, n: int | jax.Array) -> jax.Array:
+    """`⌈x / n⌉` for x ≥ 0."""
+    return quotient(x + (n - 1), n)
 
 
 def compiler_params() -> plgpu.CompilerParams:

@@ -16,6 +16,10 @@ class DecodeConfig:
         merge_least: The fewest pieces that a merging warpgroup loads at once. A load takes long, but many take hardly
             longer; with fewer the long row among short ones would wait.
         merge_most: The most, as many as registers hold.
+        word_tokens: Tokens of a tile of 8-bit keys and values, unless a page has more, in multiples of 64: as many
+            bytes as a tile of 16-bit ones. What a warpgroup waits for in a tile hardly depends on its size.
+        inlined: 8-bit numbers become 16-bit ones by instructions of our own choice, not by the compiler's; the
+            interpreter knows the latter only. Both give the same bits.
     """
 
     compute_warpgroups: int = 2
@@ -25,6 +29,8 @@ class DecodeConfig:
     merge_warpgroups: int = 4
     merge_least: int = 8
     merge_most: int = 36
+    word_tokens: int = 128
+    inlined: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

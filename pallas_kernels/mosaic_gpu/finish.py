@@ -17,6 +17,7 @@ from pallas_kernels.mosaic_gpu.common import (
     compiler_params,
     interpreter,
     let_successor_start,
+    quotient,
     wait_for_predecessor,
 )
 from pallas_kernels.mosaic_gpu.merge import find_pieces, merge_heads, merge_scratch, merge_together, together
@@ -99,10 +100,10 @@ def finish(
         block = jax.lax.axis_index("block").astype(jnp.int32)
         warpgroup = jax.lax.axis_index("warpgroup")
         selecting, reads_all = block < selects, block < selects + merges
-        number = jnp.where(reads_all, (block - selects) // blocks_a_head, block - selects - merges)
+        number = jnp.where(reads_all, quotient(block - selects, blocks_a_head), block - selects - merges)
         group = block - selects - number * blocks_a_head
         number = jnp.where(selecting, block, number)
-        row = number // jnp.where(reads_all, max(dense, 1), max(sparse, 1))
+        row = quotient(number, jnp.where(reads_all, max(dense, 1), max(sparse, 1)))
         index = number - jnp.where(reads_all, row * dense, row * sparse - dense)
 
         if selects:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.common import LOG2E, WGMMA, Refs, full, load, store
+from pallas_kernels.mosaic_gpu.common import LOG2E, WGMMA, Refs, full, load, quotient, quotient_up, store
 from pallas_kernels.mosaic_gpu.split import SplitPlan, TileList
 from pallas_kernels.xla.decode import MASKED
 
@@ -61,9 +61,9 @@ def find_pieces(plan: SplitPlan, refs: Refs, row: jax.Array, index: jax.Array) -
         # The heads that the call does not name come last and have no tiles.
         own = jnp.where(index < tiles.sparse_heads, own, 0)
     start = found.start + before
-    first = start // tiles.share
+    first = quotient(start, tiles.share)
     # A row without tokens has no pieces.
-    count = jnp.where(own > 0, (start + own - 1) // tiles.share - first + 1, 0)
+    count = jnp.where(own > 0, quotient(start + own - 1, tiles.share) - first + 1, 0)
     selects = index < tiles.dense_heads if plan.padded else None
     if found.flag is not None:
         selects = ~found.flag if selects is None else selects & ~found.flag
@@ -104,7 +104,7 @@ def _gather(
             out = out + weight * sums[u]
         return new_top, total, out
 
-    rounds = (count + parts * at_once - 1) // (parts * at_once)
+    rounds = quotient_up(count, parts * at_once)
     carry = jnp.float32(MASKED), jnp.float32(0.0), full((head_dim,), 0.0, vector)
     return jax.lax.fori_loop(0, rounds, several, carry)
 

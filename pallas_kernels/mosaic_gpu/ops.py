@@ -8,18 +8,22 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels.mosaic_gpu.attend import SCORE_ROW, attend
+from pallas_kernels.mosaic_gpu.attend import attend
 from pallas_kernels.mosaic_gpu.common import COLUMNS, multiprocessors, target
+from pallas_kernels.mosaic_gpu.compute import SCORE_ROW
 from pallas_kernels.mosaic_gpu.config import DecodeConfig, ExtendConfig
 from pallas_kernels.mosaic_gpu.extend import BLOCK, extend
 from pallas_kernels.mosaic_gpu.finish import finish
 from pallas_kernels.mosaic_gpu.select import SIDE, chunking
-from pallas_kernels.mosaic_gpu.split import SplitPlan
+from pallas_kernels.mosaic_gpu.split import TILE_TOKENS, SplitPlan
 from pallas_kernels.types import Heads, KVPages, PageScore, Selection, SelectionSpec
 from pallas_kernels.xla.decode import MASKED, forced_pages, page_limits
+from pallas_kernels.xla.quantized import keys_and_values
 
 _PAGE_SIZES = (16, 32, 64, 128)
 _HEAD_DIMS = (64, 128)
+# The scales of a page are copied by themselves, and a copy begins at a multiple of 128 bytes.
+_LEAST_SCALED = 32
 _DECODE, _EXTEND = DecodeConfig(), ExtendConfig()
 
 
@@ -30,18 +34,25 @@ def _check_coverage(q: jax.Array, kv: KVPages) -> None:
         NotImplementedError: a case that the kernels do not cover.
     """
     groups, head_dim = q.shape[-2:]
-    if kv.quantized is not None:
-        raise NotImplementedError(f"mosaic_gpu reads no quantised caches, and this one is {kv.quantized}")
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or kv.data.dtype != q.dtype:
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or (kv.quantized is None and kv.data.dtype != q.dtype):
         raise NotImplementedError(
-            f"mosaic_gpu takes bfloat16 or float16 queries over a cache of the same type, "
-            f"not {q.dtype} over {kv.data.dtype}"
+            f"mosaic_gpu takes bfloat16 or float16 queries over a cache of the same type or of 8-bit numbers, "
+            f"not {q.dtype} over {kv.quantized or kv.data.dtype}"
         )
     if head_dim not in _HEAD_DIMS or kv.page_size not in _PAGE_SIZES or groups > COLUMNS:
         raise NotImplementedError(
             f"mosaic_gpu takes head_dim 64 or 128, pages of 16, 32, 64 or 128 tokens and up to {COLUMNS} query heads "
             f"a KV head, not head_dim {head_dim}, pages of {kv.page_size} and {groups}"
         )
+    if kv.quantized == "int8" and kv.page_size < _LEAST_SCALED:
+        raise NotImplementedError(
+            f"mosaic_gpu takes int8 caches in pages of {_LEAST_SCALED} tokens or more, not of {kv.page_size}"
+        )
+
+
+def _tile_tokens(kv: KVPages, config: DecodeConfig) -> int:
+    """Tokens of a tile, unless a page has more."""
+    return TILE_TOKENS if kv.quantized is None else config.word_tokens
 
 
 class _Named(NamedTuple):
@@ -92,10 +103,19 @@ def dense_decode(
     _check_coverage(q, kv)
     named = _Named.of(heads, kv.kv_heads)
     plan = SplitPlan(
-        shape[0], kv.kv_heads, shape[1], 0, 0, kv.page_size, blocks, config, padded=named.count is not None
+        shape[0],
+        kv.kv_heads,
+        shape[1],
+        0,
+        0,
+        kv.page_size,
+        blocks,
+        config,
+        padded=named.count is not None,
+        least_tokens=_tile_tokens(kv, config),
     )
     sums, stats, scores = attend(
-        q, kv.data, page_table, lengths, named.order, None, named=named.count, plan=plan, scale=scale,
+        q, kv, page_table, lengths, named.order, None, named=named.count, plan=plan, scale=scale,
         page_scores=page_scores, score_rows=-(-capacity // SCORE_ROW), target=target(),
     )  # fmt: skip
     # The output has only the heads that were asked for, in their order.
@@ -136,10 +156,10 @@ def sparse_decode(
     named = _Named.of(heads, kv.kv_heads)
     plan = SplitPlan(
         shape[0], kv.kv_heads, 0, shape[1], selection.pages.shape[2], kv.page_size, blocks, config,
-        padded=named.count is not None,
+        padded=named.count is not None, least_tokens=_tile_tokens(kv, config),
     )  # fmt: skip
     sums, stats, _ = attend(
-        q, kv.data, page_table, lengths, named.order, selection, named=named.count, plan=plan, scale=scale,
+        q, kv, page_table, lengths, named.order, selection, named=named.count, plan=plan, scale=scale,
         page_scores=None, score_rows=0, target=target(),
     )  # fmt: skip
     done = finish(
@@ -227,11 +247,11 @@ def hybrid_decode(
     order, retrieval, count = _retrieval_first(heads, kv.kv_heads)
     plan = SplitPlan(
         q.shape[0], kv.kv_heads, retrieval, kv.kv_heads - retrieval, selection.pages.shape[2], kv.page_size, blocks,
-        config, padded=count is not None,
+        config, padded=count is not None, least_tokens=_tile_tokens(kv, config),
     )  # fmt: skip
     roles = {"named": count, "dense_rows": None if dense is None else dense.astype(jnp.int32)}
     sums, stats, scores = attend(
-        q, kv.data, page_table, lengths, order, selection, **roles, plan=plan, scale=scale,
+        q, kv, page_table, lengths, order, selection, **roles, plan=plan, scale=scale,
         page_scores=spec.page_score, score_rows=_whole_chunks(capacity) // SCORE_ROW, target=target(),
     )  # fmt: skip
     merged = {"plan": plan, "pieces": (sums, stats), "shape": q.shape, "dtype": q.dtype, "target": target()}
@@ -246,6 +266,18 @@ def hybrid_decode(
     assert done.pages is not None
     assert done.counts is not None
     return done.out, Selection(done.pages, done.counts)
+
+
+def _numbers_of(kv: KVPages, page_table: jax.Array, dtype: Any) -> tuple[KVPages, jax.Array]:
+    """The pages that a table names as numbers of 16 bits, row after row, and a table of these."""
+    ids = jnp.clip(page_table, 0, kv.num_pages - 1).reshape(-1)
+    assert kv.quantized is not None
+    halves = keys_and_values(kv.data[ids], kv.quantized, jnp.float32)
+    if kv.scales is not None:
+        scales = kv.scales[ids].reshape(-1, kv.kv_heads, 2, kv.page_size, 1)
+        halves = halves[0] * scales[:, :, 0], halves[1] * scales[:, :, 1]
+    table = jnp.arange(ids.shape[0], dtype=jnp.int32).reshape(page_table.shape)
+    return KVPages(jnp.concatenate(halves, axis=-1).astype(dtype)), table
 
 
 def extend_attention(
@@ -265,6 +297,8 @@ def extend_attention(
     multiprocessors()
     _check_coverage(q, kv)
     batch, length, kv_heads, groups, head_dim = q.shape
+    if kv.quantized is not None:
+        kv, page_table = _numbers_of(kv, page_table, q.dtype)
     flat = q.reshape(batch, length, kv_heads * groups, head_dim)
     padding = -length % BLOCK
     if padding:

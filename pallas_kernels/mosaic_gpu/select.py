@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.common import WGMMA, Refs, along_columns, along_rows, full, iota, load, store
+from pallas_kernels.mosaic_gpu.common import (
+    WGMMA,
+    Refs,
+    along_columns,
+    along_rows,
+    full,
+    iota,
+    load,
+    quotient_up,
+    store,
+)
 
 SIDE = 64
 _SQUARE = (SIDE, SIDE)
@@ -113,7 +123,7 @@ class Selector:
         """Write pages and count of dense head `index`, which is KV head `head`."""
         refs = self.refs
         self.scores, self.flat_scores = refs.scores.at[row, index], refs.flat_scores.at[row, index]
-        self.used = (refs.lengths[row] + self.page_size - 1) // self.page_size
+        self.used = quotient_up(refs.lengths[row], self.page_size)
         limit = refs.limits[row, index] if self.budget_pages is None else jnp.minimum(self.used, self.budget_pages)
         if self.chunks == 1:
             self.held, self.held_flat = self.square_keys(0), self.flat_keys(0)
@@ -148,7 +158,7 @@ class Selector:
         """Fold `fold(flat keys, state)` over all chunks that hold pages of this row."""
         if self.chunks == 1:
             return fold(self.held_flat, start)
-        count = (self.used + self.chunk - 1) // self.chunk
+        count = quotient_up(self.used, self.chunk)
         return jax.lax.fori_loop(0, count, lambda c, state: fold(self.flat_keys(c), state), start)
 
     def count_from(self, keys: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -274,7 +284,7 @@ class Selector:
             empty = full((SIDE,), -1, WGMMA.reduce(1), jnp.int32)
             for tile in range(tiles):
                 store(refs.new_pages.at[row, head, pl.ds(tile * SIDE, SIDE)], empty)
-            jax.lax.fori_loop(0, (self.used + self.chunk - 1) // self.chunk, each, start)
+            jax.lax.fori_loop(0, quotient_up(self.used, self.chunk), each, start)
 
     def write_tile(
         self, row: jax.Array, head: jax.Array, chunk: Any, tile: int, done: jax.Array, found: jax.Array,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_gpu.common import Refs
+from pallas_kernels.mosaic_gpu.common import Refs, quotient_up
 from pallas_kernels.mosaic_gpu.config import DecodeConfig
 
 # Tokens of a tile, unless a page has more: 32 KiB at head_dim 128. Blocks differ by at most one tile.
@@ -25,8 +25,9 @@ TILE_TOKENS = 64
 class SplitPlan:
     """What is static about a call: `dense_heads` that read all pages and `sparse_heads` that read `selected` ones.
 
-    A tile is what one step of a block reads: some whole pages. `kv_heads` counts all heads of the pool. `padded`: only
-    the device knows how many of the heads that the call names there are; they come first, and these numbers bound them.
+    A tile is what one step of a block reads: some whole pages, `least_tokens` or more. `kv_heads` counts all heads of
+    the pool. `padded`: only the device knows how many of the heads that the call names there are; they come first, and
+    these numbers bound them.
     """
 
     batch: int
@@ -38,11 +39,12 @@ class SplitPlan:
     blocks: int
     config: DecodeConfig
     padded: bool = False
+    least_tokens: int = TILE_TOKENS
 
     @property
     def tile_tokens(self) -> int:
         """Tokens of a tile."""
-        return max(TILE_TOKENS, self.page_size)
+        return max(self.least_tokens, self.page_size)
 
     @property
     def pages_per_tile(self) -> int:
@@ -72,12 +74,12 @@ class SplitPlan:
 
     def dense_tiles(self, length: jax.Array) -> jax.Array:
         """Tiles of a head that reads all pages of `length` tokens."""
-        return (length + self.tile_tokens - 1) // self.tile_tokens
+        return quotient_up(length, self.tile_tokens)
 
     def sparse_tiles(self, length: jax.Array) -> jax.Array:
         """Tiles set aside for a sparse head of a row of `length` tokens; it may have selected fewer pages."""
-        used = (length + self.page_size - 1) // self.page_size
-        return (jnp.minimum(used, self.selected) + self.pages_per_tile - 1) // self.pages_per_tile
+        used = quotient_up(length, self.page_size)
+        return quotient_up(jnp.minimum(used, self.selected), self.pages_per_tile)
 
 
 class Row(NamedTuple):
@@ -111,7 +113,7 @@ class TileList:
         held = plan.batch <= plan.config.held_rows
         self.held = [self._load(b) for b in range(plan.batch)] if held else None
         total = self._fold(lambda b, row, sum: sum + self._tiles(row), jnp.int32(0))
-        self.share = jnp.maximum((total + plan.blocks - 1) // plan.blocks, 1)
+        self.share = jnp.maximum(quotient_up(total, plan.blocks), 1)
         self.total = total
 
     def _load(self, row: Any) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.common import Refs, remainder
+from pallas_kernels.mosaic_gpu.common import Refs, quotient, quotient_up, remainder
 from pallas_kernels.mosaic_gpu.split import SplitPlan, TileList
 
 
@@ -61,7 +61,7 @@ class Walk:
             dense = beyond < 0
             whole = jnp.where(dense, dense_tiles, sparse_tiles)
             within = jnp.where(dense, offset, beyond)
-            index = within // whole
+            index = quotient(within, whole)
             first = within - index * whole
             index = jnp.where(dense, index, index + row.dense_heads)
             head = index
@@ -70,7 +70,7 @@ class Walk:
             planned = jnp.minimum(whole - first, end - tile)
             steps = planned
             if plan.selective:
-                chosen = (refs.counts[row.number, head] + plan.pages_per_tile - 1) // plan.pages_per_tile
+                chosen = quotient_up(refs.counts[row.number, head], plan.pages_per_tile)
                 steps = jnp.where(dense, planned, jnp.clip(chosen - first, 0, planned))
             # Nobody selects pages in a dense row.
             scored = dense if row.flag is None else dense & ~row.flag
@@ -85,7 +85,7 @@ class Walk:
     def logical(self, piece: Piece, tile: jax.Array) -> list[jax.Array]:
         """The logical pages of a tile, −1 where there is none."""
         plan = self.plan
-        used = (piece.length + plan.page_size - 1) // plan.page_size
+        used = quotient_up(piece.length, plan.page_size)
         pages = []
         for k in range(plan.pages_per_tile):
             index = tile * plan.pages_per_tile + k
@@ -137,9 +137,14 @@ class Fetch(Walk):
 
             for k, page in enumerate(ids):
                 target = refs.tiles.at[slot]
+                part = pl.ds(k * plan.page_size, plan.page_size)
                 if len(ids) > 1:
-                    target = target.at[pl.ds(k * plan.page_size, plan.page_size)]
+                    target = target.at[part]
                 plgpu.copy_gmem_to_smem(refs.kv_pages.at[page, piece.head], target, refs.full.at[slot])
+                if hasattr(refs, "kv_scales"):
+                    for half in range(2):
+                        source = refs.kv_scales.at[page, piece.head, half]
+                        plgpu.copy_gmem_to_smem(source, refs.scales.at[slot, half, part], refs.full.at[slot])
 
         def round_of(turn: jax.Array, ids: list[list[jax.Array]]) -> list[list[jax.Array]]:
             ahead = logical(turn + 1)
@@ -153,7 +158,7 @@ class Fetch(Walk):
 
         @pl.when(piece.steps > 0)
         def _():
-            jax.lax.fori_loop(0, (piece.steps + stages - 1) // stages, round_of, first)
+            jax.lax.fori_loop(0, quotient_up(piece.steps, stages), round_of, first)
 
     def run(self) -> tuple[jax.Array, jax.Array]:
         """Take all pieces; every slot was given back before its barrier goes."""

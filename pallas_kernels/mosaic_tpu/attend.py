@@ -12,6 +12,7 @@ from pallas_kernels.mosaic_tpu.chip import LANES
 from pallas_kernels.mosaic_tpu.config import TpuConfig
 from pallas_kernels.mosaic_tpu.kernel import attention_kernel
 from pallas_kernels.mosaic_tpu.launch import Launch, check, fits_smem, smem_words, vmem_bytes
+from pallas_kernels.mosaic_tpu.words import unit
 from pallas_kernels.types import Heads, KVPages, PageScore
 from pallas_kernels.xla.decode import MASKED
 
@@ -37,15 +38,13 @@ def attend(
     in `dense [B]` read the page table all the same.
     """
     batch, kv_heads, groups, head_dim = q.shape
-    if kv.quantized is not None:
-        raise NotImplementedError(f"mosaic_tpu reads no quantised caches, and this one is {kv.quantized}")
     held, lists = smem_words(page_table, num_tokens, selected)
     launch = Launch(
         batch=batch, kv_heads=kv_heads, heads=heads.shape[0], groups=groups, page_size=kv.page_size, head_dim=head_dim,
         max_pages=page_table.shape[1] if selected is None else selected.shape[2], sparse=selected is not None,
         cores=chip.cores(), scale=scale, scores=page_scores, return_lse=return_lse, dense_rows=dense is not None,
-        exact=kv.data.dtype == jnp.float32, prefetch_rows=batch > 1 and fits_smem(held, lists, buffers=4),
-        config=config,
+        exact=(q if kv.quantized else kv.data).dtype == jnp.float32, quantized=kv.quantized,
+        prefetch_rows=batch > 1 and fits_smem(held, lists, buffers=4), config=config,
     )  # fmt: skip
     check(launch, q, kv.data, page_table, num_tokens, selected)
     if launch.heads == 0:
@@ -54,14 +53,14 @@ def attend(
             None if page_scores is None else jnp.zeros((batch, 0, page_table.shape[1]), jnp.float32),
             jnp.zeros((batch, 0, groups), jnp.float32) if return_lse else None,
         )
-    return _call(launch, q, kv.data, page_table, num_tokens, selected, heads, dense)
+    return _call(launch, q, kv, page_table, num_tokens, selected, heads, dense)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # layers share one trace, which takes longer than the compiler does
 def _call(
     launch: Launch,
     q: jax.Array,
-    pool: jax.Array,
+    kv: KVPages,
     page_table: jax.Array,
     num_tokens: jax.Array,
     selected: jax.Array | None,
@@ -69,7 +68,7 @@ def _call(
     dense: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     padding = ((0, 0), (0, 0), (0, launch.queries - launch.groups), (0, launch.width - launch.head_dim))
-    query = jnp.pad(q.astype(pool.dtype), padding)
+    query = jnp.pad(q * unit(launch) if launch.quantized else q.astype(kv.data.dtype), padding)
     if launch.kv_splits == 1:  # as many for every core
         heads = jnp.pad(heads, (0, launch.core_heads * launch.cores - launch.heads), constant_values=-1)
     if selected is None:
@@ -97,7 +96,8 @@ def _call(
         outs.append((*per_head, launch.queries, LANES))
     if launch.scores is not None:
         outs.append((*per_head, launch.score_rows, LANES))
-    buffer = pltpu.VMEM((launch.step_pages, *pool.shape[2:]), pool.dtype)
+    pools = [pool for pool in kv if pool is not None]
+    buffers = [pltpu.VMEM((launch.step_pages, *pool.shape[2:]), pool.dtype) for pool in pools]
     state = (launch.config.step_blocks, launch.queries)
     results = pl.pallas_call(
         lambda *refs: attention_kernel(launch, *refs),
@@ -111,12 +111,12 @@ def _call(
                     for index in ((row, following) if launch.prefetch_rows else (row,))
                 ),
                 pl.BlockSpec((1, *query.shape[1:]), lambda core, row, *_: (row, 0, 0, 0)),
-                pl.BlockSpec(memory_space=pltpu.HBM),
+                *(pl.BlockSpec(memory_space=pltpu.HBM) for _ in pools),
             ],
             out_specs=[pl.BlockSpec(block, lambda core, row, *_: (core, row, 0, 0, 0)) for block in outs],
             scratch_shapes=[
-                buffer,
-                buffer,
+                *buffers,
+                *buffers,
                 pltpu.VMEM((*state, LANES), jnp.float32),
                 pltpu.VMEM((*state, LANES), jnp.float32),
                 pltpu.VMEM((*state, launch.width), jnp.float32),
@@ -128,7 +128,7 @@ def _call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             disable_bounds_checks=True,
-            vmem_limit_bytes=vmem_bytes(launch, query, pool),
+            vmem_limit_bytes=vmem_bytes(launch, query, kv),
         ),
         interpret=chip.interpreter(),
         name="sparse_decode" if launch.sparse else "dense_decode",
@@ -137,7 +137,7 @@ def _call(
         *(array for array in lists for _ in range(1 + launch.prefetch_rows)),
         query,
         # XLA would copy a small pool to the vector memory first.
-        pltpu.with_memory_space_constraint(pool, pltpu.HBM),
+        *(pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in pools),
     )
     return _gather(launch, q, page_table, num_tokens, list(results))
 

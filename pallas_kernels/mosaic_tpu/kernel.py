@@ -87,18 +87,25 @@ def attention_kernel(launch: Launch, *refs: Any) -> None:
     next_table = next(refs_in) if launch.prefetch_rows else None
     selected = next(refs_in) if launch.sparse else None
     next_selected = next(refs_in) if launch.sparse and launch.prefetch_rows else None
-    q, pool, out = (next(refs_in) for _ in range(3))
+    q = next(refs_in)
+    pools = [next(refs_in) for _ in range(1 + launch.scaled)]
+    out = next(refs_in)
     lse = next(refs_in) if launch.writes_lse else None
     scores = next(refs_in) if launch.scores else None
-    *buffers, running_max, normalizer, acc, first_slot, arrived = refs_in
+    *held_pages, running_max, normalizer, acc, first_slot, arrived = refs_in
+    buffers = held_pages[: len(pools)], held_pages[len(pools) :]
 
     core, row = pl.program_id(0), pl.program_id(1)
     here = _Row(launch, core, row, held, table, selected)
     there = _Row(launch, core, jnp.minimum(row + 1, launch.batch - 1), held, next_table, next_selected)
     unroll = min(launch.config.dma_unroll, launch.step_pages)
 
-    def copy(slot, place, head, page):
-        return pltpu.make_async_copy(pool.at[page, head], buffers[slot].at[place], arrived.at[slot])
+    def copies(slot, place, head, page):
+        """Of a page, and of its scales."""
+        return [
+            pltpu.make_async_copy(pool.at[page, head], buffer.at[place], arrived.at[slot])
+            for pool, buffer in zip(pools, buffers[slot], strict=True)
+        ]
 
     def fetch(which: _Row, index, step, slot, count, *, unroll=unroll):
         """Start the DMAs of a step of `count` pages, `unroll` of them in one straight piece of code."""
@@ -109,7 +116,8 @@ def attention_kernel(launch: Launch, *refs: Any) -> None:
 
                 @pl.when(first + place < count)
                 def _(place=first + place):
-                    copy(slot, place, head, locate(place)).start()
+                    for copy in copies(slot, place, head, locate(place)):
+                        copy.start()
 
         if unroll == launch.step_pages:
             some(0)
@@ -124,16 +132,22 @@ def attention_kernel(launch: Launch, *refs: Any) -> None:
                 fetch(there, 0, 0, slot, there.pages(0))
 
     def wait(index, step, slot):
-        buffer = buffers[slot]
+        buffer = buffers[slot][0]
         count = jnp.minimum(here.pages(index) - step * launch.step_pages, launch.step_pages)
 
         @pl.when(count == launch.step_pages)
         def _():  # the semaphore counts bytes: one wait for all of them
-            pltpu.make_async_copy(buffer, buffer, arrived.at[slot]).wait()
+            for whole in buffers[slot]:
+                pltpu.make_async_copy(whole, whole, arrived.at[slot]).wait()
 
         @pl.when(count < launch.step_pages)
         def _():
-            jax.lax.fori_loop(0, count, lambda place, c: (copy(slot, place, 0, 0).wait(), c)[1], 0)
+            def arrive(place, carry):
+                for copy in copies(slot, place, 0, 0):
+                    copy.wait()
+                return carry
+
+            jax.lax.fori_loop(0, count, arrive, 0)
 
             def clear(place, carry):  # stale values would meet zero weights, and may be NaN
                 buffer[place] = jnp.zeros(buffer.shape[1:], buffer.dtype)

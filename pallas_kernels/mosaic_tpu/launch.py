@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.mosaic_tpu.chip import LANES, SUBLANES
 from pallas_kernels.mosaic_tpu.config import TpuConfig
-from pallas_kernels.types import PageScore
+from pallas_kernels.types import KVDtype, KVPages, PageScore
 
 # Scalar memory is 1 MiB; the compiler wants some of it.
 _SMEM_BYTES = 960 * 1024
@@ -32,6 +32,7 @@ class Launch:
     return_lse: bool = False
     dense_rows: bool = False  # sparse only: rows may be flagged to read all of the page table
     exact: bool = False  # float32 products
+    quantized: KVDtype | None = None  # pages hold words of 8-bit numbers
     prefetch_rows: bool = False  # a row's last step fetches the first of the next row, whose lists are known then
     config: TpuConfig = TpuConfig()
 
@@ -52,8 +53,13 @@ class Launch:
 
     @property
     def width(self) -> int:
-        """Lanes of a query. With head_dim 64 keys and values share a tile, and both are multiplied whole."""
-        return max(LANES, self.head_dim)
+        """Lanes of a query. Where keys and values share a tile of 128, both are multiplied whole."""
+        return self.head_dim if self.quantized else max(LANES, self.head_dim)
+
+    @property
+    def scaled(self) -> bool:
+        """Tokens have scales."""
+        return self.quantized == "int8"
 
     @property
     def block_tokens(self) -> int:
@@ -101,12 +107,15 @@ def fits_smem(held: int, lists: int, buffers: int) -> bool:
     return 4 * (held + buffers * lists) <= _SMEM_BYTES
 
 
-def vmem_bytes(launch: Launch, query: jax.Array, pool: jax.Array) -> int:
+def vmem_bytes(launch: Launch, query: jax.Array, kv: KVPages) -> int:
     """What the kernel needs of the vector memory: its buffers, its blocks (twice), and room for values in flight."""
-    page = launch.page_size * pool.shape[3] * pool.dtype.itemsize
+    page = launch.page_size * max(LANES, kv.data.shape[3]) * kv.data.dtype.itemsize
+    if kv.scales is not None:
+        page += max(LANES, kv.scales.shape[2]) * kv.scales.dtype.itemsize
     buffers = 2 * launch.step_pages * page
-    blocks = launch.kv_heads * launch.queries * launch.width * query.dtype.itemsize
-    blocks += launch.core_heads * launch.queries * (launch.width + LANES) * 4
+    width = max(LANES, launch.width)
+    blocks = launch.kv_heads * launch.queries * width * query.dtype.itemsize
+    blocks += launch.core_heads * launch.queries * (width + LANES) * 4
     if launch.scores is not None:
         blocks += launch.core_heads * max(launch.score_rows, SUBLANES) * LANES * 4
     return buffers + 2 * blocks + (6 << 20)
@@ -121,11 +130,14 @@ def check(
     selected: jax.Array | None,
 ) -> None:
     """Refuse what the kernel does not cover, by NotImplementedError."""
-    if pool.dtype not in (jnp.bfloat16, jnp.float32) or q.dtype not in (jnp.bfloat16, jnp.float32):
+    held = (jnp.uint16,) if launch.quantized else (jnp.bfloat16, jnp.float32)
+    if pool.dtype not in held or q.dtype not in (jnp.bfloat16, jnp.float32):
         raise NotImplementedError(f"mosaic_tpu reads bfloat16 and float32, not {pool.dtype} with {q.dtype} queries")
     if launch.head_dim not in (64, 128):
         raise NotImplementedError(f"mosaic_tpu covers head_dim 64 and 128, not {launch.head_dim}")
     if launch.page_size not in (16, 32, 64, 128):
         raise NotImplementedError(f"mosaic_tpu covers page sizes 16, 32, 64 and 128, not {launch.page_size}")
+    if launch.scaled and launch.page_size < 64:
+        raise NotImplementedError(f"mosaic_tpu covers int8 caches with pages of 64 and 128, not {launch.page_size}")
     if not fits_smem(*smem_words(page_table, num_tokens, selected), buffers=2):
         raise NotImplementedError(f"page tables of {page_table.shape[1]} entries do not fit the scalar memory")

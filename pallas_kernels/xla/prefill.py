@@ -82,20 +82,32 @@ def cached_block(
     return jnp.where(seen[:, None, :, None], tiles, jnp.zeros((), tiles.dtype)), scales, seen
 
 
-def _chunk_words(
+def chunk_words(
     kv: KVPages, page_table: jax.Array, starts: jax.Array, counts: jax.Array, length: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The words `[B, K, T, H]` that a quantised cache holds of a chunk, and the scales `[2, B, K, T]` if it has any."""
-    index, heads = jnp.arange(length, dtype=jnp.int32), jnp.arange(kv.kv_heads, dtype=jnp.int32)
-    position, real = starts[:, None] + index, index < counts[:, None]
-    logical = jnp.minimum(position // kv.page_size, page_table.shape[1] - 1)
-    page = jnp.where(real, jnp.take_along_axis(page_table, logical, axis=1), 0)[:, None, :]
-    offset = (position % kv.page_size)[:, None, :]
-    words = jnp.where(real[:, None, :, None], kv.data[page, heads[None, :, None], offset], jnp.uint16(0))
+    """The words `[B, K, T, H]` that a quantised cache holds of a chunk, and the scales `[2, B, K, T]` if it has any;
+    both zero past the chunk's tokens.
+    """
+    batch, (_, kv_heads, page_size, width) = starts.shape[0], kv.data.shape
+    # Whole pages, and the chunk cut out of them: it may begin anywhere in the first.
+    pages = -(-length // page_size) + 1
+    logical = starts[:, None] // page_size + jnp.arange(pages, dtype=jnp.int32)
+    inside = logical * page_size < (starts + counts)[:, None]
+    ids = jnp.take_along_axis(page_table, jnp.minimum(logical, page_table.shape[1] - 1), axis=1)
+    where = jnp.where(inside, ids, 0)[:, None, :], jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
+    real = (jnp.arange(length, dtype=jnp.int32) < counts[:, None])[:, None, :, None]
+
+    def cut(tokens: jax.Array) -> jax.Array:
+        """`[B, K, pages · page_size, …]` to `[B, K, T, …]`."""
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=length, axis=1)
+        return jnp.where(real, jax.vmap(take)(tokens, starts % page_size), jnp.zeros((), tokens.dtype))
+
+    words = cut(kv.data[where].reshape(batch, kv_heads, pages * page_size, width))
     if kv.scales is None:
         return words, None
-    both = jnp.stack([offset, offset + kv.page_size])
-    return words, jnp.where(real[:, None, :], kv.scales[page, heads[None, :, None], both], 0.0)
+    scales = kv.scales[where].reshape(batch, kv_heads, pages, 2, page_size)
+    scales = cut(jnp.swapaxes(scales, 3, 4).reshape(batch, kv_heads, pages * page_size, 2))
+    return words, jnp.moveaxis(scales, 3, 0)
 
 
 def zero_padding(x: Float[Array, "B T *rest"], counts: Int[Array, " B"]) -> Float[Array, "B T *rest"]:
@@ -171,7 +183,7 @@ def extend_attention(
         keys, values = (zero_padding(x, counts).transpose(0, 2, 1, 3) for x in (k, v))
         scales = None
     else:
-        words, scales = _chunk_words(kv, page_table, starts, counts, length)
+        words, scales = chunk_words(kv, page_table, starts, counts, length)
         keys, values = keys_and_values(words, kv.quantized, wide)
     _, total, out = add(carry, keys, values, scales, causal[None, None])
     out = (out / total[..., None]).reshape(batch, kv_heads, groups, length, head_dim)

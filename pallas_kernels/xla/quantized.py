@@ -16,8 +16,8 @@ def quantize_kv(
     """Keys `kv[..., :H]` and values `kv[..., H:]` as words, and for "int8" the scale of each.
 
     int8: the largest number of a token's key in one head becomes 127, the others are rounded to the nearest, ties to
-    even; values likewise. fp8: rounded to e4m3, numbers beyond 448 become 448. What is not finite is not finite when
-    it is read, either.
+    even; values likewise. fp8: rounded to e4m3, numbers beyond 448 become 448, and minus zero becomes zero. What is not
+    finite is not finite when it is read, either.
     """
     halves = kv.astype(jnp.float32).reshape(*kv.shape[:-1], 2, kv.shape[-1] // 2)
     if dtype == "fp8":
@@ -30,7 +30,9 @@ def quantize_kv(
         divisor = jnp.where(scales > 0.0, scales, 1.0)[..., None]
         near = jnp.clip(jnp.rint(halves / divisor), -_LARGEST_INT8, _LARGEST_INT8)
         stored = jnp.where(jnp.isfinite(near), near, 0.0).astype(jnp.int8)
-    low, high = jnp.split(jax.lax.bitcast_convert_type(stored, jnp.uint8).astype(jnp.uint16), 2, axis=-2)
+    codes = jax.lax.bitcast_convert_type(stored, jnp.uint8)
+    codes = jnp.where(codes == 0x80, jnp.uint8(0), codes)  # minus zero, and no other number of either format
+    low, high = jnp.split(codes.astype(jnp.uint16), 2, axis=-2)
     return (low | high << 8)[..., 0, :], scales
 
 

@@ -97,6 +97,13 @@ def test_impossible_context_is_refused(model, options, context, message):
         decode.run(model, options, context=context)
 
 
+def test_a_model_of_nan_is_refused(model, options):
+    """It decodes nothing, so that there would be a share of nothing."""
+    broken = dataclasses.replace(model, model=model.spec.merge(tuple(array * jnp.nan for array in model.weights)))
+    with pytest.raises(UserError, match="logits are not finite"):
+        decode.run(broken, options, context=CONTEXT, tokens=TOKENS, repeats=1)
+
+
 def test_command_prints_one_object(folder, capsys):
     arguments = ["--context", str(CONTEXT), "--page-size", "16", "--budget", "64", "--sink", "16", "--recent", "16"]
     quantised = ["--kv-dtype", "fp8"]
@@ -117,7 +124,8 @@ def test_a_shape_is_measured_without_a_model(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(shapes.MODELS, "llama-3-8b", config)
     target = tmp_path / "rows.json"
     shape = ["--shape", "llama-3-8b", "--retrieval-heads", "3", "--batch", "1,2", "--dtype", "float32"]
-    assert cli.main(["bench", "decode", *shape, "--kv-dtype", "int8", "--json", str(target), *SMALL]) == 0
+    kinds = ["--quantize", "int8", "--kv-dtype", "int8"]
+    assert cli.main(["bench", "decode", *shape, *kinds, "--json", str(target), *SMALL]) == 0
     assert "hybrid" in capsys.readouterr().out
     rows = json.loads(target.read_text())["rows"]
     assert [(row["batch"], row["retrieval_heads"], row["kv_heads"], row["pages"]) for row in rows] == [
@@ -129,7 +137,7 @@ def test_a_shape_is_measured_without_a_model(monkeypatch, tmp_path, capsys):
         assert row["rivals"].keys() == {"dense", "dense_cudnn"}
         assert row["pool_copies"] == 0
         weights = row["weight_bytes"] - 64 * 32 * 4
-        assert (row["dtype"], row["kv"]) == ("float32", "int8")
+        assert (row["dtype"], row["weights"], row["kv"]) == ("float32", "int8", "int8")
         read = row["batch"] * (3 * 16 + 3 * 4) * 16 * (2 * 16 + 2 * 4)
         assert row["roofline_us"] == pytest.approx(1e6 * (weights + read) / 4.6e12)
 

@@ -1,5 +1,6 @@
 """The compiled programs: what they copy, what they hold, how often they compile, and who waits for whom."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_chunks_are_written_in_place_and_their_memory_does_not_follow_the_past(m
         if program == "prefill":
             tokens = jnp.zeros((BATCH, 64), jnp.int32)
             lowered = programs.prefill_chunk.lower(
-                model.spec, None, model.weights, pools, table, tokens, angles, angles, starts, starts
+                model.spec, None, BATCH, model.weights, pools, table, tokens, angles, angles, starts, starts
             )
         else:
             new = jnp.zeros((64, BATCH), jnp.int32)
@@ -205,3 +206,15 @@ def test_xla_by_name_keeps_kernels_out_of_prefill_and_correction(model, monkeypa
     model.generate_tokens([[5] * 40], options)
     assert {length for length, _ in asked} == {64, 3}, "a chunk of the prompt, and a correction"
     assert {implementation for _, implementation in asked} == {wanted}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [576, 768, 896, 2048])
+def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(dtype: str, width: int):
+    least = EngineConfig.of("cpu", dataclasses.replace(CONFIG, dtype=dtype)).min_rows
+    rng = np.random.default_rng(width)
+    rows, kernel = (jnp.asarray(rng.normal(size=(count, width)), dtype) for count in (64, 1024))
+    product = jax.jit(lambda x, kernel: jax.lax.dot_general(x, kernel, (((1,), (1,)), ((), ()))))
+    first = np.asarray(product(rows[:least], kernel), np.float32)
+    for count in (least + 1, 4, 8, 16, 64):
+        np.testing.assert_array_equal(np.asarray(product(rows[:count], kernel), np.float32)[:least], first)

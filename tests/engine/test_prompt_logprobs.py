@@ -121,8 +121,9 @@ def test_logits_of_few_positions_exist_at_a_time() -> None:
 
         angles = of(2, 256, 8, dtype=jnp.float32)
         lowered = programs.score_chunk.lower(
-            spec, None, at_once, weights, pools, of(2, 32), of(2, 256), angles, angles, of(2), of(2), of(2, 256), of()
-        )
+            spec, None, 2, at_once, weights, pools, of(2, 32), of(2, 256), angles, angles, of(2), of(2), of(2, 256),
+            of(),
+        )  # fmt: skip
         memory: Any = lowered.compile().memory_analysis()
         return memory.temp_size_in_bytes
 

@@ -60,10 +60,13 @@ def test_chunk_sizes_at_every_border() -> None:
     ]  # fmt: skip
 
 
-def test_chunks_are_padded_to_a_power_of_two_of_pages_and_then_of_units() -> None:
+def test_chunks_are_padded_to_a_part_of_the_unit_or_to_a_power_of_two_of_units() -> None:
     sizes = ChunkSizes(page_size=2, unit=12, rungs=((100, 48),))
-    expected = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8, 9: 12, 12: 12, 13: 24, 24: 24, 25: 48, 48: 48, 49: 96}
+    expected = {1: 6, 6: 6, 7: 12, 12: 12, 13: 24, 24: 24, 25: 48, 48: 48, 49: 96}
     assert {count: sizes.padded(count) for count in expected} == expected
+    coarse = ChunkSizes(page_size=64, unit=512, rungs=((100, 2048),), factor=4)
+    expected = {1: 128, 64: 128, 128: 128, 129: 512, 512: 512, 513: 1024, 2048: 2048}
+    assert {count: coarse.padded(count) for count in expected} == expected
 
 
 @pytest.mark.parametrize(

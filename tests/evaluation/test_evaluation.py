@@ -1,5 +1,6 @@
 """Evaluations as runs: the same results whatever interrupts them, folders that are resumed or refused, the report."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -92,6 +93,19 @@ def test_a_folder_grows_and_other_settings_are_refused(model, tmp_path):
         evaluate(model, STYLE, plan_of(model, samples=1), tmp_path, {"seed": 1})
     with pytest.raises(UserError, match="is a file"):
         evaluate(model, STYLE, plan_of(model, samples=1), tmp_path / "mine.txt", {"seed": 0})
+
+
+def test_the_token_that_ends_an_answer_is_not_in_it(model, tmp_path):
+    """Though the tokenizer does not call it special, so that it would show; an exact match would be none."""
+    plan = plan_of(model, samples=1)
+    case = plan.cells[0].task.case(300, 0.0, 0)
+    first, second = model.generate([case.tokens], max_new_tokens=2, attention="dense", page_size=16).tokens[0]
+    assert first != second
+    assert second not in model.tokenizer.special_ids
+    ended = dataclasses.replace(plan, options=dataclasses.replace(plan.options, eos_ids=(second,)))
+    evaluate(model, STYLE, ended, tmp_path, {})
+    answer = next(each for each in answers(tmp_path) if (each["depth"], each["variant"]) == (0.0, "dense"))
+    assert (answer["answer"], answer["new_tokens"]) == (model.tokenizer.decode([first]), 2)
 
 
 def test_a_prompt_read_to_its_end_token_by_token_gets_the_same_dense_answer(model, tmp_path):

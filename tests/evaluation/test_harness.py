@@ -3,6 +3,7 @@
 What the harness reports is computed again by hand from teacher forcing of whole prompts.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -177,6 +178,16 @@ def test_texts_are_those_of_generate(model, options, finished):
         assert sample["resps"] == [wanted.text]
 
 
+def test_the_token_that_ends_an_answer_is_not_in_it(model, options):
+    wish = {"max_gen_toks": 4, "until": []}
+    prompt = model.tokenizer.encode("The fox")
+    first, second = model.generate([prompt], max_new_tokens=2, attention="dense", page_size=8).tokens[0]
+    assert first != second
+    assert second not in model.tokenizer.special_ids
+    judged = LycheeLM(model, dataclasses.replace(options, attention="dense", eos_ids=(second,)))
+    assert judged.generate_until([request_of("The fox", wish)]) == [model.tokenizer.decode([first])]
+
+
 def test_a_run_is_resumed_and_asks_nothing_twice(model, options, include, finished, monkeypatch):
     report, output = finished
     lines = (output / "answers.jsonl").read_text().splitlines(keepends=True)
@@ -199,6 +210,16 @@ def test_a_run_is_resumed_and_asks_nothing_twice(model, options, include, finish
         evaluate(
             model, ["choice"], variants_of(["dense"], []), options, include=include, output=output, decode_last=3
         )  # fmt: skip
+
+
+def test_other_weights_do_not_go_on(model, options, include, tmp_path):
+    def ask(judged: LLM) -> None:
+        evaluate(judged, ["words"], variants_of(["dense"], []), options, include=include, limit=1, output=tmp_path)
+
+    ask(model)
+    other = dataclasses.replace(model, model=model.spec.merge(tuple(array + 1 for array in model.weights)))
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
+        ask(other)
 
 
 def test_decode_last_feeds_the_end_of_a_prompt_through_the_decode_path(model, options):

@@ -35,25 +35,33 @@ device_description_str: "NVIDIA H200"
 # What only the device knows: nothing, which rows are dense, how many heads there are, or both.
 KNOWN, DENSE_ROWS, PADDED, BOTH = (False, False), (True, False), (False, True), (True, True)
 CASES = [
-    # batch, query heads a KV head, head_dim, page size, pages of a row, retrieval heads of eight, dtype
-    ((1, 4, 128, 64, 2048, 1, "bfloat16"), KNOWN),
-    ((1, 4, 128, 64, 2048, 8, "bfloat16"), KNOWN),
-    ((1, 4, 128, 64, 2048, 0, "bfloat16"), KNOWN),
-    ((8, 4, 128, 64, 2048, 1, "bfloat16"), KNOWN),
-    ((4, 7, 128, 16, 2048, 2, "float16"), KNOWN),
-    ((2, 8, 64, 32, 32768, 8, "bfloat16"), KNOWN),
-    ((6, 1, 64, 128, 8192, 0, "float16"), KNOWN),
-    ((2, 8, 128, 128, 1024, 3, "bfloat16"), KNOWN),
-    ((1, 4, 128, 64, 2048, 1, "bfloat16"), DENSE_ROWS),
-    ((16, 4, 128, 64, 2048, 1, "bfloat16"), DENSE_ROWS),
-    ((16, 4, 128, 64, 2048, 2, "bfloat16"), PADDED),
-    ((16, 8, 128, 16, 2048, 2, "bfloat16"), BOTH),
+    # batch, query heads a KV head, head_dim, page size, pages of a row, retrieval heads of eight, dtype, cache
+    ((1, 4, 128, 64, 2048, 1, "bfloat16", None), KNOWN),
+    ((1, 4, 128, 64, 2048, 8, "bfloat16", None), KNOWN),
+    ((1, 4, 128, 64, 2048, 0, "bfloat16", None), KNOWN),
+    ((8, 4, 128, 64, 2048, 1, "bfloat16", None), KNOWN),
+    ((4, 7, 128, 16, 2048, 2, "float16", None), KNOWN),
+    ((2, 8, 64, 32, 32768, 8, "bfloat16", None), KNOWN),
+    ((6, 1, 64, 128, 8192, 0, "float16", None), KNOWN),
+    ((2, 8, 128, 128, 1024, 3, "bfloat16", None), KNOWN),
+    ((1, 4, 128, 64, 2048, 1, "bfloat16", None), DENSE_ROWS),
+    ((16, 4, 128, 64, 2048, 1, "bfloat16", None), DENSE_ROWS),
+    ((16, 4, 128, 64, 2048, 2, "bfloat16", None), PADDED),
+    ((16, 8, 128, 16, 2048, 2, "bfloat16", None), BOTH),
+    ((1, 4, 128, 64, 8192, 1, "bfloat16", "fp8"), KNOWN),
+    ((6, 4, 128, 64, 2048, 1, "bfloat16", "int8"), KNOWN),
+    ((1, 4, 128, 64, 2048, 8, "bfloat16", "fp8"), KNOWN),
+    ((16, 4, 128, 64, 2048, 2, "bfloat16", "fp8"), BOTH),
+    ((16, 8, 128, 64, 2048, 2, "bfloat16", "int8"), BOTH),
+    ((20, 7, 64, 16, 512, 2, "float16", "fp8"), KNOWN),
+    ((2, 8, 128, 128, 1024, 3, "bfloat16", "fp8"), KNOWN),
+    ((2, 8, 128, 128, 1024, 3, "bfloat16", "int8"), KNOWN),
 ]
 
 
-def report(device: Any, case: tuple[int, int, int, int, int, int, str], unknown: tuple[bool, bool]) -> str:
+def report(device: Any, case: tuple[int, int, int, int, int, int, str, str | None], unknown: tuple[bool, bool]) -> str:
     """What ptxas says of the kernels of a layer."""
-    batch, groups, head_dim, page_size, pages, dense, dtype = case
+    batch, groups, head_dim, page_size, pages, dense, dtype, kv = case
     place = jax.sharding.SingleDeviceSharding(device)
 
     def array(*shape: int, kind: Any = jnp.int32) -> Any:
@@ -63,14 +71,18 @@ def report(device: Any, case: tuple[int, int, int, int, int, int, str], unknown:
 
     def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any, heads: Any, flags: Any) -> Any:
         return ops.hybrid_decode(
-            q, ops.KVPages(pool), table, lengths, ops.Selection(chosen, counts),
+            q, pool, table, lengths, ops.Selection(chosen, counts),
             heads if padded else np.arange(dense, dtype=np.int32), ops.SelectionSpec(64, 2, 4),
             scale=head_dim**-0.5, dense=flags if flagged else None, implementation="mosaic_gpu",
         )  # fmt: skip
 
-    kind = jnp.dtype(dtype)
+    kind, count = jnp.dtype(dtype), batch * pages + 1
+    pool = ops.KVPages(array(count, 8, page_size, 2 * head_dim, kind=kind))
+    if kv is not None:
+        scales = array(count, 8, 2 * page_size, kind=jnp.float32) if kv == "int8" else None
+        pool = ops.KVPages(array(count, 8, page_size, head_dim, kind=jnp.uint16), scales)
     arrays = (
-        array(batch, 8, groups, head_dim, kind=kind), array(batch * pages + 1, 8, page_size, 2 * head_dim, kind=kind),
+        array(batch, 8, groups, head_dim, kind=kind), pool,
         array(batch, pages), array(batch), array(batch, 8, 64), array(batch, 8), array(dense),
         array(batch, kind=jnp.bool_),
     )  # fmt: skip
@@ -102,7 +114,9 @@ def main() -> int:
         re.DOTALL,
     )
     spilled = False
-    print(f"{'kernel':8} {'registers':>9} {'spilled':>7}   batch, G, head_dim, page, pages, retrieval heads, dtype")
+    print(
+        f"{'kernel':8} {'registers':>9} {'spilled':>7}   batch, G, head_dim, page, pages, retrieval heads, dtype, cache"
+    )
     for case, unknown in CASES:
         found = pattern.findall(report(device, case, unknown))
         if not found:

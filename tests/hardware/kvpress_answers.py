@@ -5,6 +5,7 @@ Run in an environment with torch, transformers (≥ 4.57; seen with 5.17) and kv
     python tests/hardware/kvpress_answers.py --model DIR [--gguf FILE] --prompts prompts.jsonl --output answers.jsonl \
         --shares 0.15,0.23 --rivals dense,snapkv,streaming,expected,duo,quest64,quest16 [--heads heads.json]
 
+`--lengths N,N` answers prompts of these lengths alone: the share that is read at the same budget depends on the length.
 A line of the prompts: {"task", "length", "index", "tokens": [ids], "max_new_tokens", …}. A line of the answers:
 {"task", "length", "index", "rival", "share", "answer", "kv_read_share"}, appended batch by batch; what is there already
 is not answered again. `kv_read_share` is measured: KV entries read ÷ entries that dense attention reads, over all
@@ -377,7 +378,8 @@ def run(args: argparse.Namespace) -> None:
     """Answer what is missing."""
     drop_cut_line(args.output)
     shard, shards = map(int, args.shard.split("/"))
-    prompts = [p for number, p in enumerate(read_lines(args.prompts)) if number % shards == shard]
+    prompts = [p for p in read_lines(args.prompts) if args.lengths is None or p["length"] in args.lengths]
+    prompts = prompts[shard::shards]
     done = {(*place(line), line["rival"], line["share"]) for line in read_lines(args.output)}
     answerer = Answerer(args)
     asked = [(rival, share) for rival in args.rivals for share in ([1.0] if rival == "dense" else args.shares)]
@@ -423,6 +425,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rivals", type=lambda text: text.split(","), default=["dense", *PRESSES, "quest64", "quest16"]
     )
+    parser.add_argument("--lengths", type=lambda text: [int(each) for each in text.split(",")], help="of the prompts")
     parser.add_argument("--heads", type=Path, help="the head map of `duo`")
     parser.add_argument("--shard", default="0/1", help="i/n: only the prompts whose number leaves i when divided by n")
     parser.add_argument("--batch-tokens", type=int, default=600_000, help="tokens of a batch, prompts and answers")

@@ -3,7 +3,7 @@
 Starts `lychee serve` with the bundled model and sends it, several at once, greedy and sampled requests of many lengths
 with shared prefixes, whole and streamed, some of which are given up at a random moment, broken JSON, and readers that
 do not read. Every greedy answer must equal that of an engine of its own with one row and no prefix cache, which answers
-all prompts in another process before the server starts. On a GPU, where programs of different batches round
+all prompts in another process while the server starts. On a GPU, where programs of different batches round
 differently, an answer may leave that reference at a token whose two best were closer than 1e-2: these are counted, too.
 The outcome goes to docs/results/serve_soak.json.
 """
@@ -27,6 +27,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 MAX_MODEL_LEN, NEW_TOKENS, AT_ONCE, PREFIXES, TAILS = 2048, 48, 24, 8, 12
+CACHE_MEMORY = "0.4"  # GiB
 NEAR_TIE = 1e-2  # between the log-probabilities of the two best tokens
 SLOW_SECONDS = 10
 JSON = {"content-type": "application/json"}
@@ -173,8 +174,9 @@ class Process:
 
     def __init__(self, log: IO[bytes]):
         self._log = log
-        command = [sys.executable, "-m", "lychee_jax", "serve", "--port", "0", "--max-model-len", str(MAX_MODEL_LEN)]
-        self._process = subprocess.Popen(command, stderr=log, cwd=ROOT)
+        # Room for all sequences and some prefixes: pages are taken from one another.
+        options = ["--port", "0", "--max-model-len", str(MAX_MODEL_LEN), "--cache-memory", CACHE_MEMORY]
+        self._process = subprocess.Popen([sys.executable, "-m", "lychee_jax", "serve", *options], stderr=log, cwd=ROOT)
         self.url = self._ready()
         self._settle()
 
@@ -236,18 +238,18 @@ def main() -> None:
         write_reference(arguments.seed, arguments.reference)
         return
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as log:
         target = Path(folder) / "reference.json"
-        # A process of its own: it has the device to itself, and leaves it to the server.
-        subprocess.run(
-            [sys.executable, __file__, "--reference", target, "--seed", str(arguments.seed)], check=True, cwd=ROOT
-        )
+        # A process of its own, which compiles while the server does.
+        command = [sys.executable, __file__, "--reference", str(target), "--seed", str(arguments.seed)]
+        with subprocess.Popen(command, cwd=ROOT) as referee:
+            server = Process(log)
+            print(f"server: {time.perf_counter() - started:.0f} s", flush=True)
+        if referee.returncode:
+            raise SystemExit("there is no reference")
         reference = json.loads(target.read_text())
-    known = [Known(**each) for each in reference["known"]]
-    print(f"reference: {time.perf_counter() - started:.0f} s", flush=True)
-    with tempfile.NamedTemporaryFile() as log:
-        server = Process(log)
-        print(f"server: {time.perf_counter() - started:.0f} s", flush=True)
+        known = [Known(**each) for each in reference["known"]]
+        print(f"reference: {time.perf_counter() - started:.0f} s", flush=True)
         soak = Soak(server.url, known, arguments.seed, exact=reference["platform"] == "cpu")
         memory: list[int] = []
         threads: list[int] = []

@@ -303,6 +303,18 @@ def test_arguments_are_taken_as_people_mean_them_or_refused_in_one_line(textual)
     assert textual.generate(messages=messages, **NEW).tokens == textual.generate("the dog", chat=True, **NEW).tokens
 
 
+def test_the_token_that_ends_a_text_is_not_in_it(textual):
+    """Whether or not the tokenizer calls it special; with ignore_eos it ends nothing, and shows."""
+    ids = [textual.tokenizer.encode(TEXT)]
+    told = textual.generate(ids, ignore_eos=True, **NEW).tokens[0]
+    count = next(n for n, token in enumerate(told) if n and token not in [*told[:n], *textual.tokenizer.special_ids])
+    ends = dataclasses.replace(textual, eos_ids=(told[count],))
+    found = ends.generate(ids, **NEW)
+    assert (found.tokens, found.finish_reason) == ([told[: count + 1]], ["stop"])
+    assert found.text == ["".join(ends.stream(ids[0], **NEW))] == [textual.tokenizer.decode(told[:count])]
+    assert ends.generate(ids, ignore_eos=True, **NEW).text == [textual.tokenizer.decode(told)]
+
+
 def test_stop_texts_end_their_row_alone(textual):
     whole = textual.generate([TEXT, "the dog"], ignore_eos=True, **NEW)
     stop = next(text for text in whole.text[0] if text not in whole.text[1])

@@ -14,7 +14,7 @@ from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, Chip, compile_for
 from lychee_jax.config import ModelConfig, Quantization
 from lychee_jax.errors import UserError
-from lychee_jax.models.layers import Linear
+from lychee_jax.models.layers import Linear, contract
 from lychee_jax.models.quantization import STORED, check_quantization, quantize_kernel
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.parallel import axes
@@ -132,6 +132,25 @@ def test_a_tpu_never_holds_the_kernel_in_another_dtype(quantize: Quantization, c
     outputs, inputs = 16384, 8192
     memory: Any = compile_for(chip, steps, *shapes(quantize, outputs, inputs)).memory_analysis()
     assert memory.temp_size_in_bytes < outputs * inputs
+
+
+@pytest.mark.libtpu
+@pytest.mark.skipif(not tpu_compiler.installed(), reason="libtpu, the TPU compiler, is not installed here")
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_tpu_multiplies_a_single_row_with_its_matrix_unit(quantize: Quantization | None, chip: Chip) -> None:
+    """What the compiler expects of it is near the time of the kernel's bytes, and no multiple of that."""
+    outputs, inputs = 28672, 4096
+    _, kernel, scale = shapes(quantize or "int8", outputs, inputs)
+    x = jax.ShapeDtypeStruct((1, 1, inputs), jnp.bfloat16)
+    if quantize is None:
+        kernel = jax.ShapeDtypeStruct(kernel.shape, jnp.bfloat16)
+        compiled = compile_for(chip, jax.jit(contract), x, kernel)
+    else:
+        compiled = compile_for(chip, jax.jit(apply), x, kernel, scale)
+    cycles = sum(int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text() or ""))
+    reading = kernel.size * kernel.dtype.itemsize / (chip.bandwidth * chip.cores)
+    assert 0 < cycles / (chip.clock_ghz * 1e9) < 2.5 * reading
 
 
 @pytest.mark.parametrize("tied", [True, False])

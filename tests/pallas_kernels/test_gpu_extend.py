@@ -23,7 +23,7 @@ from lychee_jax.models.spec import ModelSpec
 from pallas_kernels import KVPages
 from pallas_kernels.mosaic_gpu import extend
 from pallas_kernels.mosaic_gpu.common import targeting
-from tests.support import oracle
+from tests.support import oracle, quantized
 from tests.support.gpu import interpreted, kernels, run, unsigned
 from tests.support.paged_caches import Shape
 
@@ -32,20 +32,21 @@ BF16, F16 = "bfloat16", "float16"
 
 @dataclasses.dataclass
 class Chunk:
-    """A ragged batch of chunks that were written to the cache already."""
+    """A ragged batch of chunks that were written to the cache already; `kv_pages` are the numbers to be read of it."""
 
     q: Any
     kv_pages: Any
     page_table: Any
     starts: Any
     counts: Any
+    kv: str | None
 
     @property
     def arrays(self) -> tuple[Any, ...]:
         """Queries, no real keys and values (they are read where the cache holds them), cache, table, starts, counts."""
-        pool, table, starts, counts = map(jnp.asarray, (self.kv_pages, self.page_table, self.starts, self.counts))
+        table, starts, counts = map(jnp.asarray, (self.page_table, self.starts, self.counts))
         unread = jnp.full((*self.q.shape[:3], self.q.shape[-1]), jnp.nan, self.q.dtype)
-        return jnp.asarray(self.q), unread, unread, KVPages(pool), table, starts, counts
+        return jnp.asarray(self.q), unread, unread, quantized.as_pages(self.kv_pages, self.kv), table, starts, counts
 
 
 def make_chunk(shape: Shape, kv_heads: int, length: int, starts: list[int], counts: list[int]) -> Chunk:
@@ -65,7 +66,8 @@ def make_chunk(shape: Shape, kv_heads: int, length: int, starts: list[int], coun
             real = min(page, end - p * page)
             pool[table[b, p], :, :real] = rng.standard_normal((kv_heads, real, 2 * shape.head_dim))
     q = 2 * rng.standard_normal((len(starts), length, kv_heads, shape.group, shape.head_dim))
-    return Chunk(q.astype(dtype), pool.astype(dtype), table, np.array(starts, np.int32), np.array(counts, np.int32))
+    pool = pool.astype(dtype) if shape.kv is None else quantized.store_pool(pool, shape.kv).read
+    return Chunk(q.astype(dtype), pool, table, np.array(starts, np.int32), np.array(counts, np.int32), shape.kv)
 
 
 def check(chunk: Chunk, got: jax.Array, shape: Shape) -> None:
@@ -91,6 +93,9 @@ def check(chunk: Chunk, got: jax.Array, shape: Shape) -> None:
         # A page is a tile; fewer tokens than a block, and not a whole number of blocks.
         (Shape(128, 64, 1, F16), 2, 192, [128, 3], [192, 190]),
         (Shape(16, 64, 1, BF16), 1, 7, [250, 121], [7, 7]),
+        # Over 8-bit caches.
+        (Shape(16, 64, 1, BF16, "int8"), 2, 64, [100, 3], [30, 64]),
+        (Shape(64, 128, 1, F16, "fp8"), 1, 64, [130], [50]),
     ],
     ids=str,
 )
@@ -234,7 +239,7 @@ def test_the_prefill_of_a_prompt_is_that_of_xla() -> None:
             )
             # Op by op: within one program the interpreter's calls back can starve on a machine with few cores.
             pools, last = inspect.unwrap(programs.prefill_chunk)(
-                spec, implementation, weights, pools, jnp.asarray(table),
+                spec, implementation, 1, weights, pools, jnp.asarray(table),
                 jnp.asarray(tokens[:, start : start + chunk]), jnp.asarray(cos), jnp.asarray(sin),
                 jnp.array([start], jnp.int32), jnp.array([min(chunk, prompt - start)], jnp.int32),
             )  # fmt: skip

@@ -20,6 +20,7 @@ from tests.support.gpu import interpreted, kernels, lower, run, unsigned
 from tests.support.paged_caches import Cache, Shape, make_cache, padded, some_pages, spec_of
 
 BF16, F16 = "bfloat16", "float16"
+INT8, FP8 = "int8", "fp8"
 
 
 def as_heads(heads: list[int], known: bool) -> Any:
@@ -72,6 +73,8 @@ def check_dense(shape: Shape, cache: Cache, heads: list[int], kind: str | None, 
         (Shape(32, 128, 7, F16), [1], "lse", True),
         (Shape(128, 64, 1, BF16), [-1, 2], "lse", True),
         (Shape(64, 64, 2, F16), [0, 1, 2], None, True),
+        (Shape(64, 128, 4, BF16, FP8), [2, -1, 0], "max", False),
+        (Shape(32, 64, 8, BF16, INT8), [1], "lse", True),
     ],
     ids=str,
 )
@@ -79,10 +82,14 @@ def test_dense_decode_at_every_border_of_a_page(shape: Shape, heads: list[int], 
     check_dense(shape, make_cache(shape), heads, kind, known)
 
 
-@pytest.mark.parametrize("heads", [[1], [0, 1, 2]], ids=["a head over all blocks", "heads share blocks"])
-def test_more_tiles_than_slots(heads: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv"),
+    [([1], None), ([0, 1, 2], None), ([1], INT8)],
+    ids=["a head over all blocks", "heads share blocks", "slots given back before they were multiplied"],
+)
+def test_more_tiles_than_slots(heads: list[int], kv: str | None) -> None:
     """Every block's slots are used again, and rows of other lengths end inside a block's share."""
-    shape = Shape(64, 128, 4, BF16)
+    shape = Shape(64, 128, 4, BF16, kv)
     check_dense(shape, make_cache(shape, lengths=[64 * 40 + 1, 0, 129, 64 * 21]), heads, "max")
 
 
@@ -112,6 +119,8 @@ def test_a_row_of_another_cache_does_not_leak_in() -> None:
         (Shape(64, 128, 8, BF16), [0], 4, True),
         (Shape(128, 128, 7, F16), [0, 1, 2], 9, True),
         (Shape(32, 64, 1, BF16), [2, -1, 0], 21, False),
+        (Shape(16, 64, 4, BF16, FP8), [1], 4, True),
+        (Shape(128, 128, 7, F16, INT8), [2, -1], 4, False),
     ],
     ids=str,
 )
@@ -221,6 +230,8 @@ def test_select_pages_by_every_rule(name: str, amount: float) -> None:
         (Shape(16, 128, 7, F16), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), True, None),
         (Shape(16, 64, 2, BF16), [1], oracle.Rule(4, 1, 1), True, [True, False, True, True, False]),
         (Shape(64, 64, 4, F16), [2, -1], oracle.Rule(4, 1, 1), False, [False, True, False, False, True]),
+        (Shape(64, 128, 4, BF16, FP8), [2, -1], oracle.Rule(4, 1, 1), False, [False, True, False, False, True]),
+        (Shape(32, 64, 7, F16, INT8), [1], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), True, None),
     ],
     ids=str,
 )
@@ -271,6 +282,8 @@ def test_nothing_is_asked_for(batch: int, heads: list[int]) -> None:
         (Shape(16, 32, 4, BF16), "head_dim 32"),
         (Shape(16, 64, 9, BF16), "and 9"),
         (Shape(16, 64, 4), "float32"),
+        (Shape(16, 64, 4, kv=FP8), "float32 over fp8"),
+        (Shape(16, 64, 4, BF16, INT8), "int8 caches in pages of 32 tokens or more, not of 16"),
     ],
     ids=str,
 )
@@ -291,32 +304,39 @@ def test_other_machines_are_refused_by_name_and_served_by_xla_otherwise() -> Non
 
 
 @pytest.mark.parametrize(
-    ("batch", "groups", "head_dim", "page_size", "pages", "dense", "dtype"),
-    [(1, 4, 128, 64, 2048, 1, jnp.bfloat16), (4, 4, 128, 64, 3072, 8, jnp.float16),
-     (20, 7, 128, 16, 512, 2, jnp.bfloat16), (6, 1, 64, 128, 8192, 0, jnp.float16),
-     (2, 8, 64, 32, 32768, 8, jnp.bfloat16)],
+    ("batch", "groups", "head_dim", "page_size", "pages", "dense", "dtype", "kv"),
+    [(1, 4, 128, 64, 2048, 1, jnp.bfloat16, None), (4, 4, 128, 64, 3072, 8, jnp.float16, None),
+     (20, 7, 128, 16, 512, 2, jnp.bfloat16, None), (6, 1, 64, 128, 8192, 0, jnp.float16, None),
+     (2, 8, 64, 32, 32768, 8, jnp.bfloat16, None), (1, 4, 128, 64, 16384, 1, jnp.bfloat16, FP8),
+     (20, 7, 64, 16, 512, 2, jnp.float16, FP8), (6, 4, 128, 64, 2048, 1, jnp.bfloat16, INT8),
+     (2, 8, 128, 128, 1024, 8, jnp.float16, INT8)],
 )  # fmt: skip
 def test_kernels_lower_for_cuda(
-    batch: int, groups: int, head_dim: int, page_size: int, pages: int, dense: int, dtype: Any
+    batch: int, groups: int, head_dim: int, page_size: int, pages: int, dense: int, dtype: Any, kv: str | None
 ) -> None:
     """The real shapes: shared memory, TMA boxes, layouts and signs show while lowering, which interpreting does not."""
     heads = np.arange(dense, dtype=np.int32)
     shapes: list[Any] = [
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in [
-            ((batch, 8, groups, head_dim), dtype), ((batch * pages + 1, 8, page_size, 2 * head_dim), dtype),
-            ((batch, pages), jnp.int32), ((batch,), jnp.int32), ((batch, 8, 64), jnp.int32), ((batch, 8), jnp.int32),
+            ((batch, 8, groups, head_dim), dtype), ((batch, pages), jnp.int32), ((batch,), jnp.int32),
+            ((batch, 8, 64), jnp.int32), ((batch, 8), jnp.int32),
         ]
     ]  # fmt: skip
+    kind, width = (dtype, 2 * head_dim) if kv is None else (jnp.uint16, head_dim)
+    pool = KVPages(
+        jax.ShapeDtypeStruct((batch * pages + 1, 8, page_size, width), kind),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct((batch * pages + 1, 8, 2 * page_size), jnp.float32) if kv == INT8 else None,  # type: ignore[arg-type]
+    )
 
-    def call(q: Any, pool: Any, table: Any, lengths: Any, selected: Any, counts: Any) -> Any:
+    def call(pool: KVPages, q: Any, table: Any, lengths: Any, selected: Any, counts: Any) -> Any:
         return ops.hybrid_decode(
-            q, KVPages(pool), table, lengths, ops.Selection(selected, counts), heads, SelectionSpec(64, 2, 4),
-            scale=0.1, implementation="mosaic_gpu",
+            q, pool, table, lengths, ops.Selection(selected, counts), heads, SelectionSpec(64, 2, 4), scale=0.1,
+            implementation="mosaic_gpu",
         )  # fmt: skip
 
     with ops.recorded() as calls:
-        code = kernels(call, *shapes)
+        code = kernels(call, pool, *shapes)
     assert set(calls) == {("hybrid_decode", "mosaic_gpu")}
     assert len(code) == 2, "two launches"
     assert unsigned(code) == []

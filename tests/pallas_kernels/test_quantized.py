@@ -1,5 +1,6 @@
 """Quantised caches in plain JAX: what is stored, and that every op attends to exactly that."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels as ops
-from pallas_kernels import KVPages, dispatch
+from pallas_kernels import KVPages
 from pallas_kernels.types import KVDtype
 from pallas_kernels.xla.quantized import keys_and_values, quantize_kv
 from tests.support import oracle, quantized
@@ -32,13 +33,8 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 def make_quantized(shape: Shape, kind: KVDtype, **options: Any) -> tuple[tuple[Any, ...], Cache]:
     """Arguments of the ops, and the cache of floats that these are to read."""
-    cache = make_cache(shape, **options)
-    pool = quantized.store_pool(cache.kv_pages, kind)
-    scales = None if pool.scales is None else jnp.asarray(pool.scales)
-    q, _, *rest = cache.arrays
-    return (q, KVPages(jnp.asarray(pool.words), scales), *rest), Cache(
-        cache.q, pool.read, cache.page_table, cache.lengths
-    )
+    cache = make_cache(dataclasses.replace(shape, kv=kind), **options)
+    return cache.arrays, cache
 
 
 @kinds
@@ -157,11 +153,3 @@ def test_scales_belong_to_words_and_fit_them() -> None:
     for wrong in (kv._replace(scales=kv.scales[:, :, 1:]), KVPages(jnp.zeros((*kv.data.shape[:3], 32)), kv.scales)):
         with pytest.raises(ValueError, match="only words of 8-bit numbers"):
             ops.dense_decode(q, wrong, table, lengths, heads, scale=1.0)
-
-
-@kinds
-@pytest.mark.parametrize("name", sorted(set(dispatch.available("dense_decode")) - {"xla"}))
-def test_kernels_refuse_quantised_caches_by_name_and_xla_takes_them(kind: KVDtype, name: str) -> None:
-    (q, kv, table, lengths), _ = make_quantized(SHAPES[0], kind)
-    with ops.interpreted(name), pytest.raises(NotImplementedError, match=f"{name} reads no quantised caches.*{kind}"):
-        ops.dense_decode(q, kv, table, lengths, np.array([0], np.int32), scale=1.0, implementation=name)

@@ -50,19 +50,23 @@ V6E, V5P, V5E = "v6e", "v5p", "v5e"
 
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize(
-    ("one_core", "batch", "kv_heads", "group", "head_dim", "page_size", "context", "dtype"),
+    ("one_core", "batch", "kv_heads", "group", "head_dim", "page_size", "context", "dtype", "kv_dtype"),
     [
-        (V6E, 1, 8, 4, 128, 64, 131072, "bfloat16"),
-        (V5E, 3, 4, 7, 128, 16, 4096, "bfloat16"),
-        (V6E, 64, 2, 8, 128, 128, 8192, "float32"),
-        (V5E, 2, 32, 1, 128, 32, 16384, "bfloat16"),
-        (V6E, 1, 4, 2, 64, 64, 1 << 20, "bfloat16"),
-        (V5E, 1, 4, 2, 64, 16, 1 << 20, "float32"),
+        (V6E, 1, 8, 4, 128, 64, 131072, "bfloat16", None),
+        (V5E, 3, 4, 7, 128, 16, 4096, "bfloat16", None),
+        (V6E, 64, 2, 8, 128, 128, 8192, "float32", None),
+        (V5E, 2, 32, 1, 128, 32, 16384, "bfloat16", None),
+        (V6E, 1, 4, 2, 64, 64, 1 << 20, "bfloat16", None),
+        (V5E, 1, 4, 2, 64, 16, 1 << 20, "float32", None),
+        (V5E, 3, 8, 4, 128, 64, 65536, "bfloat16", "int8"),
+        (V6E, 1, 4, 7, 128, 128, 131072, "float32", "int8"),
+        (V6E, 1, 8, 4, 128, 64, 131072, "bfloat16", "fp8"),
+        (V5E, 2, 4, 2, 64, 16, 16384, "float32", "fp8"),
     ],
 )  # fmt: skip
 def test_every_op_compiles(
     cores: int, one_core: str, batch: int, kv_heads: int, group: int, head_dim: int, page_size: int, context: int,
-    dtype: str,
+    dtype: str, kv_dtype: KVDtype | None,
 ) -> None:  # fmt: skip
     """Through `hybrid_decode`, which is made of the other three: the roles of one layer with an odd number of heads.
 
@@ -73,15 +77,17 @@ def test_every_op_compiles(
     assert chip.cores == cores
     pages, budget = context // page_size, 4096 // page_size
 
-    def layer(q: Any, pool: Any, table: Any, lengths: Any, chosen: Any, counts: Any, heads: Any, dense: Any) -> Any:
+    def layer(q: Any, kv: Any, table: Any, lengths: Any, chosen: Any, counts: Any, heads: Any, dense: Any) -> Any:
         mixed = {"dense": dense} if batch > 1 else {}
         return ops.hybrid_decode(
-            q, KVPages(pool), table, lengths, Selection(chosen, counts),
+            q, kv, table, lengths, Selection(chosen, counts),
             heads if batch > 1 else np.array([kv_heads - 1], np.int32), SelectionSpec(budget, 2, 4),
             scale=head_dim**-0.5, implementation="mosaic_tpu", **mixed,
         )  # fmt: skip
 
-    pool = array(min(batch * pages, 1 << 16) + batch, kv_heads, page_size, 2 * head_dim, dtype=dtype)
+    config = ModelConfig("llama", 64, 64, 64, 1, kv_heads * group, kv_heads, head_dim, context)
+    num_pages = min(batch * pages, 1 << 16) + batch
+    (pool,) = jax.eval_shape(lambda: make_pools(config, num_pages, page_size, dtype, kv_dtype))
     with ops.recorded() as calls:
         compiled = compile_for(
             chip, jax.jit(layer), array(batch, kv_heads, group, head_dim, dtype=dtype), pool, array(batch, pages),
@@ -115,24 +121,32 @@ def test_ops_with_log_sum_exps_compile(chip: Chip) -> None:
     assert dense.shape == sparse.shape == (2, 3, 2)
 
 
-def check_memory(chip: Chip, compiled: Any, pool: Any, donated: int, temporaries: int | None = None) -> None:
-    """It fits the chip, all temporaries together are smaller than a pool (or `temporaries` bytes), and pools are only
-    ever written in place.
+def size_of(arrays: Any) -> int:
+    """Bytes of all arrays together."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
+def check_memory(
+    chip: Chip, compiled: Any, kv: KVPages, donated: int, temporaries: int | None = None, beside: int = 0
+) -> None:
+    """It fits the chip, `beside` bytes that are no arguments included, all temporaries together are smaller than a
+    pool (or `temporaries` bytes), and pools are only ever written in place.
     """
-    memory, size = compiled.memory_analysis(), math.prod(pool.shape) * pool.dtype.itemsize
+    memory, size = compiled.memory_analysis(), size_of(kv)
     assert memory.temp_size_in_bytes < (temporaries or size)
     assert memory.alias_size_in_bytes >= donated * size
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    assert held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes <= chip.memory
-    names = {"bfloat16": "bf16", "float32": "f32"}
-    shape = f"{names[pool.dtype.name]}[{','.join(map(str, pool.shape))}]"
+    assert beside + held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes <= chip.memory
+    names = {"bfloat16": "bf16", "float32": "f32", "uint16": "u16"}
     text = compiled.as_text()
-    assert shape in text, "the pool must be in the program, or this looks for the wrong thing"
-    # Also as part of a tuple, as asynchronous copies have it.
-    made = re.findall(rf"= \(?[^=]*?{re.escape(shape)}[^=]*? ([a-z][a-z0-9-]*)\(", text)
-    assert set(made) <= {"parameter", "get-tuple-element", "bitcast", "fusion", "scatter", "while", "tuple"}
-    assert made.count("scatter") == donated
-    assert made.count("fusion") == donated, "only the fusions around the scatters"
+    for leaf in jax.tree.leaves(kv):
+        shape = f"{names[leaf.dtype.name]}[{','.join(map(str, leaf.shape))}]"
+        assert shape in text, "the pool must be in the program, or this looks for the wrong thing"
+        # Also as part of a tuple, as asynchronous copies have it.
+        made = re.findall(rf"= \(?[^=]*?{re.escape(shape)}[^=]*? ([a-z][a-z0-9-]*)\(", text)
+        assert set(made) <= {"parameter", "get-tuple-element", "bitcast", "fusion", "scatter", "while", "tuple"}
+        assert made.count("scatter") == donated
+        assert made.count("fusion") == donated, "only the fusions around the scatters"
 
 
 @pytest.mark.slow
@@ -150,14 +164,24 @@ def test_the_decode_loop_compiles_and_copies_nothing(chip: str, model: str, batc
     check_decode(CHIPS[chip], narrow(MODELS[model]), batch, context, hybrid=True)
 
 
+SMALL_8B = dataclasses.replace(MODELS["llama-3-8b"], quantize="int8", max_position_embeddings=1 << 18)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("chip", "model", "batch", "context", "hybrid"),
-    [(V5E, "bundled", 1, 65536, True), (V6E, "llama-3-8b", 1, 65536, False)],
+    ("chip", "config", "context", "hybrid", "kv_dtype"),
+    [
+        (V5E, MODELS["bundled"], 65536, True, None),
+        (V5E, SMALL_8B, 65536, True, "int8"),
+        (V6E, SMALL_8B, 1 << 18, False, "fp8"),
+    ],
+    ids=["bundled", "llama-3-8b at 64 K", "llama-3-8b at 256 K"],
 )
-def test_a_whole_model_compiles_and_fits(chip: str, model: str, batch: int, context: int, hybrid: bool) -> None:
-    """All of its layers in their real width."""
-    check_decode(CHIPS[chip], MODELS[model], batch, context, hybrid=hybrid)
+def test_a_whole_model_compiles_and_fits(
+    chip: str, config: ModelConfig, context: int, hybrid: bool, kv_dtype: KVDtype | None
+) -> None:
+    """All of its layers in their real width; with weights and a cache of 8 bits in a chip that holds them just so."""
+    check_decode(CHIPS[chip], config, 1, context, hybrid=hybrid, kv_dtype=kv_dtype)
 
 
 def narrow(config: ModelConfig) -> ModelConfig:
@@ -167,16 +191,20 @@ def narrow(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, num_layers=2, hidden_size=512, intermediate_size=1024, vocab_size=4096)
 
 
-def abstract(config: ModelConfig, batch: int, context: int) -> tuple[ModelSpec, Any, Any, Any]:
+def abstract(
+    config: ModelConfig, batch: int, context: int, kv_dtype: KVDtype | None = None
+) -> tuple[ModelSpec, Any, Pools, Any]:
     """A model, its weights, its pools and its page table, as shapes."""
     spec, weights = ModelSpec.abstract(config, jnp.bfloat16)
     num_pages = batch * (pages_for(context, PAGE) + 1)
-    pool = array(num_pages, config.num_kv_heads, PAGE, 2 * config.head_dim, dtype=jnp.dtype("bfloat16"))
-    return spec, weights, (KVPages(pool),) * config.num_layers, array(batch, max_pages(context, PAGE))
+    pools = jax.eval_shape(lambda: make_pools(config, num_pages, PAGE, jnp.bfloat16, kv_dtype))
+    return spec, weights, pools, array(batch, max_pages(context, PAGE))
 
 
-def check_decode(chip: Chip, config: ModelConfig, batch: int, context: int, *, hybrid: bool) -> None:
-    spec, weights, pools, table = abstract(config, batch, context)
+def check_decode(
+    chip: Chip, config: ModelConfig, batch: int, context: int, *, hybrid: bool, kv_dtype: KVDtype | None = None
+) -> None:
+    spec, weights, pools, table = abstract(config, batch, context, kv_dtype)
     roles = None
     if hybrid:
         every = tuple(range(config.num_kv_heads))
@@ -191,34 +219,41 @@ def check_decode(chip: Chip, config: ModelConfig, batch: int, context: int, *, h
             array(batch, 8), array(batch, dtype=bool),
         )  # fmt: skip
     assert {name for _, name in calls} == {"mosaic_tpu"}
-    check_memory(chip, compiled, pools[0].data, config.num_layers)
+    # In 8 bits no kernel of a layer is held in another dtype: the smallest would be 33 MB, beside the 36 of all layers.
+    check_memory(chip, compiled, pools[0], config.num_layers, temporaries=64 << 20 if config.quantize else None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("chip", "config", "tokens", "context"),
+    ("chip", "config", "layers", "tokens", "context", "kv_dtype"),
     [
-        (V6E, dataclasses.replace(MODELS["llama-3-8b"], num_layers=1), 2048, 65536),
-        (V5P, narrow(MODELS["qwen2.5-7b"]), 512, 131072),
-        (V5E, narrow(MODELS["bundled"]), 512, 65536),
+        (V5P, narrow(MODELS["qwen2.5-7b"]), 2, 512, 131072, None),
+        (V5E, narrow(MODELS["bundled"]), 2, 512, 65536, None),
+        (V5E, SMALL_8B, 1, 2048, 65536, "int8"),
+        (V6E, SMALL_8B, 1, 2048, 1 << 18, "fp8"),
+        (V5P, dataclasses.replace(SMALL_8B, quantize="fp8"), 1, 512, 1 << 18, None),
     ],
-    ids=["llama-3-8b", "qwen2.5-7b", "bundled"],
+    ids=["qwen2.5-7b", "bundled", "llama-3-8b at 64 K", "llama-3-8b at 256 K", "llama-3-8b in fp8"],
 )
-def test_prefill_compiles_and_fits(chip: str, config: ModelConfig, tokens: int, context: int) -> None:
+def test_prefill_compiles_and_fits(
+    chip: str, config: ModelConfig, layers: int, tokens: int, context: int, kv_dtype: KVDtype | None
+) -> None:
     """A chunk by JAX's splash attention over a cache of any length.
 
     The activations of 2048 tokens outweigh the pool of a model with few KV heads; one layer in its real width shows
-    how many they are, for all layers use the same memory.
+    how many they are, for all layers use the same memory. The weights and pools of the other layers are counted.
     """
-    spec, weights, pools, table = abstract(config, 1, context)
+    whole = size_of(abstract(config, 1, context, kv_dtype)[1:3])
+    spec, weights, pools, table = abstract(dataclasses.replace(config, num_layers=layers), 1, context, kv_dtype)
     angles = array(1, tokens, config.head_dim // 2, dtype=jnp.float32)
     with ops.recorded() as calls:
         compiled = compile_for(
-            CHIPS[chip], programs.prefill_chunk, spec, "mosaic_tpu", weights, pools, table, array(1, tokens), angles,
+            CHIPS[chip], programs.prefill_chunk, spec, "mosaic_tpu", 1, weights, pools, table, array(1, tokens), angles,
             angles, array(1), array(1),
         )  # fmt: skip
     assert set(calls) == {("extend_attention", "mosaic_tpu")}
-    check_memory(CHIPS[chip], compiled, pools[0].data, config.num_layers, temporaries=1 << 30)
+    beside = whole - size_of((weights, pools))
+    check_memory(CHIPS[chip], compiled, pools[0], layers, temporaries=1 << 30, beside=beside)
 
 
 @pytest.mark.slow

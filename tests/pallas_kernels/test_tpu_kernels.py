@@ -26,6 +26,7 @@ from lychee_jax.llm import LLM
 from lychee_jax.models.decoder import Decoder
 from pallas_kernels import KVPages
 from pallas_kernels.mosaic_tpu.config import TpuConfig
+from pallas_kernels.types import KVDtype
 from tests.support import oracle
 from tests.support.hybrid_models import small_chunks
 from tests.support.paged_caches import KV_HEADS, Cache, Shape, make_cache, padded, some_pages, spec_of
@@ -100,6 +101,9 @@ def check_lse(
         (Shape(64, 128, 8, BF16), [0, 2, 1], "max"),
         (Shape(128, 64, 1), [2], "lse"),
         (Shape(64, 64, 2, BF16), [0], None),
+        (Shape(64, 128, 4, BF16, "int8"), [2, -1, 0], "max"),
+        (Shape(128, 64, 2, F32, "int8"), [1], None),
+        (Shape(32, 64, 1, F32, "fp8"), [0, 2], "lse"),
     ],
     ids=str,
 )
@@ -117,8 +121,10 @@ def test_dense_decode_over_several_steps(shape: Shape, heads: list[int], kind: s
     check_dense(shape, make_cache(shape, lengths=steps(shape, 4096 + shape.page_size, 4096 + 1)), heads, kind)
 
 
-def test_tiles_of_other_sizes_give_the_same() -> None:
-    shape = Shape(32, 64, 2)
+@pytest.mark.parametrize(
+    "shape", [Shape(32, 64, 2), Shape(64, 128, 2, kv="int8"), Shape(16, 128, 1, BF16, "fp8")], ids=str
+)
+def test_tiles_of_other_sizes_give_the_same(shape: Shape) -> None:
     cache = make_cache(shape, lengths=[600, 0, 256, 257, 33])
     check_dense(shape, cache, [-1, 1], "lse", config=SMALL)
 
@@ -134,12 +140,13 @@ def test_two_cores_share_the_work(heads: list[int]) -> None:
     check_dense(shape, make_cache(shape, lengths=[320, 0, 512, 70]), heads, "max", cores=2, config=SMALL)
 
 
-def test_a_row_of_another_cache_does_not_leak_in() -> None:
-    """Infinite values of one row stay in its own output, though rows share the kernel's buffers."""
-    shape = Shape(16, 64, 2)
-    cache = make_cache(shape, lengths=[16 * 40, 5])
-    cache.kv_pages[cache.page_table[0, 3]] = np.inf
-    out, _ = run(ops.dense_decode, *cache.arrays, jnp.array([1], jnp.int32), scale=shape.scale)
+@pytest.mark.parametrize("kv", [None, "int8", "fp8"])
+def test_a_row_of_another_cache_does_not_leak_in(kv: KVDtype | None) -> None:
+    """What is not finite in one row stays in its own output, and is seen there, though rows share buffers."""
+    shape = Shape(64, 64, 2, kv=kv)
+    cache = make_cache(shape, lengths=[64 * 5, 5])
+    cache.kv_pages[cache.page_table[0, 3], 1, 7] = np.nan if kv else np.inf
+    out, _ = run(ops.dense_decode, *cache.arrays, jnp.array([1], jnp.int32), scale=shape.scale, config=SMALL)
     assert not np.isfinite(np.asarray(out[0])).all()
     want, _ = oracle.dense_decode(
         cache.q[1:], cache.kv_pages, cache.page_table[1:], cache.lengths[1:], [1], scale=shape.scale
@@ -155,6 +162,8 @@ def test_a_row_of_another_cache_does_not_leak_in() -> None:
         (Shape(128, 128, 7, BF16), [0, 1, 2], 40, 1),
         (Shape(128, 128, 7, BF16), [0, 1, 2], 40, 2),
         (Shape(64, 64, 1), [2, 0], 70, 1),
+        (Shape(64, 128, 4, BF16, "int8"), [1, -1, 2], 4, 1),
+        (Shape(64, 64, 2, F32, "fp8"), [0, 2], 40, 1),
     ],
     ids=str,
 )
@@ -243,6 +252,8 @@ def test_select_pages_by_every_rule(name: str, amount: float) -> None:
         (Shape(64, 128, 8, BF16), [2, 0], oracle.Rule(4, 1, 1), 2, [0, 3, 4, 5]),
         (Shape(32, 64, 2), [], oracle.Rule(4, 1, 1), 1, [1, 2, 6]),
         (Shape(16, 128, 7), [0, 1, 2], oracle.Rule(4, 1, 1, "top_p", 0.9, "lse"), 1, None),
+        (Shape(64, 64, 4, F32, "int8"), [2, 0], oracle.Rule(4, 1, 1), 1, [0, 3, 4, 5]),
+        (Shape(64, 128, 4, BF16, "fp8"), [1], oracle.Rule(4, 1, 1), 1, None),
     ],
     ids=str,
 )
@@ -372,30 +383,40 @@ def test_the_interpreter_sees_a_copy_that_is_not_waited_for() -> None:
         jax.block_until_ready(jax.jit(call)(jnp.ones((8, 128))))
 
 
-@pytest.mark.parametrize(("head_dim", "groups", "length"), [(64, 2, 128), (128, 1, 256)])
-def test_prefill_of_a_chunk_over_its_past(head_dim: int, groups: int, length: int) -> None:
-    """JAX's splash attention for the chunk and for blocks of the past, merged: three lengths of past, NaN beyond."""
+@pytest.mark.parametrize(
+    ("head_dim", "groups", "length", "kv"), [(64, 2, 128, None), (128, 1, 256, None), (64, 1, 128, "int8")]
+)
+def test_prefill_of_a_chunk_over_its_past(head_dim: int, groups: int, length: int, kv: KVDtype | None) -> None:
+    """JAX's splash attention for the chunk and for blocks of the past, merged: three lengths of past, NaN beyond.
+
+    A quantised cache holds the chunk, too, and nothing else is looked at.
+    """
     rng = np.random.default_rng(0)
     page, kv_heads, starts = 64, 2, [0, 64 * 65 + 64, 128]
-    cache = make_cache(Shape(page, head_dim, groups, BF16), lengths=starts)
+    counts = [length, length, 6]
+    lengths = starts if kv is None else np.add(starts, counts).tolist()
+    cache = make_cache(Shape(page, head_dim, groups, BF16, kv), lengths=lengths)
     pool, table = cache.kv_pages[:, :kv_heads], cache.page_table
+    stored = jax.tree.map(lambda x: x[:, :kv_heads], cache.arrays[1])
     B = len(starts)
     q = (2 * rng.standard_normal((B, length, kv_heads, groups, head_dim))).astype(jnp.bfloat16)
     k, v = rng.standard_normal((2, B, length, kv_heads, head_dim)).astype(jnp.bfloat16)
-    counts = [length, length, 6]
     k[2, 6:] = v[2, 6:] = np.nan  # padding
     scale = head_dim**-0.5
     with interpreted(), ops.recorded() as calls:
         out = jax.block_until_ready(
             jax.jit(functools.partial(ops.extend_attention, scale=scale, implementation="mosaic_tpu"))(
-                *map(jnp.asarray, (q, k, v)), KVPages(jnp.asarray(pool)), jnp.asarray(table),
-                jnp.array(starts, jnp.int32), jnp.array(counts, jnp.int32),
+                jnp.asarray(q), *(jnp.asarray(x if kv is None else np.full_like(x, np.nan)) for x in (k, v)), stored,
+                jnp.asarray(table), jnp.array(starts, jnp.int32), jnp.array(counts, jnp.int32),
             )
         )  # fmt: skip
     assert calls == [("extend_attention", "mosaic_tpu")]
     for b, head, t in [(0, 0, 0), (0, 1, length - 1), (1, 0, 0), (1, 1, 77), (1, 0, length - 1), (2, 1, 5)]:
-        past_k, past_v = oracle.read_cache(pool, table, b, starts[b], head)
-        keys = np.concatenate([past_k, k[b, : t + 1, head].astype(np.float64)])
-        values = np.concatenate([past_v, v[b, : t + 1, head].astype(np.float64)])
+        if kv is None:
+            keys, values = oracle.read_cache(pool, table, b, starts[b], head)
+            keys = np.concatenate([keys, k[b, : t + 1, head].astype(np.float64)])
+            values = np.concatenate([values, v[b, : t + 1, head].astype(np.float64)])
+        else:
+            keys, values = oracle.read_cache(pool, table, b, starts[b] + t + 1, head)
         want = oracle.attend(q[b, t, head].astype(np.float64), keys, values, scale)
         np.testing.assert_allclose(np.asarray(out[b, t, head], np.float64), want, atol=2e-2)

@@ -27,6 +27,16 @@ def test_greedy_completions_are_those_of_generate(server: Running, client: opena
         assert choice.logprobs.token_logprobs == pytest.approx(logprobs, abs=1e-5)
 
 
+def test_the_token_that_ends_a_text_is_not_in_it(server: Running):
+    """Whether or not the tokenizer calls it special."""
+    told = server.reference(["The red fox"], max_new_tokens=8, ignore_eos=True).tokens[0]
+    count = next(n for n, token in enumerate(told) if n and token not in told[:n])
+    body = {"prompt": "The red fox", "max_tokens": 8, "temperature": 0, "stop_token_ids": [told[count]]}
+    (choice,) = server.post("/v1/completions", {**body, "ignore_eos": True}).json()["choices"]
+    shown = server.reference(["The red fox"], max_new_tokens=count, ignore_eos=True).text
+    assert ([choice["text"]], choice["finish_reason"]) == (shown, "stop")
+
+
 def test_a_stream_carries_the_same_text(client: openai.OpenAI):
     options: Any = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "seed": 5, "n": 2, "logprobs": True}
     whole = client.chat.completions.create(**options, top_logprobs=2)

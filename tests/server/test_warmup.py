@@ -1,15 +1,22 @@
 """Programs are compiled before they are needed, and who needs others waits alone."""
 
 import asyncio
+import concurrent.futures
 from typing import Any
 
 import httpx
+import pytest
 
-from lychee_jax.engine.compile_timer import count_programs
+from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.benchmarks.shapes import MODELS
+from lychee_jax.engine.compile_timer import Programs, count_programs
+from lychee_jax.engine.engine import Engine
+from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions
 from lychee_jax.engine.request import Request
+from lychee_jax.models.spec import ModelSpec
 from lychee_jax.server.model import ServedModel
 from lychee_jax.server.settings import ServerConfig
-from lychee_jax.server.warmup import Readiness
+from lychee_jax.server.warmup import Readiness, rehearsals
 from tests.support import servers
 from tests.support.servers import Running
 
@@ -37,6 +44,26 @@ def test_nothing_is_compiled_for_a_request_that_was_taken(server: Running):
 
     assert [answer.status_code for answer in asyncio.run(main())] == [200] * len(KINDS)
     assert count_programs() == before
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("model", ["llama-3-8b", "bundled"])
+def test_a_server_compiles_at_most_24_programs_before_it_is_healthy(
+    platform: str, model: str, monkeypatch: pytest.MonkeyPatch
+):
+    asked = dict[Any, concurrent.futures.Future[Any]]()
+
+    def prepare(self: Programs, function: Any, key: Any, static: Any, *args: Any) -> concurrent.futures.Future[Any]:
+        return asked.setdefault((function, key, static), concurrent.futures.Future())
+
+    monkeypatch.setattr(Programs, "prepare", prepare)
+    config = MODELS[model]
+    spec, shapes = ModelSpec.abstract(config, config.dtype)
+    engine = Engine(spec, shapes, EngineOptions(cache_memory=40 << 30), EngineConfig.of(platform, config))
+    heads = HeadMap.none(config)
+    for requests in rehearsals(engine, AttentionOptions("auto", heads)):
+        engine.prepare(requests)
+    assert 12 < len(asked) <= 24
 
 
 class Held(Readiness):

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from lychee_jax.errors import UserError
+from lychee_jax.llm import LLM
 from lychee_jax.loading import load
 from lychee_jax.studies.real_model import __main__ as command
 from lychee_jax.studies.real_model import report
 from lychee_jax.studies.real_model.prompts import HELD_OUT, PERPLEXITY, SCORED, TASKS, VALIDATION, Prompts
+from lychee_jax.studies.real_model.study import Sizes, Study
 from lychee_jax.studies.real_model.variants import PAGE, RECENT, SINK, Grid, Variant
 from lychee_jax.text.tokenizer import Tokenizer
 from tests.support import tiny_checkpoints
@@ -106,6 +108,18 @@ def test_every_variant_keeps_two_recent_pages_and_a_window_fills_its_budget():
     assert Grid().layers(3) == {16: 18, 12: 12, 24: 24}
 
 
+def test_other_weights_do_not_go_on(folder, book, prompts, tmp_path):
+    def begin(model: LLM) -> None:
+        Study(model, prompts, book, Grid(), Sizes(), tmp_path, lambda *_: None)
+
+    model = load(folder)
+    begin(model)
+    begin(load(folder))
+    other = dataclasses.replace(model, model=model.spec.merge(tuple(array + 1 for array in model.weights)))
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
+        begin(other)
+
+
 @pytest.fixture(scope="module")
 def studied(folder, book, tmp_path_factory) -> Path:
     """The whole command, then a second time with answers of other systems."""
@@ -163,9 +177,10 @@ def test_the_study_reads_as_much_as_the_engine(studied, folder):
 
 def test_other_systems_stand_beside_it(studied):
     results = json.loads((studied / "results.json").read_text(encoding="utf-8"))
-    rival = results["rivals"]["snapkv at 0.5"]
-    assert rival["kv_read_share"] == 0.5
-    assert all(rows == "111" for rows in rival["right"].values())
+    assert [(rival["task"], rival["length"], rival["right"]) for rival in results["rivals"]] == [
+        (task, length, "1" * count) for task in sorted(TASKS) for length, count in ((LENGTH, 3),)
+    ]
+    assert all((rival["system"], rival["kv_read_share"]) == ("snapkv at 0.5", 0.5) for rival in results["rivals"])
     table = (studied / "report.md").read_text(encoding="utf-8")
     assert "| snapkv at 0.5 | 50.0 |" in table
     # A random model answers nothing, so no cell is counted and no target is claimed.
@@ -179,7 +194,10 @@ def test_targets_are_about_counted_cells():
         for task, dense in (("easy", "1110"), ("hard", "0100"))
         for variant, right in (("dense", dense), ("learned-4-0@256", "1100"))
     ]
-    rivals = {"quest": {"right": {"easy": "1000"}, "kv_read_share": 0.25}}
+    rivals = [
+        {"system": "quest", "task": "easy", "length": length, "right": right, "kv_read_share": 0.25}
+        for length, right in ((2048, "1111"), (4096, "1000"))
+    ]
     found = report.targets({"cells": cells, "main": "learned-4-0@256", "rivals": rivals})
     assert [(target["value"], target["target"], target["sense"]) for target in found] == [
         (25.0, 1.0, "<="), (25.0, 0.0, ">="),

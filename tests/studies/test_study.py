@@ -360,6 +360,13 @@ def test_a_folder_with_another_study_is_refused(model: LLM, whole: Path):
         study.Study(model, grid_of(), dataclasses.replace(SIZES, samples=4), whole / "study", quiet, chunk_tokens=CHUNK)
 
 
+def test_other_weights_do_not_go_on(model: LLM, tmp_path: Path):
+    other = dataclasses.replace(model, model=model.spec.merge(tuple(array + 1 for array in model.weights)))
+    study.Study(model, grid_of(), SIZES, tmp_path, quiet, chunk_tokens=CHUNK)
+    with pytest.raises(UserError, match=r"other settings \(weights was"):
+        study.Study(other, grid_of(), SIZES, tmp_path, quiet, chunk_tokens=CHUNK)
+
+
 def test_answers_in_dialogues_are_counted_as_the_engine_writes_them(model: LLM, tmp_path: Path, monkeypatch):
     """The dialogues are what the engine itself writes with roles, in answers of five tokens; one token is changed."""
     row = next(each for each in grid_of((3,)).dialogues() if each.budget == 1 / 8 and not each.correction)

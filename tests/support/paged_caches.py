@@ -11,7 +11,8 @@ import numpy as np
 
 import pallas_kernels as ops
 from pallas_kernels import KVPages, Selection, SelectionSpec
-from tests.support import oracle
+from pallas_kernels.types import KVDtype
+from tests.support import oracle, quantized
 
 PAGES = 6
 
@@ -24,12 +25,13 @@ BUDGET = 4
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shapes that a kernel may depend on."""
+    """The shapes that a kernel may depend on; `kv`: of a cache of 8-bit numbers, what these are."""
 
     page_size: int
     head_dim: int
     group: int
     dtype: str = "float32"
+    kv: KVDtype | None = None
 
     @property
     def scale(self) -> float:
@@ -54,17 +56,21 @@ SHAPES = [
 
 @dataclasses.dataclass
 class Cache:
-    """A ragged batch whose lengths sit at the borders of pages, and queries peaked enough that pages differ."""
+    """A ragged batch whose lengths sit at the borders of pages, and queries peaked enough that pages differ.
+
+    `kv_pages` are the numbers to be read, whatever the cache holds for them.
+    """
 
     q: Any
     kv_pages: Any
     page_table: Any
     lengths: Any
+    kv: KVDtype | None = None  # `kv_pages` are stored so; they hold the floats that are read of it
 
     @property
     def arrays(self) -> tuple[jax.Array, KVPages, jax.Array, jax.Array]:
-        kv = KVPages(jnp.asarray(self.kv_pages))
-        return jnp.asarray(self.q), kv, jnp.asarray(self.page_table), jnp.asarray(self.lengths)
+        pool = quantized.as_pages(self.kv_pages, self.kv)
+        return jnp.asarray(self.q), pool, jnp.asarray(self.page_table), jnp.asarray(self.lengths)
 
 
 def make_cache(shape: Shape, seed: int = 0, lengths: Sequence[int] | None = None) -> Cache:
@@ -89,7 +95,8 @@ def make_cache(shape: Shape, seed: int = 0, lengths: Sequence[int] | None = None
             used = min(page, length - p * page)
             kv_pages[page_table[b, p], :, :used] = rng.standard_normal((KV_HEADS, used, 2 * shape.head_dim))
     q = 3 * rng.standard_normal((B, KV_HEADS, shape.group, shape.head_dim), np.float32)
-    return Cache(q.astype(dtype), kv_pages.astype(dtype), page_table, np.array(lengths, np.int32))
+    numbers = kv_pages.astype(dtype) if shape.kv is None else quantized.store_pool(kv_pages, shape.kv).read
+    return Cache(q.astype(dtype), numbers, page_table, np.array(lengths, np.int32), shape.kv)
 
 
 def spec_of(rule: oracle.Rule) -> SelectionSpec:

@@ -1,11 +1,15 @@
 """8-bit keys and values once more, in NumPy: the judge of what caches store and of what is read.
 
-It imports nothing of the packages and no type of 8 bits: the numbers of e4m3 are counted out from its definition.
+It imports nothing of the packages but how a pool is called, and no type of 8 bits: the numbers of e4m3 are counted out
+from its definition.
 """
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.types import KVPages
 
 Array = np.ndarray
 
@@ -25,12 +29,12 @@ _BETWEEN = (E4M3[:0x7E] + E4M3[1:0x7F]) / 2
 
 
 def e4m3_codes(x: Array) -> Array:
-    """The nearest numbers of e4m3, ties to the even code; beyond the largest, the largest."""
+    """The nearest numbers of e4m3, ties to the even code; beyond the largest, the largest. No zero has a sign."""
     size = np.abs(x.astype(np.float64))
     below = np.searchsorted(_BETWEEN, size)  # the lower one where two are as near
     tie = np.append(_BETWEEN, np.inf)[below] == size
     codes = np.where(np.isfinite(size), below + (tie & (below % 2 == 1)), 0x7F)
-    return np.where(np.signbit(x), codes + 0x80, codes).astype(np.uint8)
+    return np.where(np.signbit(x) & (codes > 0), codes + 0x80, codes).astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,10 @@ def store(x: Array, kind: str) -> Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """A pool of floats `[num_pages, K, page_size, 2H]` in 8 bits: `words`, `scales`, and the floats that are read."""
+    """A pool of floats `[num_pages, K, page_size, 2H]` in 8 bits: `words`, `scales`, and the floats that are read.
+
+    What is read is stored as it was, but for the last bit of a scale.
+    """
 
     words: Array
     scales: Array | None
@@ -77,3 +84,11 @@ def store_pool(pool: Array, kind: str) -> Pool:
         return Pool(words, None, read)
     scales = np.concatenate([keys.scales, values.scales], axis=-1)
     return Pool(words, np.where(np.tile(unwritten, 2), np.float32(np.nan), scales), read)
+
+
+def as_pages(pool: Array, kind: str | None) -> KVPages:
+    """A pool of floats on the device: as it is, or in 8 bits."""
+    if kind is None:
+        return KVPages(jnp.asarray(pool))
+    stored = store_pool(pool, kind)
+    return KVPages(jnp.asarray(stored.words), None if stored.scales is None else jnp.asarray(stored.scales))

@@ -17,8 +17,8 @@ from lychee_jax.run_folder import MetricsFile
 ROOT = Path(__file__).parents[2]
 
 
-def test_json_is_read_and_written_in_one_module():
-    """Or else some writer writes NaN, and some reader trips over a byte order mark."""
+def test_texts_and_json_are_read_and_written_in_one_module():
+    """Or else some writer writes NaN or trips over a file's name, and some reader trips over a byte order mark."""
     # A fingerprint, which must never change, and a tokenizer's state, which is no file.
     allowed = {("lychee_jax/config.py", "dumps"), ("lychee_jax/text/tokenizer.py", "loads")}
     found = set()
@@ -26,6 +26,8 @@ def test_json_is_read_and_written_in_one_module():
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "json":
+                    found.add((str(file.relative_to(ROOT)), node.attr))
+                if isinstance(node, ast.Attribute) and node.attr == "write_text":
                     found.add((str(file.relative_to(ROOT)), node.attr))
     assert {(file, name) for file, name in found if file != "lychee_jax/files.py"} == allowed
 

@@ -1,5 +1,6 @@
 """Tokenizers, streamed text and stop strings, on small tokenizers of every kind that the model families bring."""
 
+import codecs
 import logging
 import subprocess
 import sys
@@ -140,6 +141,21 @@ def test_added_tokens_beyond_ascii_are_written_as_they_are(tmp_path):
         assert known.token_to_id(word) in ids
         assert tokenizer.decode(ids) == "".join(streamed(tokenizer, ids)) == f"the {word} dog"
         assert word in map(tokenizer.token_text, ids)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_byte_order_marks_of_a_tokenizers_files_are_dropped(tmp_path, name):
+    template = tiny_tokenizers.CHAT_TEMPLATE
+    folder = tiny_tokenizers.write_tokenizer(tmp_path, tiny_tokenizers.byte_level(), chat_template=template)
+    if name.endswith("jinja"):
+        (folder / name).write_text(template)
+    plain = Tokenizer.from_folder(folder)
+    (folder / name).write_bytes(codecs.BOM_UTF8 + (folder / name).read_bytes())
+    marked = Tokenizer.from_folder(folder)
+    assert plain is not None
+    assert marked is not None
+    assert marked.encode("the dog") == plain.encode("the dog")
+    assert marked.encode_messages("the dog") == plain.encode_messages("the dog")
 
 
 def test_encode_is_the_tokenizers_default_and_long_texts_are_not_cut(tokenizers):

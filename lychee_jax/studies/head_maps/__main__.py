@@ -64,6 +64,7 @@ def run(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from lychee_jax.files import write_text
     from lychee_jax.loading import load
     from lychee_jax.studies.head_maps.pictures import draw
     from lychee_jax.studies.head_maps.report import markdown
@@ -90,7 +91,7 @@ def run(
 
         study = Study(load(model), grid, sizes, output, report, chunk_tokens=chunk_tokens)
         results = study.run(f"python -m lychee_jax.studies.head_maps {shlex.join(sys.argv[1:])}")
-    (output / "report.md").write_text(markdown(results), encoding="utf-8")
+    write_text(output / "report.md", markdown(results))
     pictures = draw(results, output)
     copies = [(output / RESULTS, json_file)] if json_file else []
     if publish is not None:

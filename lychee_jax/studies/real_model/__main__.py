@@ -60,6 +60,7 @@ def run(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from lychee_jax.files import write_text
     from lychee_jax.loading import load
     from lychee_jax.run_folder import read_lines, write_json
     from lychee_jax.studies.real_model.prompts import Prompts
@@ -103,11 +104,14 @@ def run(
         return
     results = study.results(f"python -m lychee_jax.studies.real_model {shlex.join(sys.argv[1:])}")
     if rivals is not None:
-        asked = {(line["task"], line["index"]): line["references"][0] for line in read_lines(output / PROMPTS)}
+        asked = {
+            (line["task"], line["length"], line["index"]): line["references"][0]
+            for line in read_lines(output / PROMPTS)
+        }
         results["rivals"] = read_rivals(rivals, asked)
     results["targets"] = targets(results)
     write_json(output / "results.json", results)
-    (output / "report.md").write_text(markdown(results), encoding="utf-8")
+    write_text(output / "report.md", markdown(results))
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(output / "results.json", json_file)

@@ -15,6 +15,8 @@ from lychee_jax.studies.real_model.prompts import PERPLEXITY
 LEAST_DENSE = 60.0
 """Cells in which dense attention answers less, in per cent, are shown and not counted."""
 _TARGET = 1.0
+_NONE = "layer 0 alone"
+"""How the map "none" is called in tables."""
 
 
 def paired_interval(ours: Sequence[int], theirs: Sequence[int]) -> tuple[float, float, float]:
@@ -31,26 +33,33 @@ def paired_interval(ours: Sequence[int], theirs: Sequence[int]) -> tuple[float, 
     return 100 * (gained - lost) / count, 100 * (middle - half), 100 * (middle + half)
 
 
-def read_rivals(file: Path, references: Mapping[tuple[str, int], str]) -> Record:
-    """Answers of other systems: for each of them and task, whether each prompt's was right, and what was read.
+def read_rivals(file: Path, references: Mapping[tuple[str, int, int], str]) -> list[Record]:
+    """Answers of other systems: by system, task and length, whether each prompt's was right, and what was read.
 
-    An answer is right if it begins with the hidden number, as ours must.
+    An answer is right if it begins with the hidden number, as ours must. What was read is unknown (None) of answers
+    that their first token ended.
+
+    Args:
+        file: a line for each answer.
+        references: the hidden number, by task, length and index; answers to other prompts are left out.
     """
-    found: dict[str, dict[str, dict[int, int]]] = collections.defaultdict(lambda: collections.defaultdict(dict))
-    shares: dict[str, list[float]] = collections.defaultdict(list)
+    found: dict[tuple[str, str, int], dict[int, int]] = collections.defaultdict(dict)
+    shares: dict[tuple[str, str, int], list[float]] = collections.defaultdict(list)
     for line in read_lines(file):
-        key = line["task"], line["index"]
+        key = line["task"], line["length"], line["index"]
         if key in references:
-            name = line["rival"] if line["share"] == 1.0 else f"{line['rival']} at {line['share']:.3g}"
-            found[name][line["task"]][line["index"]] = int(line["answer"].strip().startswith(references[key]))
-            shares[name].append(line["kv_read_share"])
-    return {
-        name: {
-            "right": {task: marks(rows) for task, rows in tasks.items()},
-            "kv_read_share": statistics.fmean(shares[name]),
+            system = line["rival"] if line["share"] == 1.0 else f"{line['rival']} at {line['share']:.3g}"
+            cell = system, line["task"], line["length"]
+            found[cell][line["index"]] = int(line["answer"].strip().startswith(references[key]))
+            if line["kv_read_share"] is not None:
+                shares[cell].append(line["kv_read_share"])
+    return [
+        {
+            "system": system, "task": task, "length": length, "right": marks(right),
+            "kv_read_share": statistics.fmean(shares[cell]) if (cell := (system, task, length)) in shares else None,
         }
-        for name, tasks in sorted(found.items())
-    }
+        for (system, task, length), right in sorted(found.items())
+    ]  # fmt: skip
 
 
 def marks(right: Mapping[int, int]) -> str:
@@ -98,9 +107,15 @@ class Cells:
             (task, length)
             for task in self.tasks
             for length in self.lengths
-            if task != PERPLEXITY and self.has("dense", task, length)
-            and self.score("dense", task, length) >= LEAST_DENSE
-        ]  # fmt: skip
+            if task != PERPLEXITY and self.has("dense", task, length) and self._counts(task, length)
+        ]
+
+    def shown(self, score: str, task: str, length: int) -> str:
+        """The score, in brackets where the cell is not counted."""
+        return score if self._counts(task, length) else f"({score})"
+
+    def _counts(self, task: str, length: int) -> bool:
+        return self.score("dense", task, length) >= LEAST_DENSE
 
 
 def targets(results: Record) -> list[Record]:
@@ -113,9 +128,9 @@ def targets(results: Record) -> list[Record]:
         where = f"{task} at {length:,} tokens"
         found.append({"what": f"points below dense, {where}", "value": dense - ours, "target": _TARGET, "sense": "<="})
         others = [
-            100 * statistics.fmean(unmarked(rival["right"][task]).values())
-            for name, rival in results.get("rivals", {}).items()
-            if name != "dense" and rival["right"].get(task)
+            100 * statistics.fmean(unmarked(rival["right"]).values())
+            for rival in results.get("rivals", ())
+            if rival["system"] != "dense" and (rival["task"], rival["length"]) == (task, length)
         ]
         if others:
             what = f"points above the best other system that reads as much, {where}"
@@ -149,10 +164,14 @@ def _difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
 
 
 def against_others(results: Record) -> str:
-    """The main variant and other systems on the same prompts of the longest length."""
+    """The main variant and other systems on the same prompts: a table for each length at which others were asked."""
     cells = Cells(results)
-    main, length = results["main"], cells.lengths[-1]
-    counted = [task for task, at in cells.counted() if at == length]
+    asked = {rival["length"] for rival in results.get("rivals", ())} | {cells.lengths[-1]}
+    return "\n\n".join(_against_others(results, cells, length) for length in cells.lengths if length in asked)
+
+
+def _against_others(results: Record, cells: Cells, length: int) -> str:
+    main = results["main"]
     tasks = [task for task in cells.tasks if task != PERPLEXITY and cells.has("dense", task, length)]
     lines = []
     variants = ["dense", *(v for v in cells.variants if v in (main, main.replace("learned", "window")))]
@@ -162,20 +181,24 @@ def against_others(results: Record) -> str:
             score = f"{cells.score(variant, task, length):.1f}"
             if variant != "dense":
                 score += " · " + _difference(cells.right(variant, task, length), cells.right("dense", task, length))
-            line.append(score if task in counted else f"({score})")
+            line.append(cells.shown(score, task, length))
         lines.append(line)
-    for name, rival in results.get("rivals", {}).items():
-        line = [name, f"{100 * rival['kv_read_share']:.1f}"]
+    others: dict[str, dict[str, Record]] = collections.defaultdict(dict)
+    for rival in results.get("rivals", ()):
+        if rival["length"] == length:
+            others[rival["system"]][rival["task"]] = rival
+    for system, answered in others.items():
+        read = [share for rival in answered.values() if (share := rival["kv_read_share"]) is not None]
+        line = [system, f"{100 * statistics.fmean(read):.1f}" if read else "–"]
         for task in tasks:
-            rows = unmarked(rival["right"].get(task, ""))
-            if not rows:
+            if task not in answered:
                 line.append("–")
                 continue
-            chosen = sorted(rows)
-            dense = [cells.right("dense", task, length)[i] for i in chosen]
-            score = 100 * statistics.fmean(rows[i] for i in chosen)
-            text = f"{score:.1f} · " + _difference([rows[i] for i in chosen], dense)
-            line.append(text if task in counted else f"({text})")
+            rows = unmarked(answered[task]["right"])
+            dense = cells.right("dense", task, length)
+            score = f"{100 * statistics.fmean(rows.values()):.1f}"
+            score += " · " + _difference(list(rows.values()), [dense[index] for index in rows])
+            line.append(cells.shown(score, task, length))
         lines.append(line)
     count = len(cells.right("dense", tasks[0], length))
     return (
@@ -184,20 +207,20 @@ def against_others(results: Record) -> str:
     )
 
 
-def _shown(cells: Cells, variant: str, task: str, length: int) -> str:
-    if not cells.has(variant, task, length):
-        return "–"
-    score = f"{cells.score(variant, task, length):.1f}"
-    return score if cells.score("dense", task, length) >= LEAST_DENSE else f"({score})"
-
-
 def by_budget(results: Record) -> str:
     """Right answers of the main map by length and budget, and by both page scores."""
     cells = Cells(results)
     name = results["main"].partition("@")[0]
     variants = ["dense", *(v for v in cells.variants if v.partition("@")[0] == name)]
     lines = [
-        [task, f"{length:,}", *(_shown(cells, variant, task, length) for variant in variants)]
+        [
+            task,
+            f"{length:,}",
+            *(
+                cells.shown(f"{cells.score(v, task, length):.1f}", task, length) if cells.has(v, task, length) else "–"
+                for v in variants
+            ),
+        ]
         for task in cells.tasks
         if task != PERPLEXITY
         for length in cells.lengths
@@ -231,8 +254,8 @@ def by_map(results: Record) -> str:
     kinds: dict[str, list[str]] = {}
     for variant in cells.variants:
         name, _, asked = variant.partition("@")
-        if asked == budget:
-            kind = name if name.startswith("layers") else name.rpartition("-")[0]
+        if asked == budget and all(cells.has(variant, *cell) for cell in counted):
+            kind = name if name.startswith("layers") else name.rpartition("-")[0] or _NONE
             kinds.setdefault(kind, []).append(variant)
     lines = []
     for kind, variants in kinds.items():

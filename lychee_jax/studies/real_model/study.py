@@ -19,7 +19,15 @@ from lychee_jax.files import digest_of, read_text
 from lychee_jax.llm import LLM
 from lychee_jax.run_folder import Record, append_lines, claim, read_json, read_lines, write_json
 from lychee_jax.studies.head_maps.maps import map_of, random_roles, roles_of
-from lychee_jax.studies.real_model.prompts import HELD_OUT, PERPLEXITY, TASKS, VALIDATION, Asked, Prompts
+from lychee_jax.studies.real_model.prompts import (
+    ANSWER_TOKENS,
+    HELD_OUT,
+    PERPLEXITY,
+    TASKS,
+    VALIDATION,
+    Asked,
+    Prompts,
+)
 from lychee_jax.studies.real_model.report import marks
 from lychee_jax.studies.real_model.variants import PAGE, Grid, Variant
 from lychee_jax.studies.scorer import ProgramKey, Scorer
@@ -27,7 +35,7 @@ from lychee_jax.training import learn_heads
 
 type OnProgress = Callable[[str, int, int], None]
 
-MAPS, SCORES, ANSWERS, PROMPTS = "maps.json", "scores.jsonl", "answers.jsonl", "prompts.jsonl"
+MAPS, SCORES, ANSWERS, PROMPTS, DEVICE = "maps.json", "scores.jsonl", "answers.jsonl", "prompts.jsonl", "device.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +120,7 @@ class Study:
     def maps(self, scorer: Scorer) -> dict[str, HeadMap]:
         """Every map by its name; those of whole layers are chosen here."""
         config, label = self.model.config, self.model.name
-        found = {"dense": HeadMap.all(config)}
+        found = {"dense": HeadMap.all(config), "none": HeadMap.none(config)}
         for count, seed in self.grid.learned():
             file = self.output / "runs" / f"learned-{count}-{seed}" / learn_heads.HEADS
             if not file.exists():
@@ -177,6 +185,8 @@ class Study:
                 for variant in missing
             )
             roles = {name: roles_of(head_map) for name, head_map in self.maps(scorer).items()}
+            if todo:
+                self._keep_device()
 
             def make(job: tuple[str, int, range, list[Variant]]) -> list[Asked]:
                 return self.prompts.batch(HELD_OUT, job[0], job[1], job[2], rows=self.sizes.rows)
@@ -201,23 +211,31 @@ class Study:
             host.shutdown(cancel_futures=True)
             scorer.close()
 
+    def _keep_device(self) -> None:
+        """Of what has scored: of several, all."""
+        here = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        known = read_json(self.output / DEVICE)
+        both = {name: [*str(known[name]).split(", "), here[name]] if known else [here[name]] for name in here}
+        write_json(self.output / DEVICE, {name: ", ".join(dict.fromkeys(each)) for name, each in both.items()})
+
     def _keep(self, line: Record) -> None:
         append_lines(self.output / SCORES, [line])
         self._scores[line["variant"], line["task"], line["length"], line["first"]] = line
 
     def write_prompts(self) -> None:
-        """The prompts of the longest length, as other systems read them."""
-        length, file = max(self.sizes.lengths), self.output / PROMPTS
-        there = {(line["task"], line["index"]) for line in read_lines(file)}
-        for task in TASKS:
-            for index in range(self.sizes.samples):
-                if (task, index) not in there:
+        """The prompts of every length, as other systems read them."""
+        file = self.output / PROMPTS
+        there = {(line["task"], line["length"], line["index"]) for line in read_lines(file)}
+        cells = [(task, length) for length in self.sizes.lengths[::-1] for task in TASKS]
+        for number, (task, length) in enumerate(cells):
+            for index in range(self.sizes.count(task, length)):
+                if (task, length, index) not in there:
                     asked = self.prompts.make(HELD_OUT, task, length, index)
                     append_lines(file, [{
                         "task": task, "length": length, "index": index, "tokens": asked.tokens.tolist(),
                         "references": [asked.text], "max_new_tokens": asked.answer.size,
                     }])  # fmt: skip
-            self._report("writing prompts", list(TASKS).index(task) + 1, len(TASKS))
+            self._report("writing prompts", number + 1, len(cells))
 
     def generate(self) -> None:
         """Let the engine answer the prompts of the longest length, dense and by the main variant, kernels included."""
@@ -226,31 +244,31 @@ class Study:
         main = self.grid.main
         head_map = HeadMap.load(self.output / "runs" / main.head_map / learn_heads.HEADS)
         tokenizer = self.prompts.tokenizer
-        for task in TASKS:
-            for first in range(0, self.sizes.samples, self.sizes.rows):
-                indices = range(first, min(first + self.sizes.rows, self.sizes.samples))
-                asked = [self.prompts.make(HELD_OUT, task, length, index) for index in indices]
-                for variant in (Variant("dense"), main):
-                    if all((task, index, variant.label) in there for index in indices):
-                        continue
-                    options = GenerateOptions(
-                        "dense" if variant.head_map == "dense" else "hybrid", head_map, variant.policy, PAGE,
-                        max_new_tokens=asked[0].answer.size, eos_ids=(),
-                    )  # fmt: skip
-                    result = self.model.generate_tokens([each.tokens.tolist() for each in asked], options)
-                    append_lines(file, [
-                        {
-                            "task": task, "index": index, "variant": variant.label,
-                            "answer": tokenizer.decode(result.tokens[row]),
-                            "right": result.tokens[row][: len(_ids(each))] == _ids(each),
-                            "kv_read_share": result.pages_read[row] / max(1, result.pages_held[row]),
-                        }
-                        for row, (index, each) in enumerate(zip(indices, asked, strict=True))
-                    ])  # fmt: skip
-                self._report(f"generating {task}", indices.stop, self.sizes.samples)
+        for variant in (Variant("dense"), main):  # one after the other: each has an engine and programs of its own
+            options = GenerateOptions(
+                "dense" if variant.head_map == "dense" else "hybrid", head_map, variant.policy, PAGE,
+                max_new_tokens=ANSWER_TOKENS, eos_ids=(),
+            )  # fmt: skip
+            for task in TASKS:
+                for first in range(0, self.sizes.samples, self.sizes.rows):
+                    indices = range(first, min(first + self.sizes.rows, self.sizes.samples))
+                    missing = [index for index in indices if (task, index, variant.label) not in there]
+                    if missing:
+                        asked = [self.prompts.make(HELD_OUT, task, length, index) for index in missing]
+                        result = self.model.generate_tokens([each.tokens.tolist() for each in asked], options)
+                        append_lines(file, [
+                            {
+                                "task": task, "index": index, "variant": variant.label,
+                                "answer": tokenizer.decode(result.tokens[row]),
+                                "right": result.tokens[row][: len(_ids(each))] == _ids(each),
+                                "kv_read_share": result.pages_read[row] / max(1, result.pages_held[row]),
+                            }
+                            for row, (index, each) in enumerate(zip(missing, asked, strict=True))
+                        ])  # fmt: skip
+                    self._report(f"generating {task}, {variant.label}", indices.stop, self.sizes.samples)
 
     def results(self, command: str) -> Record:
-        """What was found, as the report reads it."""
+        """What was found, as the report reads it; the device is the one that scored."""
         config = self.model.config
         cells: dict[tuple[str, str, int], dict[str, Any]] = {}
         for line in sorted(self._scores.values(), key=lambda line: line["first"]):
@@ -260,8 +278,7 @@ class Study:
                 cell[name] = cell[name] + line[name]
         return {
             "model": self.model.name,
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
+            **read_json(self.output / DEVICE),
             "command": command,
             "text_sha256": self.prompts.digest,
             "kv_heads": config.num_layers * config.num_kv_heads,

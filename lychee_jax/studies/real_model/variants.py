@@ -20,6 +20,7 @@ PageScore = Literal["max", "lse"]
 class Variant:
     """A head map by its name, and what its sparse heads read; "dense" has no other number.
 
+    In "none" only layer 0 retrieves.
     "window-N-S" has the retrieval heads of "learned-N-S", but sparse heads read the first and the last tokens only,
     the whole budget of them.
     """
@@ -95,5 +96,6 @@ class Grid:
             found[Variant(f"random-{count}-{seed}", self.compared)] = None
         for count in dict.fromkeys(self.layers(kv_heads).values()):
             found[Variant(f"layers-{count}", self.compared)] = None
+        found[Variant("none", self.compared)] = None
         found[Variant(f"window-{main}-{self.seeds[0]}", self.compared)] = None
         return list(found)
