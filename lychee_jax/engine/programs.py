@@ -154,11 +154,11 @@ def _program(static: tuple[str, ...], results: str | tuple[str, ...]) -> Callabl
     return decorate
 
 
-@_program(("spec", "implementation", "rows"), ("pools", "last"))
+@_program(("spec", "implementation", "most"), ("pools", "last"))
 def prefill_chunk(
     spec: ModelSpec,
     implementation: str | None,
-    rows: int,
+    most: int,
     weights: tuple[jax.Array, ...],
     pools: Pools,
     page_table: Int[Array, "B P"],
@@ -167,19 +167,19 @@ def prefill_chunk(
     sin: Float32[Array, "#B T half"],
     starts: Int[Array, " B"],
     counts: Int[Array, " B"],
-) -> tuple[Pools, Float[Array, "rows E"]]:
+) -> tuple[Pools, Float[Array, "most E"]]:
     """Read `counts[b]` prompt tokens from position `starts[b]` (page aligned); returns the last ones' hidden states.
 
-    `rows`: what these are padded to, so that one `start_row` suits all programs that read prompts.
+    `most`: rows that these are padded to, so that one `start_row` suits all programs that read prompts.
     """
     backend = Extend(page_table, starts, counts, aligned=True, implementation=implementation)
     hidden, pools = spec.merge(weights)(tokens, cos, sin, backend, pools)
-    return pools, _last(hidden, counts, rows)
+    return pools, _last(hidden, counts, most)
 
 
-def _last(hidden: Float[Array, "B T E"], counts: Int[Array, " B"], rows: int) -> Float[Array, "rows E"]:
+def _last(hidden: Float[Array, "B T E"], counts: Int[Array, " B"], most: int) -> Float[Array, "most E"]:
     last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.pad(last, ((0, rows - len(last)), (0, 0)))
+    return jnp.pad(last, ((0, most - len(last)), (0, 0)))
 
 
 class Scored(NamedTuple):
@@ -190,11 +190,11 @@ class Scored(NamedTuple):
     top_logprobs: Float32[Array, "B T top"]
 
 
-@_program(("spec", "implementation", "rows", "at_once"), ("pools", "last", "scored"))
+@_program(("spec", "implementation", "most", "at_once"), ("pools", "last", "scored"))
 def score_chunk(
     spec: ModelSpec,
     implementation: str | None,
-    rows: int,
+    most: int,
     at_once: int,
     weights: tuple[jax.Array, ...],
     pools: Pools,
@@ -206,7 +206,7 @@ def score_chunk(
     counts: Int[Array, " B"],
     following: Int[Array, "B T"],
     num_top: Int[Array, ""],
-) -> tuple[Pools, Float[Array, "rows E"], Scored]:
+) -> tuple[Pools, Float[Array, "most E"], Scored]:
     """As `prefill_chunk`, and what the logits say of the tokens `following`; `at_once`: positions that have logits at a
     time. The likeliest tokens are looked for if `num_top` is not 0.
     """
@@ -235,7 +235,7 @@ def score_chunk(
     )
     scored = jax.lax.map(score, parts)
     whole = (each.reshape(-1, *each.shape[2:])[:size].reshape(*tokens.shape, *each.shape[2:]) for each in scored)
-    return pools, _last(hidden, counts, rows), Scored(*whole)
+    return pools, _last(hidden, counts, most), Scored(*whole)
 
 
 def _advance(
