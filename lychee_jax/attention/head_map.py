@@ -148,17 +148,63 @@ def highest_roles(scores: Float[np.ndarray, "L K"], count: int) -> Bool[np.ndarr
     Raises:
         UserError: fewer than layer 0 has, or more than there are.
     """
+    _check_count(scores, count)
     layers, kv_heads = scores.shape
-    if not kv_heads <= count <= layers * kv_heads:
-        raise UserError(
-            f"{count} retrieval heads: layer 0 alone has {kv_heads}, and the model has {layers * kv_heads} KV heads"
-        )
     order = np.argsort(-scores[1:].flatten(), kind="stable")
     layer, head = np.divmod(order[: count - kv_heads], kv_heads)
     roles = np.zeros((layers, kv_heads), bool)
     roles[0] = True
     roles[1 + layer, head] = True
     return roles
+
+
+def even_roles(scores: Float[np.ndarray, "L K"], count: int, devices: int) -> Bool[np.ndarray, "L K"]:
+    """Which heads retrieve, where `devices` are to share those of a layer evenly: a multiple of them, none, or all.
+
+    Among such maps of `count` heads the one with the highest sum of scores; one layer may have what is left over.
+
+    Raises:
+        UserError: as `highest_roles`.
+    """
+    _check_count(scores, count)
+    layers, kv_heads = scores.shape
+    wanted = count - kv_heads
+    order = np.argsort(-scores, axis=1, kind="stable")
+    sums = np.cumsum(np.take_along_axis(scores, order, axis=1), axis=1, dtype=np.float64)
+    sums = np.concatenate([np.zeros((layers, 1)), sums], axis=1)  # of a layer's best heads, by how many they are
+    # The highest sum of n heads in the layers so far [uneven, n]; uneven: one of these has what is left over.
+    best = np.full((2, wanted + 1), -np.inf)
+    best[0, 0] = 0.0
+    taken = np.zeros((layers, 2, wanted + 1), np.int64)  # how many of them are in the last of these layers
+    for layer in range(1, layers):
+        before, best = best, np.full_like(best, -np.inf)
+        for size in range(min(kv_heads, wanted) + 1):
+            for uneven, was in _steps(size, kv_heads, devices):
+                total = before[was, : wanted + 1 - size] + sums[layer, size]
+                better = total > best[uneven, size:]
+                best[uneven, size:][better] = total[better]
+                taken[layer, uneven, size:][better] = size
+    roles = np.zeros((layers, kv_heads), bool)
+    roles[0] = True
+    uneven = int(best[1, wanted] > best[0, wanted])
+    for layer in range(layers - 1, 0, -1):
+        size = int(taken[layer, uneven, wanted])
+        roles[layer, order[layer, :size]] = True
+        uneven, wanted = dict(_steps(size, kv_heads, devices))[uneven], wanted - size
+    return roles
+
+
+def _steps(size: int, kv_heads: int, devices: int) -> list[tuple[int, int]]:
+    """Whether there is an uneven layer after one with `size` retrieval heads, and whether there was before."""
+    return [(0, 0), (1, 1)] if size % devices == 0 or size == kv_heads else [(1, 0)]
+
+
+def _check_count(scores: Float[np.ndarray, "L K"], count: int) -> None:
+    layers, kv_heads = scores.shape
+    if not kv_heads <= count <= layers * kv_heads:
+        raise UserError(
+            f"{count} retrieval heads: layer 0 alone has {kv_heads}, and the model has {layers * kv_heads} KV heads"
+        )
 
 
 def _check_roles(num_layers: Any, num_kv_heads: Any, retrieval: Any) -> tuple[tuple[int, ...], ...]:

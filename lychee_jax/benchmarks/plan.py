@@ -1,8 +1,6 @@
 """What a model and its cache take on each of several devices, and how long a decode step must take by its bytes."""
 
 import dataclasses
-import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,10 +14,10 @@ from lychee_jax.benchmarks.step import pages_read
 from lychee_jax.cache.allocator import pages_for
 from lychee_jax.cache.pages import cache_bytes
 from lychee_jax.config import ModelConfig
-from lychee_jax.engine.engine import ACCELERATOR_SHARE
+from lychee_jax.engine.device_memory import ACCELERATOR_SHARE
 from lychee_jax.errors import UserError
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import Layout
+from lychee_jax.parallel.layouts import Layout, bytes_on_a_device
 from lychee_jax.parallel.mesh import abstract_mesh
 from pallas_kernels.types import KVDtype
 
@@ -94,7 +92,7 @@ def _row(wish: Wish, devices: int, memory: float, bandwidth: float) -> PlanRow:
     config = wish.config
     layout = Layout.of(config, abstract_mesh(devices), wish.head_map.roles) if devices > 1 else None
     spec, shapes = ModelSpec.abstract(config, config.dtype, layout)
-    sizes = {name: _bytes(shape) for name, shape in zip(spec.names, shapes, strict=True)}
+    sizes = {name: bytes_on_a_device(shape) for name, shape in zip(spec.names, shapes, strict=True)}
     weights = sum(sizes.values())
     read = weights - (0 if config.tie_word_embeddings else sizes["embed.embedding"])  # one row of it is read
     dtype, pages = np.dtype(jax.numpy.dtype(config.dtype)), pages_for(wish.context, wish.page_size)
@@ -112,11 +110,6 @@ def _row(wish: Wish, devices: int, memory: float, bandwidth: float) -> PlanRow:
     return PlanRow(
         devices, weights, sequence, max(0, int(room // sequence)), step(wish.head_map), step(HeadMap.all(config))
     )
-
-
-def _bytes(shape: Any) -> int:
-    own = shape.shape if shape.sharding is None else shape.sharding.shard_shape(shape.shape)
-    return math.prod(own) * shape.dtype.itemsize
 
 
 def table(wish: Wish, rows: list[PlanRow], name: str) -> str:

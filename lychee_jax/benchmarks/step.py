@@ -32,7 +32,7 @@ from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.errors import UserError
 from lychee_jax.models.rope import rotary_tables
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import POOLS, Layout, layout_for
+from lychee_jax.parallel.layouts import POOLS, Layout, layout_for, share_of
 from lychee_jax.parallel.mesh import EVERYWHERE
 from pallas_kernels import KVPages
 from pallas_kernels.types import KVDtype
@@ -214,12 +214,6 @@ def random_pools(pools: Pools, key: jax.Array) -> Pools:
         return KVPages(words, None if shapes.scales is None else jnp.full(shapes.scales.shape, 1 / 32, jnp.float32))
 
     return tuple(make(each) for each in jax.random.split(key, len(pools)))
-
-
-def share_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape that an array has on one of its devices."""
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
 
 def peak_bytes(before: int | None) -> int | None:

@@ -55,7 +55,7 @@ def heads_show(
     head_map = _read(file, model)
     print_map(head_map, str(file))
     if tensor_parallel > 1:
-        _print_balance(head_map, tensor_parallel)
+        print_balance(head_map, tensor_parallel)
 
 
 @heads_app.command("plot")
@@ -136,7 +136,7 @@ def print_map(head_map: HeadMap, name: str) -> None:
         print(f"layer {layer:>3}  {marks}")
 
 
-def _print_balance(head_map: HeadMap, devices: int) -> None:
+def print_balance(head_map: HeadMap, devices: int) -> None:
     """Which heads each device gets, and how long layers wait for the device with most retrieval heads."""
     from lychee_jax.parallel.balance import balanced, slowest
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
-import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 from lychee_jax.cache.allocator import Allocator, next_power_of_two, pages_for
 from lychee_jax.cache.pages import cache_bytes
 from lychee_jax.config import ModelConfig
+from lychee_jax.engine.device_memory import free_memory
 from lychee_jax.engine.grammar import Grammar
 from lychee_jax.engine.kernel_support import refuse_uncovered
 from lychee_jax.engine.options import AttentionOptions, EngineConfig, EngineOptions, max_pages
@@ -34,8 +34,6 @@ from lychee_jax.errors import UserError
 from lychee_jax.models.spec import ModelSpec
 
 _CPU_CACHE, _LEAST_TOKENS = 2 << 30, 4096
-ACCELERATOR_SHARE = 0.85
-"""Of the memory that weights leave on an accelerator, what the cache takes by default."""
 
 
 @dataclasses.dataclass
@@ -473,19 +471,6 @@ class Engine:
             raise UserError(f"the grammar's mask has the shape {mask.shape}; the vocabulary has {size} ids")
         if not mask.any():
             raise UserError("the grammar allows no first token")
-
-
-def free_memory(weights: tuple[Any, ...]) -> int:
-    """Bytes that a cache may take on each accelerator: most of what weights leave, which need not be there yet."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    used = max(stats.get("bytes_in_use", 0), sum(map(_bytes_on_a_device, weights)))
-    # In whole GiB, so that the little that is in use besides makes no other programs.
-    return int(ACCELERATOR_SHARE * (stats.get("bytes_limit", 0) - used)) >> 30 << 30
-
-
-def _bytes_on_a_device(leaf: Any) -> int:
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def check_prompt(

@@ -215,6 +215,18 @@ def layout_for(
     return None if tensor_parallel == 1 else Layout.of(config, mesh, roles)
 
 
+def share_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape that an array, or what stands for one, has on one of its devices."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+
+def bytes_on_a_device(leaf: Any) -> int:
+    """What an array takes on one of its devices."""
+    share = share_of(leaf)
+    return share.size * share.dtype.itemsize
+
+
 def heads_here(layout: Layout | None, heads: Collection[int]) -> Shaped[Array | np.ndarray, " R"]:
     """See `Layout.heads_here`; on one device the heads themselves, ascending."""
     return np.asarray(sorted(heads), np.int32) if layout is None else layout.heads_here(heads)

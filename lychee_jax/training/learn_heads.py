@@ -23,7 +23,7 @@ import optax
 from flax import nnx
 from jaxtyping import Float32
 
-from lychee_jax.attention.head_map import HeadMap
+from lychee_jax.attention.head_map import HeadMap, even_roles
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.cache.allocator import pages_for
 from lychee_jax.config import ModelConfig
@@ -148,11 +148,15 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """The head map, E[z] of every KV head `[L, K]` (layer 0: 1), and how many are above 1/2, layer 0 included."""
+    """The head map, E[z] of every KV head `[L, K]` (layer 0: 1), and how many are above 1/2, layer 0 included.
+
+    `lost`: by how much E[z] of the heads of the map is less, all together, than that of the highest.
+    """
 
     head_map: HeadMap
     expected: Float32[np.ndarray, "L K"]
     above_half: int
+    lost: float = 0.0
 
 
 def make_batch(plan: TrainingPlan, source: QuestionSource, step: int) -> Batch:
@@ -319,18 +323,20 @@ class Learner:
 
 def learn(
     loaded: LLM, plan: TrainingPlan, output: str | Path, *, checkpoint_every: int = 100, keep: int = 3,
-    log_every: int = 10, on_step: OnStep | None = None,
+    log_every: int = 10, on_step: OnStep | None = None, balance: int = 1,
 ) -> Learned:  # fmt: skip
     """Train the gates, or go on, in the folder `output`; leaves the head map, E[z] and pictures there.
 
     `on_step(done, metrics)` is called after every step was sent off, with the numbers of the last one that is known
     (loss, kept, density, multiplier, excess); empty before there are any. Ctrl-C ends the run after the step in hand,
-    a second one at once; a checkpoint is saved. Every `log_every`-th step has a line in the metrics file.
+    a second one at once; a checkpoint is saved. Every `log_every`-th step has a line in the metrics file. The map is
+    one whose layers `balance` devices share evenly; training knows nothing of it.
 
     Raises:
         UserError: a plan that does not fit, a folder with another run, or a loss that is not a number any more.
     """
-    for name, value in (("checkpoint-every", checkpoint_every), ("keep", keep), ("log-every", log_every)):
+    numbers = {"checkpoint-every": checkpoint_every, "keep": keep, "log-every": log_every, "balance": balance}
+    for name, value in numbers.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1")
     output, learner = Path(output), Learner(loaded, plan)
@@ -358,7 +364,7 @@ def learn(
                 raise
     finally:
         checkpoints.close()
-    return _conclude(loaded, plan, output, learner.expected(run.state))
+    return _conclude(loaded, plan, output, learner.expected(run.state), balance)
 
 
 class _Run:
@@ -430,12 +436,18 @@ def _described(loaded: LLM, plan: TrainingPlan) -> dict[str, Any]:
     return described
 
 
-def _conclude(loaded: LLM, plan: TrainingPlan, output: Path, expected: Float32[np.ndarray, "L K"]) -> Learned:
+def _conclude(
+    loaded: LLM, plan: TrainingPlan, output: Path, expected: Float32[np.ndarray, "L K"], balance: int
+) -> Learned:
     roles = gates.harden(expected, plan.retrieval_heads)
+    lost = float(expected[roles].sum())
+    if balance > 1:
+        roles = even_roles(expected, plan.retrieval_heads, balance)
+    lost -= float(expected[roles].sum())
     above_half = int(gates.harden(expected).sum())
     meta = {
         "fingerprint": loaded.config.fingerprint(), "method": plan.family, "seed": plan.seed, "steps": plan.steps,
-        "above_half": above_half,
+        "above_half": above_half, **({"balance": balance} if balance > 1 else {}),
     }  # fmt: skip
     head_map = HeadMap.from_roles(roles, model=loaded.name, meta=meta)
     head_map.save(output / HEADS)
@@ -446,4 +458,4 @@ def _conclude(loaded: LLM, plan: TrainingPlan, output: Path, expected: Float32[n
     write_text(output / GATES, json_text(described) + "\n")
     plot_heads(head_map, output / ROLES)
     plot_training(output / METRICS, head_map, output / TRAINING)
-    return Learned(head_map, expected, above_half)
+    return Learned(head_map, expected, above_half, lost)

@@ -93,6 +93,11 @@ def test_the_map_decodes(learned, model, lychee):
 
 def test_a_finished_run_is_shown_again(learned, model, lychee, monkeypatch):
     monkeypatch.setattr(learn_heads, "make_batch", None)  # nothing is trained
+    status, out, err = lychee("train-heads", "--model", model, "--output", learned[0], *SMALL, "--balance", 2)
+    assert (status, err) == (0, "")
+    assert "the 3 that suit 2 devices (E[z] 0.000 lower in all) make the map" in out
+    assert "2 devices: the one with most retrieval heads of a layer has 2 over all layers" in out
+    assert json.loads((learned[0] / "heads.json").read_text())["meta"]["balance"] == 2
     assert lychee("train-heads", "--model", model, "--output", learned[0], *SMALL) == (0, learned[1], "")
 
 

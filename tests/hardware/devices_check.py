@@ -30,8 +30,10 @@ CONFIG = ModelConfig("qwen3", 4099, 1024, 2048, 4, 32, 8, 128, 8192, qk_norm=Tru
 HEADS = HeadMap(4, 8, (tuple(range(8)), (), (5,), (0, 1, 4, 6)))
 POLICY = SelectionPolicy(1024, 128, 256)
 LENGTHS, NEW = (63, 64, 1500, 4001), 33
-# (dtype, implementation, largest difference of a log-probability)
-PATHS: list[tuple[str, str | None, float]] = [("bfloat16", None, 5e-2), ("float32", "xla", 2e-4)]
+# (dtype, implementation, largest difference of a log-probability); in bfloat16 rounding changes picks, too.
+PATHS: list[tuple[str, str | None, dict[str, float]]] = [
+    ("bfloat16", None, {"dense": 1e-1, "hybrid": 3e-1}), ("float32", "xla", {"dense": 2e-4, "hybrid": 2e-4}),
+]  # fmt: skip
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -89,10 +91,10 @@ def check(devices: int) -> int:
         return 2
     print(f"{devices} of {jax.device_count()} {jax.devices()[0].device_kind}, JAX {jax.__version__}", flush=True)
     bad, drawn = 0, weights()
-    for dtype, implementation, tolerance in PATHS:
+    for dtype, implementation, tolerances in PATHS:
         one, several = (answers(drawn, count, dtype, implementation) for count in (1, devices))
         for name in one:
-            same, gap, good = compare(one[name], several[name], tolerance)
+            same, gap, good = compare(one[name], several[name], tolerances[name.split()[0]])
             bad += not good
             print(
                 f"{'ok ' if good else 'BAD'} {dtype} {name}: {same} of {NEW} tokens agree, log-probabilities to "

@@ -21,7 +21,7 @@ jaxtyping.install_import_hook(["lychee_jax", "pallas_kernels"], "beartype.bearty
 import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 from tests.support import several_devices
-several_devices.main()
+several_devices.compare()
 """
 
 
@@ -44,9 +44,10 @@ def same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-5) ->
         np.testing.assert_allclose(theirs, mine, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("eight", "2"), ("eight", "4"), ("eight", "8"), ("dense", "4")])
-def test_every_number_of_devices_says_what_one_does(found: dict[str, Any], mode: str, devices: str) -> None:
-    one, several = found[mode]["1"], found[mode][devices]
+@pytest.mark.parametrize("devices", ["4", "8"])
+def test_every_number_of_devices_says_what_one_does(found: dict[str, Any], devices: str) -> None:
+    """Hybrid, ragged, NaN wherever nothing was written."""
+    one, several = found["eight"]["1"], found["eight"][devices]
     same(one, several)
     assert several["pages_read"] == one["pages_read"]
     assert len({tuple(row) for row in one["tokens"]}) > 1, "or this compares nothing"
@@ -98,7 +99,7 @@ def test_every_device_has_its_share_and_no_more(found: dict[str, Any]) -> None:
     four, two = found["shares"]["four"], found["shares"]["two"]
     assert sorted(four["places"]) == list(range(8)) != four["places"], "shared out for the map"
     assert four["divided"] == 1 + 3 * 4, "the embedding, and four kernels a layer; norms are everywhere"
-    assert four["pool_heads"] == [8] * 4
+    assert four["pool_heads"] == [8] * 3
     assert two["pool_heads"] == [4] * 2, "one of zeros"
     for shares in (four["weights"], four["pools"], two["weights"], two["pools"]):
         assert len(set(shares)) == 1, "equal shares"
@@ -118,6 +119,8 @@ def test_two_sums_a_layer_travel_and_nothing_of_the_cache(found: dict[str, Any])
 
 
 def test_weights_and_caches_of_8_bits_and_more_devices_than_kv_heads(found: dict[str, Any]) -> None:
-    """From a checkpoint's folder on: rounded as for one device, and then shared out among three for 2 KV heads."""
-    same(*found["quantised"])
+    """The command, from a checkpoint's folder on: rounded as for one device, then shared out among 3 for 2 KV heads."""
+    one, several = found["generated"]
+    same(one, several)
+    assert several["attention"] == one["attention"]
     assert found["restored"] == []

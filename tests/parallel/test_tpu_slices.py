@@ -14,14 +14,14 @@ from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
 from lychee_jax.benchmarks import tpu_compiler
 from lychee_jax.benchmarks.shapes import MODELS
-from lychee_jax.benchmarks.step import pool_copies, share_of
+from lychee_jax.benchmarks.step import pool_copies
 from lychee_jax.benchmarks.tpu_compiler import CHIPS, compile_for
 from lychee_jax.cache.pages import make_pools
 from lychee_jax.engine import programs
 from lychee_jax.engine.programs import DecodePlan, make_rows
 from lychee_jax.engine.request import MAX_EOS_IDS
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import POOLS, Layout
+from lychee_jax.parallel.layouts import POOLS, Layout, share_of
 
 pytestmark = [
     pytest.mark.libtpu,
@@ -94,7 +94,7 @@ def test_a_chunk_of_a_prompt_on_eight_chips(layout: Layout) -> None:
     angles = array(1, 512, CONFIG.head_dim // 2, dtype=jnp.float32)
     with ops.recorded() as calls:
         compiled = compile_for(
-            CHIPS["v5e"], programs.prefill_chunk, spec, "mosaic_tpu", weights, pools, array(1, PAGES), array(1, 512),
+            CHIPS["v5e"], programs.prefill_chunk, spec, "mosaic_tpu", 1, weights, pools, array(1, PAGES), array(1, 512),
             angles, angles, array(1), array(1), layout=layout,
         )  # fmt: skip
     assert set(calls) == {("extend_attention", "mosaic_tpu")}

@@ -1,9 +1,11 @@
 """One model on one device and on several, in a process of its own: the other tests have one device.
 
-`main` prints, as JSON, what came out of each layout; the folder that it is told is for checkpoints.
+`compare` prints, as JSON, what came out of each layout; the folder that it is told is for checkpoints.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -13,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lychee_jax import loading
 from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.cli.main import main
 from lychee_jax.engine import programs
 from lychee_jax.engine.engine import Engine
 from lychee_jax.engine.options import AttentionMode, AttentionOptions, GenerateOptions
@@ -22,7 +24,7 @@ from lychee_jax.engine.request import Request
 from lychee_jax.engine.sampling_params import SamplingParams
 from lychee_jax.llm import LLM
 from lychee_jax.models.spec import ModelSpec
-from lychee_jax.parallel.layouts import Layout, layout_for
+from lychee_jax.parallel.layouts import layout_for
 from tests.support import hybrid_models, tiny_checkpoints
 from tests.support.company import collect
 from tests.support.grammars import EvenThenEnd
@@ -43,11 +45,10 @@ THREE = dataclasses.replace(
 )
 
 
-def main() -> None:
+def compare() -> None:
     """Compare."""
     results: dict[str, Any] = {"devices": jax.device_count()}
-    results["eight"] = {str(count): _answers(EIGHT, divide(EIGHT, count), "hybrid") for count in (1, 2, 4, 8)}
-    results["dense"] = {str(count): _answers(EIGHT, divide(EIGHT, count), "dense") for count in (1, 4)}
+    results["eight"] = {str(count): _answers(EIGHT, divide(EIGHT, count), "hybrid") for count in (1, 4, 8)}
     # Dense and hybrid rows side by side.
     results["three"] = {str(count): _answers(THREE, divide(THREE, count), "auto") for count in (1, 2)}
     one, four = divide(EIGHT, 1), divide(EIGHT, 4)
@@ -57,7 +58,7 @@ def main() -> None:
     results["digests"] = [model.weights_digest() for model in (one, four, divide(THREE, 2))]
     results["shares"] = {"four": _shares(four), "two": _shares(divide(THREE, 2))}
     results["messages"] = _messages(four)
-    results["quantised"] = [_loaded(Path(sys.argv[1]), count) for count in (1, 3)]
+    results["generated"] = [_generated(Path(sys.argv[1]), count) for count in (1, 3)]
     results["restored"] = _restored()
     print(json.dumps(results))
 
@@ -185,21 +186,21 @@ def _messages(model: LLM) -> dict[str, int]:
     return {kind: text.count(f'"stablehlo.{kind}"') for kind in kinds}
 
 
-def _loaded(folder: Path, devices: int) -> dict[str, Any]:
-    """A checkpoint's folder of 2 KV heads, with weights and a cache of 8 bits."""
+def _generated(folder: Path, devices: int) -> dict[str, Any]:
+    """What `lychee generate` says of a checkpoint with 2 KV heads, with weights and a cache of 8 bits."""
     if not (folder / "config.json").exists():
         tiny_checkpoints.write_checkpoint(folder, tiny_checkpoints.TINY["llama"] | {"num_hidden_layers": 1})
-    shown: list[Layout | None] = []
-    model = loading.load(
-        folder, "float32", quantize="int8", quantize_head=True, tensor_parallel=devices, heads="none",
-        before_weights=lambda *found: shown.append(found[4]),
-    )  # fmt: skip
-    assert (shown[0] is None) == (devices == 1)
-    model = dataclasses.replace(model, engine_config=small_chunks(16))
-    options = GenerateOptions("dense", page_size=16, max_new_tokens=NEW, kv_dtype="int8")
-    prompts = [np.random.default_rng(n).integers(0, 96, n).tolist() for n in (60, 17)]
-    result = model.generate_tokens(prompts, options)
-    return {"tokens": result.tokens, "logprobs": result.logprobs}
+        prompts = [np.random.default_rng(n).integers(0, 96, n).tolist() for n in (60, 17)]
+        (folder / "ids.json").write_text(json.dumps(prompts))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status = main([
+            "generate", "--model", str(folder), "--prompt-ids", str(folder / "ids.json"), "--json", "--ignore-eos",
+            "--dtype", "float32", "--quantize", "int8", "--quantize-head", "--kv-dtype", "int8", "--page-size", "16",
+            "--attention", "dense", "--max-new-tokens", str(NEW), "--tensor-parallel", str(devices),
+        ])  # fmt: skip
+    assert status == 0
+    return json.loads(out.getvalue())
 
 
 def _restored() -> list[str]:
