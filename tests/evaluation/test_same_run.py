@@ -1,5 +1,6 @@
 """A folder of answers belongs to one run: to these weights, texts, data and prompts, by what they hold."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from lychee_jax.attention.head_map import HeadMap
 from lychee_jax.attention.selection import SelectionPolicy
+from lychee_jax.benchmarks.shapes import MODELS
 from lychee_jax.cli import main as cli
 from lychee_jax.engine.options import GenerateOptions
 from lychee_jax.errors import UserError
@@ -23,6 +25,7 @@ from lychee_jax.evaluation.variants import variants_of
 from lychee_jax.llm import LLM
 from lychee_jax.loading import load
 from lychee_jax.models.digest import weights_digest
+from lychee_jax.models.spec import ModelSpec
 from lychee_jax.text.chat import ChatOptions
 from tests.support import tiny_checkpoints
 
@@ -150,14 +153,16 @@ def test_the_command_refuses_an_edited_template(capfd, tmp_path):
 
 
 def test_every_number_of_every_tensor_counts():
-    names, weights = ["a", "b"], [jnp.ones((3, 5), jnp.bfloat16), jnp.arange(4, dtype=jnp.float32)]
+    spec, _ = ModelSpec.abstract(MODELS["bundled"], "float32")
+    names = dataclasses.replace(spec, names=("a", "b"), axes=spec.axes[:2])
+    weights = [jnp.ones((3, 5), jnp.bfloat16), jnp.arange(4, dtype=jnp.float32)]
     found, told = weights_digest(names, weights), []
     assert weights_digest(names, [array.copy() for array in weights], lambda *at: told.append(at)) == found
     assert told == [(30, 46), (46, 46)]
     others = [
         (names, [weights[0].at[2, 4].set(1.0078125), weights[1]]),
         (names, [weights[0].reshape(5, 3), weights[1]]),
-        (["a", "c"], weights),
+        (dataclasses.replace(names, names=("a", "c")), weights),
         (names, [weights[0].astype(jnp.float16), weights[1]]),
     ]
     assert len({found, *(weights_digest(*each) for each in others)}) == 5

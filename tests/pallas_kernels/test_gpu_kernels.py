@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import pallas_kernels as ops
 from pallas_kernels import KVPages, SelectionSpec
 from pallas_kernels.mosaic_gpu.common import compiler_params, targeting
+from pallas_kernels.types import KVDtype
 from tests.support import oracle
 from tests.support.gpu import interpreted, kernels, lower, run, unsigned
 from tests.support.paged_caches import Cache, Shape, make_cache, padded, some_pages, spec_of
@@ -87,7 +88,7 @@ def test_dense_decode_at_every_border_of_a_page(shape: Shape, heads: list[int], 
     [([1], None), ([0, 1, 2], None), ([1], INT8)],
     ids=["a head over all blocks", "heads share blocks", "slots given back before they were multiplied"],
 )
-def test_more_tiles_than_slots(heads: list[int], kv: str | None) -> None:
+def test_more_tiles_than_slots(heads: list[int], kv: KVDtype | None) -> None:
     """Every block's slots are used again, and rows of other lengths end inside a block's share."""
     shape = Shape(64, 128, 4, BF16, kv)
     check_dense(shape, make_cache(shape, lengths=[64 * 40 + 1, 0, 129, 64 * 21]), heads, "max")
