@@ -94,7 +94,7 @@ def check(chunk: Chunk, got: jax.Array, shape: Shape) -> None:
         (Shape(128, 64, 1, F16), 2, 192, [128, 3], [192, 190]),
         (Shape(16, 64, 1, BF16), 1, 7, [250, 121], [7, 7]),
         # Over 8-bit caches.
-        (Shape(16, 64, 1, BF16, "int8"), 2, 64, [100, 3], [30, 64]),
+        (Shape(32, 64, 1, BF16, "int8"), 2, 64, [100, 3], [30, 64]),
         (Shape(64, 128, 1, F16, "fp8"), 1, 64, [130], [50]),
     ],
     ids=str,
