@@ -88,12 +88,14 @@ def test_a_scaled_sum_may_be_larger_than_the_dtype_of_the_result_holds() -> None
 def test_every_multiplication_by_weights_is_a_linear_whose_axes_have_names() -> None:
     config = ModelConfig("llama", 61, 24, 40, 2, 4, 2, 8, 128, qkv_bias=True, o_bias=True, mlp_bias=True)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    sizes = {axes.EMBED: {24}, axes.HEADS: {4 * 8, (4 + 2 * 2) * 8}, axes.MLP: {40, 2 * 40}, axes.VOCAB: {61}}
+    sizes = {
+        axes.EMBED: 24, axes.HEADS: 4 * 8, axes.QKV: (4 + 2 * 2) * 8, axes.MLP: 40, axes.GATE_UP: 2 * 40, axes.VOCAB: 61,
+    }  # fmt: skip
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
     assert len(layers) == 4 * config.num_layers + 1
     for module in layers:
         for size, axis in zip(module.kernel.shape, module.axes, strict=True):
-            assert size in sizes[axis]
+            assert size == sizes[axis]
     names = ModelSpec.abstract(config, jnp.float32)[0].names
     assert sum(name.endswith(".kernel") for name in names) == len(layers)
     assert model.embed.axes == (axes.VOCAB, axes.EMBED)
