@@ -89,7 +89,8 @@ def test_every_multiplication_by_weights_is_a_linear_whose_axes_have_names() -> 
     config = ModelConfig("llama", 61, 24, 40, 2, 4, 2, 8, 128, qkv_bias=True, o_bias=True, mlp_bias=True)
     model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     sizes = {
-        axes.EMBED: 24, axes.HEADS: 4 * 8, axes.QKV: (4 + 2 * 2) * 8, axes.MLP: 40, axes.GATE_UP: 2 * 40, axes.VOCAB: 61,
+        axes.EMBED: 24, axes.HEADS: 4 * 8, axes.QKV: (4 + 2 * 2) * 8, axes.MLP: 40, axes.GATE_UP: 2 * 40,
+        axes.VOCAB: 61,
     }  # fmt: skip
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, Linear)]
     assert len(layers) == 4 * config.num_layers + 1
