@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -19,9 +19,7 @@ def plan(
         float, typer.Option(metavar="GB/S", help="What each device reads a second; 4,600 was seen on an H200.")
     ] = 4600.0,
     model: shared.ModelOption = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(show_default="the checkpoint's")
-    ] = None,
+    dtype: shared.DtypeOption = None,
     quantize: shared.QuantizeOption = "none",
     quantize_head: shared.QuantizeHeadOption = False,
     kv_dtype: shared.KVDtypeOption = "auto",
