@@ -19,9 +19,8 @@ from lychee_jax.errors import UserError
 from lychee_jax.models.spec import ModelSpec
 from lychee_jax.parallel.layouts import Layout, bytes_on_a_device
 from lychee_jax.parallel.mesh import abstract_mesh
+from lychee_jax.process import MEMORY_SHARE
 from pallas_kernels.types import KVDtype
-
-_SEEN = 0.94  # of a device's memory, what JAX takes at the command line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _row(wish: Wish, devices: int, memory: float, bandwidth: float) -> PlanRow:
         cache = wish.batch * page * pages_read(head_map, layout, pages, picked)
         return 1e3 * ((read + cache) / bandwidth + messages)
 
-    room = ACCELERATOR_SHARE * (_SEEN * memory - weights)
+    room = ACCELERATOR_SHARE * (MEMORY_SHARE * memory - weights)
     return PlanRow(
         devices, weights, sequence, max(0, int(room // sequence)), step(wish.head_map), step(HeadMap.all(config))
     )
