@@ -38,8 +38,12 @@ def slowest(places: tuple[int, ...], devices: int, roles: Bool[np.ndarray, "L K"
 
 def _costs(heads: np.ndarray, roles: np.ndarray) -> np.ndarray:
     """Retrieval heads `[devices, L]`."""
-    padded = np.concatenate([roles, np.zeros((len(roles), 1), bool)], axis=1).T  # head −1 is the last one
-    return padded[heads].sum(axis=1)
+    return _by_head(roles)[heads].sum(axis=1)
+
+
+def _by_head(roles: np.ndarray) -> np.ndarray:
+    """In which layers each head retrieves `[K + 1, L]`; the last one is head −1, which never does."""
+    return np.concatenate([roles, np.zeros((len(roles), 1), bool)], axis=1).T.astype(np.int64)
 
 
 def _improve_from_many(heads: np.ndarray, roles: np.ndarray) -> np.ndarray:
@@ -59,15 +63,15 @@ def _improve(heads: np.ndarray, roles: np.ndarray) -> tuple[np.ndarray, int]:
     """Exchange two heads of different devices as long as that helps, the best pair first."""
     heads = heads.copy()
     devices, share = heads.shape
-    padded = np.concatenate([roles, np.zeros((len(roles), 1), bool)], axis=1).T.astype(np.int64)
+    by_head = _by_head(roles)
     while True:
-        costs = padded[heads].sum(axis=1)  # [devices, L]
+        costs = by_head[heads].sum(axis=1)  # [devices, L]
         now = best = int(costs.max(axis=0).sum())
         pair = None
         for one in range(devices):
             for other in range(one + 1, devices):
                 rest = np.delete(costs, (one, other), axis=0).max(axis=0, initial=0)
-                moved = padded[heads[other]][None] - padded[heads[one]][:, None]  # [share, share, L]
+                moved = by_head[heads[other]][None] - by_head[heads[one]][:, None]  # [share, share, L]
                 after = np.maximum(np.maximum(costs[one] + moved, costs[other] - moved), rest).sum(axis=-1)
                 place = int(after.argmin())
                 if after.flat[place] < best:
