@@ -154,7 +154,7 @@ def remainder(x: jax.Array, n: int) -> jax.Array:
 
 
 def quotient(x: jax.Array, n: int | jax.Array) -> jax.Array:
-    """`⌊x / n⌋` for x ≥ 0. Python's operator looks at signs: five times as much to lower and to run."""
+    """`⌊x / n⌋` for x ≥ 0. Python's operator looks at signs, too: a third of the calls that lower a decode step."""
     return jax.lax.div(x, jnp.asarray(n, x.dtype))
 
 
