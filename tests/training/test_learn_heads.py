@@ -26,6 +26,8 @@ from lychee_jax.training.learn_heads import Learned, Learner, TrainingPlan, make
 from tests.support import tiny_models
 from tests.support.tiny_models import CONFIG, plan
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 learn = functools.partial(learn_heads.learn, log_every=1)  # numbers of every step
 EVERY, KEEP = 3, 2
 LONG = plan(steps=10, retrieval_heads=4)
@@ -35,14 +37,6 @@ SMALL = dataclasses.replace(CONFIG, num_layers=2)
 @pytest.fixture(scope="module")
 def loaded() -> LLM:
     return tiny_models.make()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learn_heads, "plot_heads", lambda *args: None)
-        patch.setattr(learn_heads, "plot_training", lambda *args: None)
-        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ from lychee_jax.training.learn_heads import Learner, learn, make_batch
 from tests.support import tiny_models
 from tests.support.tiny_models import CONFIG, plan
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
 def small() -> LLM:
@@ -26,14 +27,6 @@ def small() -> LLM:
 @pytest.fixture(scope="module")
 def learner(small) -> Learner:
     return Learner(small, plan(retrieval_heads=2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pictures() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learn_heads, "plot_heads", lambda *args: None)
-        patch.setattr(learn_heads, "plot_training", lambda *args: None)
-        yield
 
 
 def test_a_batch_is_a_function_of_the_plan_and_the_step(learner):
